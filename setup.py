@@ -1,0 +1,23 @@
+"""Maps the top-level rooms to package names: kernels/ is fastattn.kernels and bench/ is fastattn.bench.
+
+Bare `kernels` and `bench` belong to other projects on PyPI, so neither is ever installed under its folder's name.
+Everything else is in pyproject.toml.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+ROOMS = {"fastattn": "fastattn", "fastattn.kernels": "kernels", "fastattn.bench": "bench"}
+
+
+def room_packages() -> list[str]:
+    """Each room and its sub-packages, under their installed names."""
+    return [
+        *ROOMS,
+        *(f"{room}.{sub}" for room, folder in ROOMS.items() for sub in find_packages(str(HERE / folder))),
+    ]
+
+
+setup(package_dir=ROOMS, packages=room_packages())
