@@ -1,0 +1,89 @@
+"""Which room runs a call: the ordered list, the choice, and the choice explained."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from fastattn.spec import AttnSpec
+
+BACKENDS = ("triton", "reference")
+"""In order of preference: `backend=None` takes the first that can run."""
+
+_MODULES = {"reference": "fastattn.reference", "triton": "fastattn.backends.triton"}
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for exists but cannot run this call; the message says why and what could."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a call would run on, and why not on the others. `str()` is a table."""
+
+    backend: str
+    kernel: str
+    reasons: dict[str, str | None]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        lines = [f"{'backend':<{width}}  verdict"]
+        for name, reason in self.reasons.items():
+            chosen = f"runs this call: {self.kernel}" if name == self.backend else "could run this call"
+            lines.append(f"{name:<{width}}  {chosen if reason is None else reason}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def room(name: str) -> ModuleType:
+    """The module of a backend: why_not, forward, backward, kernel_name."""
+    return importlib.import_module(_MODULES[name])
+
+
+def requested(backend: str | None) -> str | None:
+    """The room asked for by argument or by FASTATTN_BACKEND; None where the choice is free. ValueError if unknown."""
+    source = "backend"
+    if backend is None:
+        backend, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
+    if backend is not None and backend not in BACKENDS:
+        near = difflib.get_close_matches(str(backend), BACKENDS, 1, 0.0)[0]
+        raise ValueError(f"{source}: unknown backend {backend!r}; there are {', '.join(BACKENDS)} (nearest: {near!r})")
+    return backend
+
+
+def choose(spec: AttnSpec, backend: str | None) -> str:
+    """The room that runs `spec`.
+
+    Raises:
+        BackendUnavailable: a room was asked for that cannot run it. A choice made by name never falls back.
+        ValueError: no room of that name.
+    """
+    asked = requested(backend)
+    if asked is None:
+        return next(name for name in BACKENDS if _free_reason(name, spec) is None)
+    reason = room(asked).why_not(spec)
+    if reason is not None:
+        others = [name for name in BACKENDS if name != asked and _free_reason(name, spec) is None]
+        raise BackendUnavailable(
+            f"backend {asked!r} cannot run this call: {reason}. "
+            f"What can: {', '.join(repr(name) for name in others)}; backend=None chooses"
+        )
+    return asked
+
+
+def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
+    """The choice with everybody's reasons; raises as `choose` does."""
+    name = choose(spec, backend)
+    asked = requested(backend)
+    reasons = {each: room(each).why_not(spec) if each == asked else _free_reason(each, spec) for each in BACKENDS}
+    return Verdict(name, room(name).kernel_name(spec), reasons, notes)
+
+
+def _free_reason(name: str, spec: AttnSpec) -> str | None:
+    """Why a free choice would pass a room by: it cannot run the call, or runs only when asked for by name."""
+    module = room(name)
+    needs_asking = getattr(module, "needs_asking", None)
+    return module.why_not(spec) or (needs_asking(spec) if needs_asking else None)

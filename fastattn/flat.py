@@ -1,0 +1,87 @@
+"""Masks as primitives: what an operator's schema can carry.
+
+A mask becomes a code, a list of ints and a list of tensors. The code spells the tree in prefix order, a word a value:
+the class, then each field: `i` an int (in the list), `x` a tensor (in the list), `n` None, `s=...` a string, `b=...` a bool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from fastattn import masks
+from fastattn.masks import Full, Mask
+
+Flat = tuple[str, list[int], list[Tensor]]
+
+CLASSES: dict[str, type[Mask]] = {
+    name: cls
+    for name, cls in vars(masks).items()
+    if inspect.isclass(cls) and issubclass(cls, Mask) and dataclasses.is_dataclass(cls)
+}
+FIELDS: dict[str, tuple[str, ...]] = {
+    name: tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+    for name, cls in CLASSES.items()
+}
+CHECKS_VALUES = frozenset(name for name, cls in CLASSES.items() if "validate" in inspect.signature(cls).parameters)
+
+
+def no_mask() -> Flat:
+    """The code of Full()."""
+    return Full.__name__, [], []
+
+
+def pack(mask: Mask) -> Flat:
+    """Mask -> (code, numbers, tensors)."""
+    words: list[str] = []
+    numbers: list[int] = []
+    tensors: list[Tensor] = []
+
+    def put(value: object) -> None:
+        if isinstance(value, Mask):
+            name = type(value).__name__
+            words.append(name)
+            for field in FIELDS[name]:
+                put(getattr(value, field))
+        elif isinstance(value, Tensor):
+            words.append("x")
+            tensors.append(value)
+        elif value is None:
+            words.append("n")
+        elif isinstance(value, bool):
+            words.append(f"b={int(value)}")
+        elif isinstance(value, str):
+            words.append(f"s={value}")
+        else:
+            words.append("i")
+            numbers.append(value)  # type: ignore[arg-type]
+
+    put(mask)
+    return " ".join(words), numbers, tensors
+
+
+def unpack(code: str, numbers: list[int], tensors: list[Tensor]) -> Mask:
+    """The way back. Values were checked when the mask was made and are not looked at again."""
+    ints, rest, words = iter(numbers), iter(tensors), iter(code.split())
+    return _take(words, ints, rest)  # type: ignore[return-value]
+
+
+def _take(words: Iterator[str], ints: Iterator[int], tensors: Iterator[Tensor]) -> object:
+    word = next(words)
+    if word == "x":
+        return next(tensors)
+    if word == "i":
+        return next(ints)
+    if word == "n":
+        return None
+    if word[:2] == "b=":
+        return word[2:] == "1"
+    if word[:2] == "s=":
+        return word[2:]
+    values = {field: _take(words, ints, tensors) for field in FIELDS[word]}
+    if word in CHECKS_VALUES:
+        values["validate"] = False
+    return CLASSES[word](**values)

@@ -1,0 +1,169 @@
+"""The calls: attention, its weights, its explanation; and torch's own two functions on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, ops, reference, tracing
+from fastattn.dispatch import Verdict
+from fastattn.dropout import dropout_mask, new_dropout_seed
+from fastattn.masks import Mask
+from fastattn.spec import AttnInputs, AttnSpec
+
+__all__ = ["attention", "attention_weights", "dropout_mask", "explain", "new_dropout_seed"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    score: object = None,
+    normalizer: object = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    deterministic: bool = True,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention as one fused call (Vaswani et al. 2017; computed by blocks as in Dao et al. 2022, FlashAttention).
+
+    Args:
+        query: [batch, num_heads, q_len, head_dim], float16, bfloat16, float32 or float64, any strides.
+        key: [batch, num_kv_heads, kv_len, head_dim]; num_heads is a multiple of num_kv_heads (grouped or multi-query).
+        value: [batch, num_kv_heads, kv_len, head_dim_v].
+        mask: a `fastattn.masks.Mask`, or a bool tensor broadcastable to [batch, num_heads, q_len, kv_len], True = attend.
+        bias: added to the scaled scores; float32 or the query's dtype, broadcastable like the mask; -inf hides.
+            Differentiable, in its own shape and dtype.
+        scale: of the scores; 1 / sqrt(head_dim) when None.
+        softcap: scores become softcap * tanh(score / softcap) before the bias.
+        sinks: [num_heads] floating, a logit per head added to the softmax's denominator. Differentiable.
+        score, normalizer: reserved; only None or the defaults of `fastattn.scores`.
+        dropout_p: probability of dropping a weight, 0 to 1 (1 gives zeros). Applied whenever it is above 0.
+        dropout_seed: int64 [1] on the query's device; drawn from torch's generator when None. See `dropout_mask`.
+        deterministic: False allows an unordered, possibly faster backward.
+        backend: a room by name, which then runs the call or raises; None takes the first that can (see `explain`).
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out [batch, num_heads, q_len, head_dim_v] in the query's dtype; with `return_lse` also lse
+        [batch, num_heads, q_len], float32 (float64 for float64), natural log, before dropout and without the sink.
+        Both are differentiable. A row that sees no key gives out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; nothing is computed.
+        BackendUnavailable: the room asked for cannot run this call.
+
+    Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the backend.
+    Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
+    """
+    if dropout_p and dropout_seed is None and isinstance(query, Tensor):
+        dropout_seed = new_dropout_seed(query.device)
+    inputs = AttnInputs(*_autocast(query, key, value), bias, sinks, dropout_seed)
+    spec = AttnSpec.of(
+        inputs,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        score=score,
+        normalizer=normalizer,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    if tracing.transforms_active():
+        dispatch.requested(backend)
+        out, lse = reference.plain(spec, inputs)
+    else:
+        out, lse = ops.attention(inputs, spec.flat(), dispatch.requested(backend))
+    return (out, lse) if return_lse else out
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None = None, **arguments: object) -> Verdict:
+    """What `attention` with the same arguments would run on, and why not on the others.
+
+    Works on meta tensors, computes nothing and builds nothing.
+
+    Returns:
+        Verdict with `.backend`, `.kernel`, `.reasons` (room -> None or a sentence), `.notes`; `str()` is a table.
+
+    Raises:
+        As `attention` does.
+    """
+    arguments.pop("return_lse", None)
+    tensors = {name: arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed")}
+    inputs = AttnInputs(*_autocast(query, key, value), **tensors)  # type: ignore[arg-type]
+    spec = AttnSpec.of(inputs, **arguments)  # type: ignore[arg-type]
+    notes = ["second derivatives, forward-mode differentiation and functorch transforms run plain PyTorch"]
+    if inputs.query.dtype != query.dtype:
+        notes.append(f"autocast turns {query.dtype} into {inputs.query.dtype}")
+    return dispatch.verdict(spec, backend, notes)
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    lse: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    heads: str = "all",
+    rows: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """The exact weights that `attention` uses, before dropout, by a second pass. Differentiable.
+
+    Args:
+        query, key, mask, bias, scale, softcap, sinks: as given to `attention`.
+        lse: what `attention(..., return_lse=True)` returned; saves the row sums.
+        heads: "all" for every head, "mean" for their average.
+        rows: the queries wanted, ints or an int tensor [n]; negative ones count from the end. All when None.
+
+    Returns:
+        [batch, num_heads, n or q_len, kv_len], or [batch, n or q_len, kv_len] for the mean; float32 (float64 for float64).
+        Rows that see no key are 0; with sinks a row sums to less than 1.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    if heads not in ("all", "mean"):
+        raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
+    query, key = _autocast(query, key)
+    inputs = AttnInputs(query, key, key, bias, sinks)
+    spec = AttnSpec.of(inputs, mask=mask, scale=scale, softcap=softcap)
+    if lse is not None and lse.shape != query.shape[:3]:
+        raise ValueError(f"lse: [batch, num_heads, q_len] = {list(query.shape[:3])} is needed, got {list(lse.shape)}")
+    index = None if rows is None else _row_index(rows, spec)
+    weights = reference.attention_weights(spec, inputs, lse, index)
+    return weights.mean(1) if heads == "mean" else weights
+
+
+def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
+    index = torch.as_tensor(rows, device=spec.device)
+    if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
+        raise ValueError(f"rows: a list of ints or an int tensor [n] is needed, got {index.dtype} {list(index.shape)}")
+    index = index.long()
+    return torch.where(index < 0, index + spec.q_len, index)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast: floating tensors but float64 ones in its dtype, as torch's SDPA is on the lower-precision list."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )

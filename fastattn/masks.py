@@ -1,0 +1,542 @@
+"""Masks: who may look at whom. This file is the definition; every kernel's rule is held against it.
+
+A mask is a frozen value. `mask.dense(q_len, kv_len)` is the bool table it stands for, broadcastable to
+[batch, num_heads, q_len, kv_len], True = attend. `a & b` shows what both show, `a | b` what either shows.
+
+Most masks are *interval masks*: query i sees the keys start <= j < stop, and `interval` says start and stop. It is written
+once per mask; the dense table, the pictures, the counts and the tile lists (blocks.py) are all derived from it.
+
+`Causal`, `Window`, `Chunked` and `Prefix` place query i at position i + offset. `align="bottom-right"` (the default) means
+offset = kv_len - q_len, so that the last query sits at the last key; `align="top-left"` means 0; `offset=`, an int or an
+int tensor [batch], says it outright (a cache with empty slots needs that).
+
+Tensors are int32 or int64 and live on the query's device. Their values are checked when the mask is made if they lie on the
+CPU, or anywhere with `validate=True` (one device sync); `validate=False` never checks. Kernels clamp, so that a bad value
+hides or shows wrong keys but never reads out of bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass
+
+import torch
+from torch import Tensor
+
+Length = int | Tensor  # one length for all rows, or one for each row
+Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
+ALIGNMENTS = ("bottom-right", "top-left")
+
+
+class Mask:
+    """Base of all masks: the table, its picture, its combinations."""
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        """First visible key and the one after the last, for each query of `q_idx` (int64, [..., q_len]), not clipped."""
+        raise NotImplementedError(f"{type(self).__name__} is not an interval mask")
+
+    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
+        """At most two intervals a row whose union is what the row sees; None where there is no such closed form."""
+        return [self.interval(_rows(q_len, device), q_len, kv_len)]
+
+    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
+        """The mask as a bool table [batch or 1, num_heads or 1, q_len, kv_len], True = attend."""
+        device = device or self.device
+        [(start, stop)] = self.intervals(q_len, kv_len, device)  # type: ignore[misc]
+        return _between(start, stop, kv_len)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        """Raise ValueError where the mask's tensors do not fit a problem of these sizes."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for value in _values(self) if isinstance(value, Tensor)] + [
+            tensor for value in _values(self) if isinstance(value, Mask) for tensor in value.tensors
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the mask's tensors live; the CPU for a mask without tensors."""
+        return next((tensor.device for tensor in self.tensors), torch.device("cpu"))
+
+    def leaves(self) -> list[Mask]:
+        """The masks that must all agree: the parts of an `And`, or the mask itself."""
+        return [self]
+
+    def draw(self, q_len: int, kv_len: int, *, batch: int = 0, head: int = 0) -> str:
+        """The small table as text: a row a query, x = attends, . = hidden."""
+        table = self.dense(q_len, kv_len)
+        table = table.expand(*(max(have, want + 1) for have, want in zip(table.shape, (batch, head), strict=False)), -1, -1)
+        table = table[batch, head].expand(q_len, kv_len)
+        return "\n".join(" ".join("x" if seen else "." for seen in row) for row in table.tolist())
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+
+@dataclass(frozen=True, eq=False)
+class Full(Mask):
+    """Every query sees every key.
+
+    >>> print(Full().draw(2, 3))
+    x x x
+    x x x
+    """
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        return torch.zeros_like(q_idx), torch.zeros_like(q_idx) + kv_len
+
+
+@dataclass(frozen=True, eq=False)
+class Placed(Mask):
+    """Base of the masks that place query i at position i + offset. Not a mask by itself."""
+
+    align: str = dataclasses.field(default="bottom-right", kw_only=True)
+    offset: int | Tensor | None = dataclasses.field(default=None, kw_only=True)
+    validate: InitVar[bool | None] = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self, validate: bool | None) -> None:
+        name = type(self).__name__
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"{name}: align must be one of {ALIGNMENTS}, got {self.align!r}")
+        if self.offset is not None and not _is_int(self.offset):
+            _check_ints(name, offset=self.offset)
+
+    def position(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Tensor:
+        """Where on the key axis each query sits."""
+        if self.offset is None:
+            return q_idx + (kv_len - q_len if self.align == "bottom-right" else 0)
+        return q_idx + (self.offset.long()[:, None, None] if isinstance(self.offset, Tensor) else self.offset)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        _check_batch(self, batch, offset=self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Causal(Placed):
+    """A query at position p sees the keys up to p.
+
+    >>> print(Causal().draw(3, 5))
+    x x x . .
+    x x x x .
+    x x x x x
+    >>> print(Causal(align="top-left").draw(3, 5))
+    x . . . .
+    x x . . .
+    x x x . .
+    """
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        position = self.position(q_idx, q_len, kv_len)
+        return torch.zeros_like(position), position + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Window(Placed):
+    """Truncated attention: a query at position p sees the keys p - left ... p + right, both ends included.
+
+    `None` leaves a side unbounded: Window(None, 0) is Causal().
+
+    >>> print(Window(1, 0).draw(4, 4))
+    x . . .
+    x x . .
+    . x x .
+    . . x x
+    >>> print(Window(2, 1).draw(3, 6))
+    . x x x x .
+    . . x x x x
+    . . . x x x
+    """
+
+    left: int | None
+    right: int | None
+
+    def __post_init__(self, validate: bool | None) -> None:
+        super().__post_init__(validate)
+        _check_sizes("Window", 0, left=self.left, right=self.right)
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        position = self.position(q_idx, q_len, kv_len)
+        start = torch.zeros_like(position) if self.left is None else position - self.left
+        stop = torch.zeros_like(position) + kv_len if self.right is None else position + self.right + 1
+        return start, stop
+
+
+@dataclass(frozen=True, eq=False)
+class Chunked(Placed):
+    """Chunk-wise attention: chunk(x) = floor(x / size); a query sees its own chunk, `left_chunks` before it and
+    `right_chunks` after it (None = unbounded). Not causal by itself: `Chunked(size) & Causal()` is.
+
+    >>> print(Chunked(2, left_chunks=1).draw(5, 5))
+    x x . . .
+    x x . . .
+    x x x x .
+    x x x x .
+    . . x x x
+    """
+
+    size: int
+    left_chunks: int | None = 0
+    right_chunks: int | None = 0
+
+    def __post_init__(self, validate: bool | None) -> None:
+        super().__post_init__(validate)
+        _check_sizes("Chunked", 0, left_chunks=self.left_chunks, right_chunks=self.right_chunks)
+        if not _is_int(self.size) or self.size < 1:
+            raise ValueError(f"Chunked: size must be an int of at least 1, got {self.size!r}")
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        position = self.position(q_idx, q_len, kv_len)
+        chunk = torch.div(position, self.size, rounding_mode="floor")
+        none = torch.zeros_like(position)
+        start = none if self.left_chunks is None else (chunk - self.left_chunks) * self.size
+        stop = none + kv_len if self.right_chunks is None else (chunk + self.right_chunks + 1) * self.size
+        return start, stop
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Mask):
+    """Padding: in batch item b the keys kv_starts[b] <= j < kv_lengths[b] are real; queries from q_lengths[b] on see nothing.
+
+    Each an int32 or int64 tensor [batch]. Left padding is `kv_starts`. Lengths never move a query: combine with
+    `Causal(offset=...)` where the positions follow the lengths.
+
+    >>> print(Lengths(torch.tensor([2]), q_lengths=torch.tensor([1])).draw(2, 4))
+    x x . .
+    . . . .
+    """
+
+    kv_lengths: Tensor
+    q_lengths: Tensor | None = None
+    kv_starts: Tensor | None = None
+    validate: InitVar[bool | None] = None
+
+    def __post_init__(self, validate: bool | None) -> None:
+        named = {"kv_lengths": self.kv_lengths, "q_lengths": self.q_lengths, "kv_starts": self.kv_starts}
+        _check_ints("Lengths", **{name: tensor for name, tensor in named.items() if tensor is not None or name == "kv_lengths"})
+        if _may_look(validate, self.tensors):
+            for name, tensor in named.items():
+                if tensor is not None and tensor.numel() and tensor.min() < 0:
+                    raise ValueError(f"Lengths: {name} must not be negative, got {tensor.min().item()}")
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        stop = self.kv_lengths.long()[:, None, None].expand(-1, 1, q_idx.shape[-1])
+        start = torch.zeros_like(stop) if self.kv_starts is None else self.kv_starts.long()[:, None, None].expand_as(stop)
+        if self.q_lengths is not None:
+            stop = torch.where(q_idx < self.q_lengths.long()[:, None, None], stop, start)
+        return start, stop
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        _check_batch(self, batch, kv_lengths=self.kv_lengths, q_lengths=self.q_lengths, kv_starts=self.kv_starts)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Placed):
+    """Prefix-LM: causal, and the first lengths[b] keys are seen by all. `lengths`: int32 or int64 [batch].
+
+    >>> print(Prefix(torch.tensor([2])).draw(4, 4))
+    x x . .
+    x x . .
+    x x x .
+    x x x x
+    """
+
+    lengths: Tensor
+
+    def __post_init__(self, validate: bool | None) -> None:
+        super().__post_init__(validate)
+        _check_ints("Prefix", lengths=self.lengths)
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        start, causal_stop = Causal(align=self.align, offset=self.offset, validate=False).interval(q_idx, q_len, kv_len)
+        _, prefix_stop = Lengths(self.lengths, validate=False).interval(q_idx, q_len, kv_len)
+        return start, torch.maximum(causal_stop, prefix_stop)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        super().check(batch, num_heads, q_len, kv_len)
+        _check_batch(self, batch, lengths=self.lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    """Documents in one row: equal ids see each other; a negative id sees nothing and is not seen.
+
+    `q_ids` [batch or 1, q_len], `kv_ids` [batch or 1, kv_len] (the same tensor when None), int32 or int64.
+    `sorted=True` promises ids that never decrease, negative ones last: kernels then walk spans; else they walk tile lists.
+
+    >>> print(Segments(torch.tensor([[0, 1, 0, -1]])).draw(4, 4))
+    x . x .
+    . x . .
+    x . x .
+    . . . .
+    """
+
+    q_ids: Tensor
+    kv_ids: Tensor | None = None
+    sorted: bool = False
+    validate: InitVar[bool | None] = None
+
+    def __post_init__(self, validate: bool | None) -> None:
+        _check_ints("Segments", rank=2, q_ids=self.q_ids, kv_ids=self.key_ids)
+        if self.sorted and _may_look(validate, self.tensors):
+            for name, ids in (("q_ids", self.q_ids), ("kv_ids", self.key_ids)):
+                order = _negative_last(ids)
+                if bool((order[:, 1:] < order[:, :-1]).any()):
+                    raise ValueError(
+                        f"Segments: sorted=True needs {name} that never decrease, with negative ids last; "
+                        "sort the sequence or leave sorted=False"
+                    )
+
+    @property
+    def key_ids(self) -> Tensor:
+        """The keys' ids, [batch or 1, kv_len]."""
+        return self.q_ids if self.kv_ids is None else self.kv_ids
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        keys, queries = _negative_last(self.key_ids), self.q_ids.long()
+        batch = max(keys.shape[0], queries.shape[0])
+        keys, queries = keys.expand(batch, -1).contiguous(), queries.expand(batch, -1).contiguous()
+        start, stop = torch.searchsorted(keys, queries), torch.searchsorted(keys, queries, right=True)
+        return start[:, None], torch.where(queries < 0, start, stop)[:, None]
+
+    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
+        return super().intervals(q_len, kv_len, device) if self.sorted else None
+
+    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
+        queries, keys = self.q_ids[:, None, :, None], self.key_ids[:, None, None, :]
+        return (queries == keys) & (queries >= 0)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        for name, ids, length in (("q_ids", self.q_ids, q_len), ("kv_ids", self.key_ids, kv_len)):
+            if ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+                raise ValueError(f"mask Segments: {name} must be [{batch} or 1, {length}], got {list(ids.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(Mask):
+    """Sequences of different lengths laid end to end in one row (batch 1): each sees itself, through `inside`.
+
+    `cu_q`, `cu_kv`: int32 or int64 [segments + 1], cumulative lengths from 0; tokens after the last segment see nothing.
+    `inside` is a mask of its own lengths in each segment: Full, Causal, Window, Chunked and their `&`.
+
+    >>> print(Packed(torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5])).draw(5, 5))
+    x . . . .
+    x x . . .
+    . . x . .
+    . . x x .
+    . . x x x
+    """
+
+    cu_q: Tensor
+    cu_kv: Tensor
+    inside: Mask = dataclasses.field(default_factory=Causal)
+    validate: InitVar[bool | None] = None
+
+    def __post_init__(self, validate: bool | None) -> None:
+        _check_ints("Packed", cu_q=self.cu_q, cu_kv=self.cu_kv)
+        if self.cu_q.shape != self.cu_kv.shape or self.cu_q.shape[0] < 1:
+            raise ValueError(
+                "Packed: cu_q and cu_kv must both be [segments + 1], "
+                f"got {list(self.cu_q.shape)} and {list(self.cu_kv.shape)}"
+            )
+        for leaf in self.inside.leaves():
+            if not isinstance(leaf, (Full, Causal, Window, Chunked)) or leaf.tensors:
+                raise ValueError(
+                    "Packed: inside must be made of Full, Causal, Window and Chunked without tensors, "
+                    f"got {type(leaf).__name__}; combine other masks with Packed by &"
+                )
+        if _may_look(validate, [self.cu_q, self.cu_kv]):
+            for name, cu in (("cu_q", self.cu_q), ("cu_kv", self.cu_kv)):
+                if cu[0] != 0 or bool((cu[1:] < cu[:-1]).any()):
+                    raise ValueError(f"Packed: {name} must start at 0 and never decrease, got {cu.tolist()}")
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        cu_q, cu_kv = self.cu_q.long(), self.cu_kv.long()
+        if cu_q.shape[0] == 1:
+            return torch.zeros_like(q_idx), torch.zeros_like(q_idx)
+        real = q_idx < cu_q[-1]
+        segment = torch.where(real, torch.searchsorted(cu_q, q_idx.contiguous(), right=True) - 1, 0)
+        q_start, kv_start = cu_q[segment], cu_kv[segment]
+        kv_size = cu_kv[segment + 1] - kv_start
+        start, stop = self.inside.interval(q_idx - q_start, cu_q[segment + 1] - q_start, kv_size)
+        start, stop = kv_start + start.clamp(min=0), kv_start + torch.minimum(stop, kv_size)
+        return start, torch.where(real, stop, start)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        if batch != 1:
+            raise ValueError(f"mask Packed: packed sequences are one row, batch must be 1, got batch {batch}")
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """Any bool table broadcastable to [batch, num_heads, q_len, kv_len], True = attend.
+
+    >>> print(Dense(torch.tensor([[True, False], [False, True]])).draw(2, 2))
+    x .
+    . x
+    """
+
+    table: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.table, Tensor) or self.table.dtype != torch.bool or self.table.dim() > 4:
+            got = f"{self.table.dtype} {list(self.table.shape)}" if isinstance(self.table, Tensor) else repr(self.table)
+            raise ValueError(
+                "mask: a tensor mask must be bool (True = attend) with at most 4 dimensions, "
+                f"got {got}; numbers to add to the scores go into bias="
+            )
+
+    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> None:
+        return None
+
+    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
+        table = self.table[(None,) * (4 - self.table.dim())]
+        return table.expand(-1, -1, q_len, kv_len)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        want = (batch, num_heads, q_len, kv_len)
+        if any(have not in (1, size) for have, size in zip(self.table.shape[::-1], want[::-1], strict=False)):
+            raise ValueError(
+                f"mask: a table of shape {list(self.table.shape)} does not broadcast to "
+                f"[batch, num_heads, q_len, kv_len] = {list(want)}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class And(Mask):
+    """What both masks show: `left & right`.
+
+    >>> print((Causal() & Chunked(2)).draw(4, 4))
+    x . . .
+    x x . .
+    . . x .
+    . . x x
+    """
+
+    left: Mask
+    right: Mask
+
+    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
+        return _intersect(self.left.interval(q_idx, q_len, kv_len), self.right.interval(q_idx, q_len, kv_len))
+
+    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
+        left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
+        if left is None or right is None or len(left) * len(right) > 2:
+            return None
+        return [_intersect(a, b) for a in left for b in right]
+
+    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
+        device = device or self.device
+        return self.left.dense(q_len, kv_len, device=device) & self.right.dense(q_len, kv_len, device=device)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        for part in (self.left, self.right):
+            part.check(batch, num_heads, q_len, kv_len)
+
+    def leaves(self) -> list[Mask]:
+        return [*self.left.leaves(), *self.right.leaves()]
+
+
+@dataclass(frozen=True, eq=False)
+class Or(Mask):
+    """What either mask shows: `left | right`, such as a window and a few sink tokens.
+
+    >>> print((Window(1, 0) | Lengths(torch.tensor([1]))).draw(4, 4))
+    x . . .
+    x x . .
+    x x x .
+    x . x x
+    """
+
+    left: Mask
+    right: Mask
+
+    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
+        left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
+        return None if left is None or right is None or len(left) + len(right) > 2 else left + right
+
+    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
+        device = device or self.device
+        return self.left.dense(q_len, kv_len, device=device) | self.right.dense(q_len, kv_len, device=device)
+
+    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
+        for part in (self.left, self.right):
+            part.check(batch, num_heads, q_len, kv_len)
+
+
+def visible_pairs(mask: Mask, batch: int, num_heads: int, q_len: int, kv_len: int) -> int:
+    """How many (query, key) pairs the mask shows over all batch items and heads. Reads values: syncs a device."""
+    intervals = mask.intervals(q_len, kv_len, mask.device)
+    if intervals is None:
+        table = mask.dense(q_len, kv_len)
+        return int(table.sum()) * (batch // table.shape[0]) * (num_heads // table.shape[1])
+    total = 0
+    parts = [(1, part) for part in intervals]
+    if len(intervals) == 2:
+        parts.append((-1, _intersect(*intervals)))
+    for sign, (start, stop) in parts:
+        rows = (stop.clamp(max=kv_len) - start.clamp(min=0)).clamp(min=0)
+        heads_and_batch = (batch // rows.shape[0] if rows.dim() == 3 else batch) * num_heads
+        total += sign * int(rows.sum()) * heads_and_batch
+    return total
+
+
+def _rows(q_len: int, device: torch.device | None) -> Tensor:
+    return torch.arange(q_len, device=device)[None, None]  # [1, 1, q_len]
+
+
+def _between(start: Tensor, stop: Tensor, kv_len: int) -> Tensor:
+    kv_idx = torch.arange(kv_len, device=start.device)
+    return (kv_idx >= start[..., None]) & (kv_idx < stop[..., None])
+
+
+def _intersect(a: Interval, b: Interval) -> Interval:
+    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
+
+
+def _negative_last(ids: Tensor) -> Tensor:
+    """Ids as int64 with the negative ones moved past every other, so that a sorted row stays sorted."""
+    ids = ids.long()
+    return torch.where(ids < 0, torch.iinfo(torch.int64).max, ids)
+
+
+def _values(mask: Mask) -> Iterable[object]:
+    return (getattr(mask, field.name) for field in dataclasses.fields(mask))  # type: ignore[arg-type]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _may_look(validate: bool | None, tensors: list[Tensor]) -> bool:
+    """Whether values may be read: asked for, or on the CPU outside of tracing and transforms."""
+    if validate is not None or torch.compiler.is_compiling():
+        return bool(validate) and not torch.compiler.is_compiling()
+    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _check_sizes(name: str, least: int, **sizes: int | None) -> None:
+    for argument, size in sizes.items():
+        if size is not None and (not _is_int(size) or size < least):
+            raise ValueError(f"{name}: {argument} must be an int of at least {least} or None (unbounded), got {size!r}")
+
+
+def _check_ints(name: str, rank: int = 1, **tensors: object) -> None:
+    for argument, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {argument} must be an int32 or int64 tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != rank:
+            raise ValueError(
+                f"{name}: {argument} must be int32 or int64 with {rank} dimension{'s' * (rank > 1)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _check_batch(mask: Mask, batch: int, **tensors: object) -> None:
+    for argument, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.shape[0] not in (1, batch):
+            raise ValueError(f"mask {type(mask).__name__}: {argument} must be [{batch}] (the batch), got {list(tensor.shape)}")

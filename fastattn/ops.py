@@ -1,0 +1,182 @@
+"""The operators fastattn::attention_forward and fastattn::attention_backward: what compilers and autograd see.
+
+They take the tensors and the spec as primitives, so that torch.compile, torch.export, CUDA graphs and checkpointing treat
+attention as one node. The room is chosen inside, at run time. Made with torch.library.Library, as custom_op costs more a call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, reference
+from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
+
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
+_SPEC = (
+    "str mask_code, SymInt[] mask_numbers, Tensor[] mask_tensors, float scale, float? softcap, float dropout_p, "
+    "bool deterministic, str backend"
+)
+_LIBRARY = torch.library.Library("fastattn", "DEF")
+_LIBRARY.define(f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
+_LIBRARY.define(
+    f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_INPUTS}, {_SPEC}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+FORWARD = torch.ops.fastattn.attention_forward.default
+BACKWARD = torch.ops.fastattn.attention_backward.default
+N_INPUTS = len(AttnInputs._fields)
+
+
+def attention(inputs: AttnInputs, packed: FlatSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    """out, lse of a checked call through the operator; `backend=None` leaves the choice to the room list."""
+    return FORWARD(*inputs, *packed, backend or "")
+
+
+def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
+    inputs = AttnInputs(*args[:N_INPUTS])
+    return inputs, AttnSpec.from_flat(inputs, FlatSpec(*args[N_INPUTS:-1])), args[-1] or None
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, spec, backend = _unpack(args)
+    return dispatch.room(dispatch.choose(spec, backend)).forward(spec, inputs)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, spec, _ = _unpack(args)
+    return spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+
+
+def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, spec, backend = _unpack(args)
+    grads = dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
+    return tuple(inputs.query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = args[:5]
+    return tuple(inputs[0].new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in inputs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep the tensors for the backward pass and the primitives beside them."""
+    mask_tensors = inputs[N_INPUTS + 2]
+    ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output)
+    ctx.primitives = inputs[N_INPUTS:]
+    ctx.set_materialize_grads(False)
+
+
+def _args(ctx: Any, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operator's arguments after the gradients, with the mask's tensors put back in their place."""
+    code, numbers, _, *rest = ctx.primitives
+    return (*saved[:N_INPUTS], code, numbers, list(saved[N_INPUTS:]), *rest)
+
+
+def _no_grads(ctx: Any) -> tuple[Any, ...]:
+    """What stands for the seed and the primitives among returned gradients.
+
+    torch wants a list of None for a list of tensors, and takes any empty list for one.
+    """
+
+    def none(given: Any) -> list[None] | None:
+        tensors = isinstance(given, (list, tuple)) and all(isinstance(each, Tensor) for each in given)
+        return [None] * len(given) if tensors else None
+
+    return (None, *map(none, ctx.primitives))
+
+
+def _forward_grad(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+    *saved, out, lse = ctx.saved_tensors
+    if d_out is None and d_lse is None:
+        return (*(None,) * (N_INPUTS - 1), *_no_grads(ctx))
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    args = _args(ctx, tuple(saved))
+    grads = BACKWARD(d_out, d_lse, out, lse, *args)
+    return (*(None if tensor is None else grad for tensor, grad in zip(args, grads, strict=False)), *_no_grads(ctx))
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    d_out, d_lse, _, _, *rest = inputs
+    mask_tensors = rest[N_INPUTS + 2]
+    ctx.save_for_backward(*rest[:N_INPUTS], *mask_tensors, d_out, d_lse)
+    ctx.primitives = tuple(rest[N_INPUTS:])
+
+
+def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Second derivatives: differentiate the plain formulation twice. `out` and `lse` count as functions of the inputs."""
+    *saved, d_out, d_lse = ctx.saved_tensors
+    inputs, spec, _ = _unpack(_args(ctx, tuple(saved)))
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (*inputs[:5], d_out, d_lse)]
+        *primals, d_out, d_lse = leaves
+        out, lse = reference.plain(spec, AttnInputs(*primals, inputs.dropout_seed))
+        wanted = [leaf for leaf in primals if leaf is not None]
+        tangents = (d_out, torch.zeros_like(lse) if d_lse is None else d_lse)
+        first = torch.autograd.grad((out, lse), wanted, tangents, create_graph=True, materialize_grads=True)
+    weights = [grad for grad, primal in zip(grads, primals, strict=True) if primal is not None]
+    targets = [leaf for leaf in leaves if leaf is not None]
+    second = iter(torch.autograd.grad(first, targets, weights, materialize_grads=True))
+    *d_primals, dd_out, dd_lse = (None if leaf is None else next(second) for leaf in leaves)
+    return (dd_out, dd_lse, None, None, *d_primals, *_no_grads(ctx))
+
+
+def _register_flops() -> None:
+    """FLOP formulas for torch.utils.flop_counter, in its own convention: hidden pairs count too."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    def spec(*shapes: Any) -> AttnSpec:
+        meta = [torch.empty(tuple(shape), device="meta") for shape in shapes]
+        return AttnSpec.from_flat(AttnInputs(*meta), FlatSpec("Full", [], [], 1.0, None, 0.0, True))
+
+    @register_flop_formula(torch.ops.fastattn.attention_forward)
+    def _forward_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return spec(query, key, value).flops("fwd")
+
+    @register_flop_formula(torch.ops.fastattn.attention_backward)
+    def _backward_flops(d_out: Any, d_lse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *args: Any,
+                        out_shape: Any = None, **kwargs: Any) -> int:  # fmt: skip
+        return spec(query, key, value).flops("bwd")
+
+
+class _AfterImport:
+    """Runs a function when a module gets imported, without importing it: torch.utils.flop_counter pulls triton in."""
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self.module, self.then = module, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        import importlib.util
+
+        found = importlib.util.find_spec(name)
+        if found is not None and found.loader is not None:
+            load = found.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                self.then()
+
+            found.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return found
+
+
+for _name, _run, _fake, _setup, _grad in (
+    ("attention_forward", _forward, _forward_fake, _save, _forward_grad),
+    ("attention_backward", _backward, _backward_fake, _save_backward, _backward_grad),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"fastattn::{_name}", _grad, setup_context=_setup, lib=_LIBRARY)
+
+if "torch.utils.flop_counter" in sys.modules:
+    _register_flops()
+else:
+    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))  # type: ignore[arg-type]

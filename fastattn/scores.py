@@ -1,0 +1,49 @@
+"""Scores and normalisers: how a query and a key make a number, and how a row of numbers becomes weights.
+
+`eager` is the definition, in plain differentiable PyTorch. One of each exists today; kernels name them by class, so another
+is a class here and a rule in each room.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattn.visible import visible_scores
+
+
+@dataclass(frozen=True)
+class DotProduct:
+    """score(q, k) = scale * <q, k>  (Vaswani et al. 2017, "Attention is all you need", eq. 1)."""
+
+    def eager(self, query: Tensor, key: Tensor, scale: float, keep: Tensor) -> Tensor:
+        """query [..., q_len, head_dim], key [..., kv_len, head_dim] -> scores [..., q_len, kv_len], 0 where hidden."""
+        return visible_scores(query * scale, key, keep)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """weights_ij = exp(t_ij) / (sum_j' exp(t_ij') + exp(sink_h)) over the visible keys j'; without sinks the last term is 0.
+
+    A row that sees nothing gets weights 0 and lse -inf. The sink is gpt-oss's learned logit per head (OpenAI 2025); it
+    takes weight and adds no value. lse is the natural log of the visible sum, without the sink.
+    """
+
+    def eager(self, scores: Tensor, keep: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """scores [..., num_heads, q_len, kv_len], keep bool broadcastable to it, sinks [num_heads] -> weights, lse."""
+        some = keep.any(-1, keepdim=True)
+        # A row that sees nothing is computed as if it held zeros and overwritten after, so that its gradients are 0, not NaN.
+        visible = torch.where(keep, scores, torch.where(some, -torch.inf, 0.0).to(scores.dtype))
+        lse = visible.logsumexp(-1, keepdim=True)
+        total = lse if sinks is None else torch.logaddexp(lse, sinks.to(scores.dtype)[:, None, None])
+        weights = torch.where(keep, (visible - total).exp(), 0.0)
+        return weights, torch.where(some, lse, -torch.inf).squeeze(-1)
+
+    def from_lse(self, scores: Tensor, keep: Tensor, sinks: Tensor | None, lse: Tensor) -> Tensor:
+        """The same weights from a row's lse [..., num_heads, q_len], by one exponential each."""
+        total = torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks.to(scores.dtype)[:, None, None])
+        return torch.where(keep, (torch.where(keep, scores, 0.0) - total).exp(), 0.0)

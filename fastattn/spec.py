@@ -1,0 +1,281 @@
+"""AttnSpec: everything about one attention problem but its numbers. Made and checked once, then read by everybody.
+
+All shape, dtype and device checks of the library are here. The spec crosses the operator border as flat primitives
+(`flat`, `from_flat`); the tensors travel beside it as `AttnInputs`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import flat
+from fastattn.dropout import check_dropout
+from fastattn.masks import Dense, Full, Mask, visible_pairs
+from fastattn.scores import DotProduct, Softmax
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MODES = ("fwd", "bwd", "fwd+bwd")
+
+
+class AttnInputs(NamedTuple):
+    """The tensors of one call.
+
+    query [batch, num_heads, q_len, head_dim], key [batch, num_kv_heads, kv_len, head_dim],
+    value [batch, num_kv_heads, kv_len, head_dim_v], bias broadcastable to [batch, num_heads, q_len, kv_len],
+    sinks [num_heads], dropout_seed int64 [1].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+
+class FlatSpec(NamedTuple):
+    """What of a spec the tensors' own shapes do not say, in types an operator schema knows."""
+
+    mask_code: str
+    mask_numbers: list[int]
+    mask_tensors: list[Tensor]
+    scale: float
+    softcap: float | None
+    dropout_p: float
+    deterministic: bool
+
+
+@dataclass(frozen=True, eq=False)
+class AttnSpec:
+    """One attention problem. Lengths in tokens; `device` and `dtype` are the query's."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    device: torch.device
+    mask: Mask
+    scale: float
+    softcap: float | None
+    bias_shape: tuple[int, ...] | None
+    has_sinks: bool
+    dropout_p: float
+    deterministic: bool
+    needs_grad: bool
+    score: DotProduct
+    normalizer: Softmax
+
+    @classmethod
+    def of(
+        cls,
+        inputs: AttnInputs,
+        *,
+        mask: Mask | Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        score: object = None,
+        normalizer: object = None,
+        dropout_p: float = 0.0,
+        deterministic: bool = True,
+    ) -> AttnSpec:
+        """Check one call and say what it is.
+
+        Raises:
+            TypeError: something that should be a tensor or a mask is not.
+            ValueError: ranks, sizes, dtypes, devices or numbers that do not fit; the sentence names the argument.
+        """
+        _check_tensors(inputs)
+        _check_hooks(score, normalizer)
+        if mask is None:
+            mask = Full()
+        elif isinstance(mask, Tensor):
+            mask = Dense(mask)
+        elif not isinstance(mask, Mask):
+            raise TypeError(
+                f"mask: a fastattn.masks.Mask or a bool tensor (True = attend) is needed, got {type(mask).__name__}"
+            )
+        spec = cls.from_flat(inputs, FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic), mask=mask)
+        _check_sizes(spec, inputs)
+        _check_numbers(spec, inputs)
+        return spec
+
+    @classmethod
+    def from_flat(cls, inputs: AttnInputs, packed: FlatSpec, mask: Mask | None = None) -> AttnSpec:
+        """The spec of tensors that have been checked before; `mask` saves unpacking it."""
+        query, key, value, bias, sinks, _ = inputs
+        batch, num_heads, q_len, head_dim = query.shape
+        _, num_kv_heads, kv_len, head_dim_v = value.shape
+        scale = packed.scale
+        if scale is None:
+            scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+        differentiable = (query, key, value, bias, sinks)
+        return cls(
+            batch,
+            num_heads,
+            num_kv_heads,
+            q_len,
+            kv_len,
+            head_dim,
+            head_dim_v,
+            query.dtype,
+            query.device,
+            flat.unpack(packed.mask_code, packed.mask_numbers, packed.mask_tensors) if mask is None else mask,
+            scale,
+            packed.softcap,
+            None if bias is None else tuple(bias.shape),
+            sinks is not None,
+            packed.dropout_p,
+            packed.deterministic,
+            torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable),
+            DotProduct(),
+            Softmax(),
+        )
+
+    def flat(self) -> FlatSpec:
+        """The spec as primitives; `from_flat` of the same tensors brings it back."""
+        code, numbers, tensors = flat.pack(self.mask)
+        return FlatSpec(code, numbers, tensors, self.scale, self.softcap, self.dropout_p, self.deterministic)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_heads // self.num_kv_heads if self.num_kv_heads else 1
+
+    def empty_out(self, query: Tensor) -> Tensor:
+        """Uninitialised output [batch, num_heads, q_len, head_dim_v] in the query's dtype and, of the two usual layouts, its own."""
+        batch, num_heads, q_len, _ = query.shape
+        if 0 < query.stride(1) < query.stride(2):
+            return query.new_empty(batch, q_len, num_heads, self.head_dim_v).transpose(1, 2)
+        return query.new_empty(batch, num_heads, q_len, self.head_dim_v)
+
+    def empty_lse(self, query: Tensor) -> Tensor:
+        """Uninitialised log-sum-exp [batch, num_heads, q_len]: float32, float64 for float64."""
+        return query.new_empty(query.shape[:3], dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def visible_pairs(self) -> int:
+        """(query, key) pairs that the mask shows, over batch and heads. Reads the mask's values: syncs a device."""
+        return visible_pairs(self.mask, self.batch, self.num_heads, self.q_len, self.kv_len)
+
+    def flops(self, mode: str = "fwd", *, useful: bool = False) -> int:
+        """Floating-point operations of the matrix products: two forward, five backward (P, dP, dQ, dK, dV).
+
+        `useful=False` counts all pairs, as torch's own FLOP counter does; True only those that the mask shows.
+        """
+        pairs = self.visible_pairs() if useful else self.batch * self.num_heads * self.q_len * self.kv_len
+        forward = 2 * pairs * (self.head_dim + self.head_dim_v)
+        backward = 2 * pairs * (3 * self.head_dim + 2 * self.head_dim_v)
+        return _by_mode(mode, forward, backward)
+
+    def bytes(self, mode: str = "fwd") -> int:
+        """Bytes that must cross memory once: inputs and outputs of the pass, lse included; mask and bias not."""
+        query = self.batch * self.num_heads * self.q_len
+        keys = self.batch * self.num_kv_heads * self.kv_len
+        both = query * (self.head_dim + self.head_dim_v) + keys * (self.head_dim + self.head_dim_v)
+        item = self.dtype.itemsize
+        # Backward reads query, key, value, out, d_out and lse; it writes dq, dk, dv.
+        backward = item * (2 * both + query * self.head_dim_v) + 4 * query
+        return _by_mode(mode, item * both + 4 * query, backward)
+
+
+def _by_mode(mode: str, forward: int, backward: int) -> int:
+    if mode not in MODES:
+        raise ValueError(f"mode: one of {MODES} is needed, got {mode!r}")
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[mode]
+
+
+def _check_tensors(inputs: AttnInputs) -> None:
+    """Kinds, ranks, dtypes, devices."""
+    query = inputs.query
+    for name, tensor in inputs._asdict().items():
+        if tensor is None and name in ("bias", "sinks", "dropout_seed"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
+        if tensor.device != query.device:
+            raise ValueError(
+                f"{name}: all tensors must be on one device; query is on {query.device}, {name} on {tensor.device}"
+            )
+    for name, tensor in (("query", query), ("key", inputs.key), ("value", inputs.value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name}: 4 dimensions [batch, heads, length, head_dim] are needed, got shape {list(tensor.shape)}; "
+                "fastattn.scaled_dot_product_attention takes any rank"
+            )
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: query, key and value must share a dtype; query is {query.dtype}, {name} {tensor.dtype}")
+    if query.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"query: dtype must be one of {names}, got {query.dtype}")
+    bias = inputs.bias
+    if bias is not None and bias.dtype not in (torch.float32, query.dtype):
+        hint = "; a bool mask goes into mask=" if bias.dtype == torch.bool else ""
+        raise ValueError(f"bias: float32 or the query's dtype ({query.dtype}) is needed, got {bias.dtype}{hint}")
+    if inputs.sinks is not None and not inputs.sinks.is_floating_point():
+        raise ValueError(f"sinks: a floating-point tensor is needed, got {inputs.sinks.dtype}")
+
+
+def _check_sizes(spec: AttnSpec, inputs: AttnInputs) -> None:
+    query, key, value, bias, sinks, _ = inputs
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(
+            "query, key, value: the batch sizes must be equal (expand with stride 0 to broadcast), "
+            f"got {query.shape[0]}, {key.shape[0]}, {value.shape[0]}"
+        )
+    if key.shape[3] != spec.head_dim or spec.head_dim < 1 or spec.head_dim_v < 1:
+        raise ValueError(
+            "query, key, value: query and key need the same head_dim, and each head_dim must be at least 1, "
+            f"got query {spec.head_dim}, key {key.shape[3]}, value {spec.head_dim_v}"
+        )
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"key, value: the numbers of heads must be equal, got {key.shape[1]} and {value.shape[1]}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key, value: the lengths must be equal, got key {key.shape[2]} and value {value.shape[2]}")
+    if spec.num_heads and (not spec.num_kv_heads or spec.num_heads % spec.num_kv_heads):
+        raise ValueError(
+            "query, key: the number of query heads must be a multiple of the number of key heads, "
+            f"got {spec.num_heads} and {spec.num_kv_heads}"
+        )
+    want = (spec.batch, spec.num_heads, spec.q_len, spec.kv_len)
+    if bias is not None and (
+        bias.dim() > 4 or any(have not in (1, size) for have, size in zip(bias.shape[::-1], want[::-1], strict=False))
+    ):
+        raise ValueError(
+            f"bias: shape {list(bias.shape)} does not broadcast to [batch, num_heads, q_len, kv_len] = {list(want)}"
+        )
+    if sinks is not None and tuple(sinks.shape) != (spec.num_heads,):
+        raise ValueError(f"sinks: one number per query head, [{spec.num_heads}], is needed, got {list(sinks.shape)}")
+    for tensor in spec.mask.tensors:
+        if tensor.device != spec.device:
+            raise ValueError(f"mask: its tensors must be on the query's device {spec.device}, got {tensor.device}")
+    spec.mask.check(*want)
+
+
+def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:
+    check_dropout(spec.dropout_p, inputs.dropout_seed)
+    if spec.softcap is not None and not spec.softcap > 0:
+        raise ValueError(f"softcap: a positive number or None is needed, got {spec.softcap}")
+    if not math.isfinite(spec.scale):
+        raise ValueError(f"scale: a finite number is needed, got {spec.scale}")
+    if not spec.deterministic and torch.are_deterministic_algorithms_enabled():
+        raise ValueError(
+            "deterministic=False: torch.use_deterministic_algorithms(True) is set, which an unordered backward would break; "
+            "leave deterministic=True"
+        )
+
+
+def _check_hooks(score: object, normalizer: object) -> None:
+    for name, given, default in (("score", score, DotProduct), ("normalizer", normalizer, Softmax)):
+        if given is not None and type(given) is not default:
+            raise ValueError(
+                f"{name}: only {default.__name__}() (the default) is there yet, got {given!r}; "
+                f"{name}= is reserved for the rest of the attention family"
+            )
