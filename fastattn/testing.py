@@ -1,0 +1,284 @@
+"""Problems to hold a room against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check` and bench.
+
+    problem = make_inputs(case, device)
+    check_close(problem, run(problem, backend="triton"))     # the one yardstick, see yardstick.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.dropout import check_dropout
+from fastattn.functional import attention
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Packed, Prefix, Segments, Window
+from fastattn.spec import AttnInputs, AttnSpec
+from fastattn.yardstick import Agreement, agreement, check_close
+
+__all__ = [
+    "Agreement", "CASES", "Case", "Problem", "agreement", "check_close", "lengths", "make_inputs", "poison", "run",
+]  # fmt: skip
+
+HALF = torch.bfloat16
+MaskMaker = Callable[["Case", torch.device], Mask | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. Sizes in tokens; `layout` says how the tensors lie in memory."""
+
+    id: str
+    q_len: int = 64
+    kv_len: int | None = None
+    batch: int = 2
+    num_heads: int = 2
+    num_kv_heads: int | None = None
+    head_dim: int = 32
+    head_dim_v: int | None = None
+    dtype: torch.dtype = HALF
+    mask: MaskMaker = lambda case, device: None
+    bias: tuple[int, ...] | None = None
+    bias_dtype: torch.dtype = torch.float32
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+    layout: str = "bhld"  # bhld, blhd (heads after length), strided (every second element), expanded (one batch for all)
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: one of {', '.join(LAYOUTS)} is needed, got {self.layout!r}")
+        check_dropout(self.dropout_p, None)
+
+    @property
+    def kv(self) -> int:
+        return self.q_len if self.kv_len is None else self.kv_len
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case made flesh: the tensors, the mask, the gradients that come in from above."""
+
+    case: Case
+    inputs: AttnInputs
+    mask: Mask | None
+    d_out: Tensor
+    d_lse: Tensor
+
+    @property
+    def spec(self) -> AttnSpec:
+        return AttnSpec.of(self.inputs, mask=self.mask, **self.numbers)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return {"scale": self.case.scale, "softcap": self.case.softcap, "dropout_p": self.case.dropout_p}
+
+
+LAYOUTS: dict[str, Callable[[Callable[..., Tensor], int, int, int, int], Tensor]] = {
+    "bhld": lambda make, b, h, n, d: make(b, h, n, d),
+    "blhd": lambda make, b, h, n, d: make(b, n, h, d).transpose(1, 2),
+    "strided": lambda make, b, h, n, d: make(b, h, n, 2 * d)[..., ::2],
+    "expanded": lambda make, b, h, n, d: make(1, h, n, d).expand(b, -1, -1, -1),
+}
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Problem:
+    """Random tensors with outliers (never zeros), the same on every device for one seed."""
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+
+    def make(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+        spikes = torch.rand(shape, generator=generator) < 0.005
+        return torch.where(spikes, tensor * 8, tensor).to(device, dtype)
+
+    def laid(heads: int, length: int, dim: int) -> Tensor:
+        return LAYOUTS[case.layout](make, case.batch, heads, length, dim)
+
+    kv_heads = case.num_kv_heads or case.num_heads
+    inputs = AttnInputs(
+        laid(case.num_heads, case.q_len, case.head_dim),
+        laid(kv_heads, case.kv, case.head_dim),
+        laid(kv_heads, case.kv, case.head_dim_v or case.head_dim),
+        None if case.bias is None else make(*case.bias, dtype=case.bias_dtype),
+        make(case.num_heads, dtype=wide) if case.sinks else None,
+        torch.tensor([0x1234_5678_9ABC], device=device) if case.dropout_p else None,
+    )
+    d_out = make(case.batch, case.num_heads, case.q_len, case.head_dim_v or case.head_dim)
+    d_lse = make(case.batch, case.num_heads, case.q_len, dtype=wide)
+    return Problem(case, inputs, case.mask(case, device), d_out, d_lse)
+
+
+def run(problem: Problem, backend: str | None = None, *, grads: bool = True) -> dict[str, Tensor]:
+    """One forward and, unless `grads=False`, one backward pass through the public call, on poisoned memory.
+
+    Returns:
+        out, lse, and the gradients dq, dk, dv and, where there are such inputs, dbias and dsinks.
+    """
+    tensors = problem.inputs[:5]
+    leaves = [None if each is None else each.detach().requires_grad_(grads) for each in tensors]
+    query, key, value, bias, sinks = leaves
+    with poison():
+        out, lse = attention(  # type: ignore[misc]
+            query, key, value, mask=problem.mask, bias=bias, sinks=sinks, dropout_seed=problem.inputs.dropout_seed,
+            backend=backend, return_lse=True, **problem.numbers,
+        )  # type: ignore[arg-type]  # fmt: skip
+        results = {"out": out.detach(), "lse": lse.detach()}
+        if grads:
+            wanted = [leaf for leaf in leaves if leaf is not None]
+            found = iter(torch.autograd.grad((out, lse), wanted, (problem.d_out, problem.d_lse)))
+            names = ("dq", "dk", "dv", "dbias", "dsinks")
+            results |= {name: next(found) for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
+    return results
+
+
+@contextlib.contextmanager
+def poison() -> Iterator[None]:
+    """Fresh uninitialised memory holds NaN (floating dtypes), so that what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def lengths(*kv: int, **others: tuple[int, ...]) -> MaskMaker:
+    """Rows' way to write Lengths: `lengths(3, 0)`, with q_lengths= and kv_starts= as tuples."""
+
+    def make(case: Case, device: torch.device) -> Mask:
+        tensors = {name: torch.tensor(given, device=device) for name, given in others.items()}
+        return Lengths(torch.tensor(kv, device=device), **tensors)
+
+    return make
+
+
+def both(*makers: MaskMaker) -> MaskMaker:
+    """The `&` of several makers."""
+
+    def make(case: Case, device: torch.device) -> Mask:
+        mask: Mask = Full()
+        for maker in makers:
+            mask = mask & (maker(case, device) or Full())
+        return mask
+
+    return make
+
+
+def is_(mask: Mask) -> MaskMaker:
+    """A mask without tensors."""
+    return lambda case, device: mask
+
+
+def offsets(*starts: int) -> MaskMaker:
+    return lambda case, device: Causal(offset=torch.tensor(starts, device=device))
+
+
+def documents(sort: bool) -> MaskMaker:
+    """Three documents and a little padding, in order or scattered."""
+
+    def make(case: Case, device: torch.device) -> Mask:
+        ids = torch.arange(case.kv, device=device)[None].repeat(case.batch, 1)
+        ids = ids * 3 // max(case.kv, 1) if sort else ids % 3
+        ids[:, case.kv - case.kv // 8 :] = -1
+        return Segments(ids, sorted=sort)
+
+    return make
+
+
+def packed(inside: Mask) -> MaskMaker:
+    """One sequence of a third, one empty, one of the rest."""
+
+    def make(case: Case, device: torch.device) -> Mask:
+        cut = (0, case.q_len // 3, case.q_len // 3, case.q_len), (0, case.kv // 3, case.kv // 3, case.kv)
+        return Packed(*(torch.tensor(each, device=device, dtype=torch.int32) for each in cut), inside=inside)
+
+    return make
+
+
+def table(case: Case, device: torch.device) -> Mask:
+    generator = torch.Generator().manual_seed(1)
+    return Dense((torch.rand(case.batch, 1, case.q_len, case.kv, generator=generator) < 0.6).to(device))
+
+
+_ROWS = (
+    # Empty and odd shapes first.
+    Case("q0", 0, 5),
+    Case("kv0", 5, 0),
+    Case("batch0", 8, batch=0),
+    Case("one-by-one", 1, 1),
+    Case("one-query", 1, 70),
+    Case("one-key", 70, 1),
+    Case("odd", 37, 53, head_dim=24),
+    Case("dim1", 9, 11, head_dim=1),
+    Case("dim40", 33, 65, head_dim=40),
+    # Plain attention.
+    Case("full", 64),
+    Case("cross", 48, 100),
+    Case("long-query", 100, 48),
+    Case("dim64", 64, 96, head_dim=64, batch=1),
+    Case("dim128", 40, 72, head_dim=128, batch=1),
+    Case("dim-v", 33, 50, head_dim=32, head_dim_v=16),
+    Case("gqa", 40, 56, num_heads=6, num_kv_heads=2, batch=1),
+    Case("mqa", 40, 56, num_heads=4, num_kv_heads=1, batch=1),
+    Case("scale", 32, 32, scale=-0.3),
+    Case("float16", 50, 70, dtype=torch.float16),
+    Case("float32", 50, 70, dtype=torch.float32),
+    Case("blhd", 50, 70, layout="blhd"),
+    Case("strided", 50, 70, layout="strided"),
+    Case("expanded", 50, 70, layout="expanded"),
+    # Masks in closed form.
+    Case("causal", 70, mask=is_(Causal())),
+    Case("causal-cross", 40, 90, mask=is_(Causal())),
+    Case("causal-empty-rows", 90, 40, mask=is_(Causal())),
+    Case("causal-top-left", 40, 90, mask=is_(Causal(align="top-left"))),
+    Case("causal-offsets", 40, 90, mask=offsets(3, 50)),
+    Case("window", 100, mask=is_(Window(17, 5)), head_dim=16),
+    Case("window-left", 100, mask=is_(Window(9, 0)), dtype=torch.float16),
+    Case("window-none", 60, 80, mask=is_(Window(None, 3))),
+    Case("window-nobody", 20, 20, mask=is_(Window(2, 2, offset=100))),
+    Case("lengths", 50, 70, mask=lengths(33, 0)),
+    Case("left-padding", 50, 70, mask=lengths(70, 60, kv_starts=(11, 60))),
+    Case("lengths-q", 50, 70, mask=lengths(33, 70, q_lengths=(50, 7))),
+    Case("causal-lengths", 60, mask=both(is_(Causal()), lengths(60, 13)), dtype=torch.float32),
+    Case("window-lengths-gqa", 90, num_heads=4, num_kv_heads=2,
+         mask=both(is_(Window(20, 0)), lengths(80, 33, kv_starts=(5, 0)))),
+    # Masks that walk other ways.
+    Case("chunked", 60, 75, mask=is_(Chunked(16, 1, 0))),
+    Case("chunked-causal", 60, mask=both(is_(Chunked(16)), is_(Causal()))),
+    Case("prefix", 60, mask=lambda case, device: Prefix(torch.tensor([5, 33], device=device))),
+    Case("segments-sorted", 64, mask=documents(True)),
+    Case("segments-scattered", 64, mask=documents(False)),
+    Case("packed-causal", 64, batch=1, mask=packed(Causal())),
+    Case("packed-window", 64, 90, batch=1, mask=packed(Window(6, 2))),
+    Case("table", 50, 70, mask=table),
+    Case("window-or-sinks", 80, mask=lambda case, device: Window(8, 0) | Lengths(torch.tensor([4, 0], device=device))),
+    # The rest of the contract.
+    Case("bias", 40, 56, bias=(2, 1, 40, 56)),
+    Case("bias-key", 40, 56, bias=(2, 1, 1, 56), bias_dtype=HALF, mask=is_(Causal())),
+    Case("bias-head", 40, 56, bias=(2, 40, 56), dtype=torch.float32),
+    Case("softcap", 40, 56, softcap=3.0, mask=is_(Causal())),
+    Case("sinks", 40, 56, sinks=True, mask=is_(Window(9, 0))),
+    Case("dropout", 40, 57, dropout_p=0.3),
+    Case("dropout-all", 20, 21, dropout_p=1.0),
+    Case("everything", 40, 56, num_heads=4, num_kv_heads=2, mask=both(is_(Window(20, 3)), lengths(56, 30)),
+         bias=(1, 4, 1, 56), softcap=5.0, sinks=True, dropout_p=0.1, dtype=torch.float32, layout="blhd"),
+)  # fmt: skip
+
+CASES: dict[str, Case] = {case.id: case for case in _ROWS}
+
+
+def with_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The same problem in another dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return dataclasses.replace(case, id=f"{case.id}-{name}", dtype=dtype)

@@ -1,0 +1,199 @@
+"""The one yardstick of correctness: how far a result may lie from float64, measured in the errors of a *twin*.
+
+The twin is the definition evaluated plainly: for float16 and bfloat16 in that dtype, with the weights and the gradient of the
+scores rounded to it before their second product and everything else in float32, as every fused kernel works; for float32
+(and for lse) plainly in float32. A result may err 1.25 times as much as its twin in RMS and 2 times in its worst element
+(1.5 and 3 for float32), lse within 1e-4 for half dtypes; each bound plus a slack for rounding: one ulp of the dtype at the
+tensor's largest magnitude (for the RMS, what one such element adds to it) and 8 float32 eps times the largest sum of absolute
+terms, so that what cancels to 0 passes.
+
+The twin's gradients are written out by hand (Dao et al. 2022, FlashAttention, appendix B), while float64 comes from
+differentiating the definition: each checks the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+from fastattn.dropout import dropout_mask
+from fastattn.spec import AttnInputs, AttnSpec
+
+if TYPE_CHECKING:
+    from fastattn.testing import Problem
+
+LIMITS = {True: (1.25, 2.0), False: (1.5, 3.0)}  # half dtypes or not: RMS, worst element
+LSE_HALF = 1e-4
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One tensor against float64. The ratios are errors beyond the slack over the twin's; at most their limits is a pass."""
+
+    name: str
+    rms_ratio: float
+    max_ratio: float
+    rms_limit: float
+    max_limit: float
+    rms_error: float
+    max_error: float
+    problem: str | None = None  # what no ratio can say: a wrong shape, a NaN
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and self.rms_ratio <= self.rms_limit and self.max_ratio <= self.max_limit
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"{self.name}: {self.problem}"
+        return (
+            f"{self.name}: RMS error {self.rms_error:.3g} is {self.rms_ratio:.2f}x the twin's (limit {self.rms_limit}), "
+            f"worst {self.max_error:.3g} is {self.max_ratio:.2f}x (limit {self.max_limit})"
+        )
+
+
+def check_close(problem: Problem, results: dict[str, Tensor]) -> list[Agreement]:
+    """Hold `testing.run`'s results against float64; AssertionError with a line for each tensor that is too far off."""
+    rows = agreement(problem, results)
+    wrong = [str(row) for row in rows if not row.ok]
+    if wrong:
+        raise AssertionError(f"{problem.case.id}: " + "; ".join(wrong))
+    return rows
+
+
+def agreement(problem: Problem, results: dict[str, Tensor]) -> list[Agreement]:
+    """How each result stands to float64 and to its twin."""
+    golden = exact(problem)
+    near, terms = twin(problem)
+    return [_compare(name, results[name], golden[name], near[name], terms[name], problem) for name in results]
+
+
+def exact(problem: Problem) -> dict[str, Tensor]:
+    """out, lse and all gradients of the definition in float64."""
+    wide = [None if each is None else each.detach().double() for each in problem.inputs[:5]]
+    inputs = AttnInputs(*wide, problem.inputs.dropout_seed)  # type: ignore[arg-type]
+    spec = AttnSpec.of(inputs._replace(bias=None), mask=problem.mask, **problem.numbers)
+    out, lse = reference.forward(spec, inputs)
+    grads = reference.backward(spec, inputs, out, lse, problem.d_out.double(), problem.d_lse.double())
+    names = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
+    return {name: each for name, each in zip(names, (out, lse, *grads), strict=True) if each is not None}
+
+
+def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The twin's results, and for each the largest sum of the absolute terms it is made of."""
+    spec, inputs = problem.spec, problem.inputs
+    wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
+    query, key, value, d_out = (each.to(wide) for each in (*inputs[:3], problem.d_out))
+    key, value = (reference.per_query_head(spec, each) for each in (key, value))
+    keep = reference.visibility(spec, inputs.bias, query.device).expand(*query.shape[:3], spec.kv_len)
+    row, column = keep.any(-1, keepdim=True), keep.any(-2).unsqueeze(-1)
+    query, d_out = (torch.where(row, each, 0.0) for each in (query, d_out))
+    key, value = (torch.where(column, each, 0.0) for each in (key, value))
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(spec.dtype).to(wide)
+
+    t = spec.scale * (query @ key.mT)
+    size = abs(spec.scale) * (query.abs() @ key.mT.abs())
+    slope = torch.ones_like(t)
+    if spec.softcap is not None:
+        bent = torch.tanh(t / spec.softcap)
+        t, slope = spec.softcap * bent, 1 - bent * bent
+    if inputs.bias is not None:
+        t = t + inputs.bias.to(wide)
+    t = torch.where(keep, t, -torch.inf)
+    lse = torch.logsumexp(t, -1, keepdim=True) if spec.kv_len else t.new_full((*t.shape[:3], 1), -torch.inf)
+    sinks = None if inputs.sinks is None else inputs.sinks.to(wide)[:, None, None]
+    total = lse if sinks is None else torch.logaddexp(lse, sinks)
+    safe = torch.where(total == -torch.inf, 0.0, total)
+    weights = (t - safe).exp()
+    kept = torch.ones_like(weights)
+    if spec.dropout_p > 0 and inputs.dropout_seed is not None:
+        bits = dropout_mask(*weights.shape, p=spec.dropout_p, seed=inputs.dropout_seed)
+        kept = bits / max(1 - spec.dropout_p, torch.finfo(wide).tiny)
+    dropped = rounded(weights * kept)
+    out = (dropped @ value).to(spec.dtype)
+
+    d_weights = (d_out @ value.mT) * kept
+    delta = (d_out * out.to(wide)).sum(-1, keepdim=True)
+    alone = torch.where(keep, (t - torch.where(row, lse, 0.0)).exp(), 0.0)  # without the sink, for lse
+    d_lse = torch.where(row, problem.d_lse.to(wide).unsqueeze(-1), 0.0)
+    d_t = weights * (d_weights - delta) + alone * d_lse
+    d_scores = rounded(d_t * slope)
+    size_d = (weights * (d_out.abs() @ value.mT.abs() * kept + delta.abs()) + alone * d_lse.abs()) * slope
+
+    def by_kv_head(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(1, (spec.num_kv_heads, spec.group)).sum(2)
+
+    near = {
+        "out": out,
+        "lse": lse.squeeze(-1),
+        "dq": (spec.scale * (d_scores @ key)).to(spec.dtype),
+        "dk": by_kv_head(spec.scale * (d_scores.mT @ query)).to(spec.dtype),
+        "dv": by_kv_head(dropped.mT @ d_out).to(spec.dtype),
+    }
+    sums = {
+        "out": dropped @ value.abs(),
+        "lse": torch.where(keep, size, 0.0),
+        "dq": abs(spec.scale) * (size_d @ key.abs()),
+        "dk": by_kv_head(abs(spec.scale) * (size_d.mT @ query.abs())),
+        "dv": by_kv_head(dropped.mT @ d_out.abs()),
+    }
+    if inputs.bias is not None:
+        near["dbias"] = d_t.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
+        sums["dbias"] = size_d.sum_to_size(inputs.bias.shape)
+    if inputs.sinks is not None and sinks is not None:
+        share = (sinks - safe).exp()
+        near["dsinks"] = (-share * delta).sum((0, 2, 3)).to(inputs.sinks.dtype)
+        sums["dsinks"] = (share * delta.abs()).sum((0, 2, 3))
+    return near, {name: _largest(each) for name, each in sums.items()}
+
+
+def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float, problem: Problem) -> Agreement:
+    half = problem.case.dtype in (torch.float16, torch.bfloat16)
+    rms_limit, max_limit = LIMITS[half and name != "lse"]
+    trouble = None
+    if got.shape != golden.shape:
+        trouble = f"shape {list(got.shape)}, expected {list(golden.shape)}"
+    elif not torch.equal(got.isinf(), golden.isinf()) or not got[golden.isinf()].double().equal(golden[golden.isinf()]):
+        trouble = "infinities in other places than the definition's"
+    elif bool((got.isnan() & ~golden.isnan()).any()):
+        trouble = f"{int(got.isnan().sum())} of {got.numel()} elements are NaN"
+    if trouble:
+        return Agreement(name, torch.nan, torch.nan, rms_limit, max_limit, torch.nan, torch.nan, trouble)
+    finite = golden.isfinite()
+    error, error_near = ((each.double()[finite] - golden[finite]).abs() for each in (got, near))
+    ulp = torch.finfo(got.dtype).eps * _largest(golden[finite])
+    noise = 8 * EPS * terms
+    if half and name == "lse":
+        ratio = max(0.0, _largest(error) - ulp - noise) / LSE_HALF
+        return Agreement(name, ratio, ratio, 1.0, 1.0, _rms(error), _largest(error))
+    return Agreement(
+        name,
+        _ratio(_rms(error), _rms(error_near), ulp / max(1, error.numel()) ** 0.5 + noise),
+        _ratio(_largest(error), _largest(error_near), ulp + noise),
+        rms_limit,
+        max_limit,
+        _rms(error),
+        _largest(error),
+    )
+
+
+def _ratio(error: float, near: float, slack: float) -> float:
+    beyond = error - slack
+    if beyond <= 0:
+        return 0.0
+    return beyond / near if near > 0 else torch.inf
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
