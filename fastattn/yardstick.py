@@ -33,27 +33,42 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Agreement:
-    """One tensor against float64. The ratios are errors beyond the slack over the twin's; at most their limits is a pass."""
+    """One tensor against float64: its RMS and worst error, the twin's, and what is allowed."""
 
     name: str
-    rms_ratio: float
-    max_ratio: float
-    rms_limit: float
-    max_limit: float
     rms_error: float
+    rms_twin: float
+    rms_bound: float
     max_error: float
+    max_twin: float
+    max_bound: float
     problem: str | None = None  # what no ratio can say: a wrong shape, a NaN
 
     @property
     def ok(self) -> bool:
-        return self.problem is None and self.rms_ratio <= self.rms_limit and self.max_ratio <= self.max_limit
+        return self.problem is None and self.rms_error <= self.rms_bound and self.max_error <= self.max_bound
+
+    @property
+    def rms_ratio(self) -> float:
+        """RMS error over the twin's."""
+        return _over(self.rms_error, self.rms_twin)
+
+    @property
+    def max_ratio(self) -> float:
+        """Worst error over the twin's."""
+        return _over(self.max_error, self.max_twin)
+
+    @property
+    def share(self) -> float:
+        """How much of what is allowed has been used, by the worse of the two; above 1 is a failure."""
+        return max(_over(self.rms_error, self.rms_bound), _over(self.max_error, self.max_bound))
 
     def __str__(self) -> str:
         if self.problem:
             return f"{self.name}: {self.problem}"
         return (
-            f"{self.name}: RMS error {self.rms_error:.3g} is {self.rms_ratio:.2f}x the twin's (limit {self.rms_limit}), "
-            f"worst {self.max_error:.3g} is {self.max_ratio:.2f}x (limit {self.max_limit})"
+            f"{self.name}: RMS error {self.rms_error:.3g} ({self.rms_ratio:.2f}x the twin's, allowed {self.rms_bound:.3g}), "
+            f"worst {self.max_error:.3g} ({self.max_ratio:.2f}x, allowed {self.max_bound:.3g})"
         )
 
 
@@ -165,30 +180,27 @@ def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float,
     elif bool((got.isnan() & ~golden.isnan()).any()):
         trouble = f"{int(got.isnan().sum())} of {got.numel()} elements are NaN"
     if trouble:
-        return Agreement(name, torch.nan, torch.nan, rms_limit, max_limit, torch.nan, torch.nan, trouble)
+        return Agreement(name, *[torch.nan] * 6, trouble)
     finite = golden.isfinite()
     error, error_near = ((each.double()[finite] - golden[finite]).abs() for each in (got, near))
     ulp = torch.finfo(got.dtype).eps * _largest(golden[finite])
     noise = 8 * EPS * terms
     if half and name == "lse":
-        ratio = max(0.0, _largest(error) - ulp - noise) / LSE_HALF
-        return Agreement(name, ratio, ratio, 1.0, 1.0, _rms(error), _largest(error))
+        bounds = (LSE_HALF + ulp + noise,) * 2
+    else:
+        bounds = (
+            rms_limit * _rms(error_near) + ulp / max(1, error.numel()) ** 0.5 + noise,
+            max_limit * _largest(error_near) + ulp + noise,
+        )
     return Agreement(
-        name,
-        _ratio(_rms(error), _rms(error_near), ulp / max(1, error.numel()) ** 0.5 + noise),
-        _ratio(_largest(error), _largest(error_near), ulp + noise),
-        rms_limit,
-        max_limit,
-        _rms(error),
-        _largest(error),
+        name, _rms(error), _rms(error_near), bounds[0], _largest(error), _largest(error_near), bounds[1]
     )
 
 
-def _ratio(error: float, near: float, slack: float) -> float:
-    beyond = error - slack
-    if beyond <= 0:
-        return 0.0
-    return beyond / near if near > 0 else torch.inf
+def _over(error: float, allowed: float) -> float:
+    if allowed > 0:
+        return error / allowed
+    return torch.inf if error > 0 else 0.0
 
 
 def _largest(tensor: Tensor) -> float:
