@@ -2,15 +2,18 @@
 
 A mask becomes a code, a list of ints and a list of tensors. The code spells the tree in prefix order, a word a value:
 the class, then each field: `i` an int (in the list), `x` a tensor (in the list), `n` None, `s=...` a string, `b=...` a bool.
+Masks are registered as pytrees here too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from fastattn import masks
 from fastattn.masks import Full, Mask
@@ -85,3 +88,33 @@ def _take(words: Iterator[str], ints: Iterator[int], tensors: Iterator[Tensor]) 
     if word in CHECKS_VALUES:
         values["validate"] = False
     return CLASSES[word](**values)
+
+
+def _to_tree(mask: Mask) -> tuple[list[object], list[list[object]]]:
+    """Pytree children (tensors and inner masks), and the rest in JSON's types: [field, value], or [field] for a child."""
+    children: list[object] = []
+    context: list[list[object]] = []
+    for field in FIELDS[type(mask).__name__]:
+        value = getattr(mask, field)
+        if isinstance(value, (Tensor, Mask)):
+            children.append(value)
+            context.append([field])
+        else:
+            context.append([field, value])
+    return children, context
+
+
+def _from_tree(name: str, children: Iterable[object], context: list[list[object]]) -> Mask:
+    rest = iter(children)
+    values = {field: value[0] if value else next(rest) for field, *value in context}
+    # Leaves may be placeholders of any kind while a tree is being mapped over, which no constructor would take.
+    mask = object.__new__(CLASSES[name])
+    for field in FIELDS[name]:
+        object.__setattr__(mask, field, values[field])
+    return mask
+
+
+for _name, _class in CLASSES.items():
+    register_pytree_node(
+        _class, _to_tree, functools.partial(_from_tree, _name), serialized_type_name=f"fastattn.masks.{_name}"
+    )

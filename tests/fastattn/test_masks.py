@@ -1,0 +1,186 @@
+"""Masks: the definitions by hand-drawn pictures, their intervals, counts, primitives, block lists and refusals."""
+
+import doctest
+import itertools
+
+import pytest
+import torch
+from fastattn import flat, masks
+from fastattn.blocks import Grid, block_list, classify
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Packed, Prefix, Segments, Window, visible_pairs
+
+SIZES = ((0, 3), (3, 0), (1, 1), (5, 5), (4, 9), (9, 4), (17, 13))
+
+
+def zoo(q_len: int, kv_len: int) -> dict[str, Mask]:
+    """One of everything, and combinations, for batch 2."""
+    generator = torch.Generator().manual_seed(q_len * 31 + kv_len)
+    scattered = lambda n: torch.randint(-1, 3, (2, n), generator=generator)
+    in_order = lambda n: torch.arange(n)[None].repeat(2, 1) * 3 // max(n, 1)
+    part = lambda n: torch.tensor([n // 2, n])
+    return {
+        "full": Full(),
+        "causal": Causal(),
+        "causal-top-left": Causal(align="top-left"),
+        "causal-offset": Causal(offset=-2),
+        "causal-offsets": Causal(offset=torch.tensor([1, -3])),
+        "window": Window(2, 1),
+        "window-left": Window(3, 0, align="top-left"),
+        "window-open-left": Window(None, 1),
+        "window-open-right": Window(0, None),
+        "window-outside": Window(1, 1, offset=50),
+        "chunked": Chunked(3),
+        "chunked-back": Chunked(2, 1, 0, offset=-3),
+        "chunked-open": Chunked(4, None, 1),
+        "lengths": Lengths(part(kv_len)),
+        "lengths-all": Lengths(part(kv_len), q_lengths=part(q_len), kv_starts=torch.tensor([1, 0])),
+        "prefix": Prefix(torch.tensor([0, 3])),
+        "segments": Segments(scattered(q_len), scattered(kv_len)),
+        "segments-sorted": Segments(in_order(q_len), in_order(kv_len), sorted=True),
+        "dense": Dense(torch.rand(2, 3, q_len, kv_len, generator=generator) < 0.5),
+        "dense-row": Dense(torch.rand(1, kv_len, generator=generator) < 0.5),
+        "and": Causal() & Lengths(part(kv_len)),
+        "or": Window(1, 0) | Lengths(torch.tensor([2, 1])),
+        "and-of-or": (Window(1, 0) | Lengths(torch.tensor([2, 1]))) & Causal(),
+        "or-of-three": Window(0, 0) | Lengths(torch.tensor([1, 1])) | Window(0, 0, offset=3),
+        "and-dense": Dense(torch.rand(q_len, kv_len, generator=generator) < 0.5) & Chunked(2),
+    }
+
+
+ZOO = sorted(zoo(4, 4))
+
+
+def test_pictures_in_the_docstrings_are_drawn_by_the_masks():
+    result = doctest.testmod(masks)
+    assert result.attempted > 10
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kv_len", "shows"),
+    [
+        pytest.param(Causal(), 3, 5, lambda i, j: j <= i + 2, id="causal-bottom-right"),
+        pytest.param(Causal(), 5, 3, lambda i, j: j <= i - 2, id="causal-more-queries"),
+        pytest.param(Causal(align="top-left"), 3, 5, lambda i, j: j <= i, id="causal-top-left"),
+        pytest.param(Causal(offset=1), 3, 5, lambda i, j: j <= i + 1, id="causal-offset"),
+        pytest.param(Window(2, 1), 4, 7, lambda i, j: i + 3 - 2 <= j <= i + 3 + 1, id="window"),
+        pytest.param(Window(None, 0), 4, 7, lambda i, j: j <= i + 3, id="window-is-causal"),
+        pytest.param(Chunked(3, 1), 7, 7, lambda i, j: 0 <= i // 3 - j // 3 <= 1, id="chunked"),
+        pytest.param(Chunked(3, offset=-4), 7, 7, lambda i, j: (i - 4) // 3 == j // 3, id="chunked-negative"),
+        pytest.param(Chunked(2, 0, 1), 6, 6, lambda i, j: -1 <= i // 2 - j // 2 <= 0, id="chunked-ahead"),
+    ],
+)
+def test_tables_are_what_the_contract_says_of_each_pair(mask, q_len, kv_len, shows):
+    table = mask.dense(q_len, kv_len)[0, 0].expand(q_len, kv_len)
+    assert table.tolist() == [[shows(i, j) for j in range(kv_len)] for i in range(q_len)]
+
+
+def test_packed_equals_each_sequence_alone():
+    cu_q, cu_kv = [0, 3, 3, 8], [0, 5, 7, 10]
+    for inside in (Full(), Causal(), Window(1, 0), Chunked(2) & Causal(), Causal(align="top-left")):
+        table = Packed(torch.tensor(cu_q), torch.tensor(cu_kv), inside).dense(9, 11)[0, 0]
+        want = torch.zeros(9, 11, dtype=torch.bool)  # one padding token at the end of each
+        for (q0, q1), (k0, k1) in zip(itertools.pairwise(cu_q), itertools.pairwise(cu_kv), strict=True):
+            want[q0:q1, k0:k1] = inside.dense(q1 - q0, k1 - k0)[0, 0]
+        assert torch.equal(table, want), inside
+
+
+def test_prefix_is_causal_or_lengths():
+    lengths = torch.tensor([0, 4])
+    for q_len, kv_len in SIZES:
+        both = Causal() | Lengths(lengths)
+        assert torch.equal(Prefix(lengths).dense(q_len, kv_len), both.dense(q_len, kv_len).expand(2, 1, q_len, kv_len))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("q_len", "kv_len"), SIZES, ids=lambda n: str(n))
+def test_every_mask_is_consistent_with_its_table(name, q_len, kv_len):
+    mask = zoo(q_len, kv_len)[name]
+    table = mask.dense(q_len, kv_len).expand(2, 3, q_len, kv_len)
+    mask.check(2, 3, q_len, kv_len)
+    # counts
+    assert visible_pairs(mask, 2, 3, q_len, kv_len) == int(table.sum())
+    # primitives and back
+    again = flat.unpack(*flat.pack(mask))
+    assert torch.equal(again.dense(q_len, kv_len).expand_as(table), table)
+    # intervals
+    intervals = mask.intervals(q_len, kv_len)
+    if intervals is not None:
+        kv_idx = torch.arange(kv_len)
+        union = torch.zeros_like(table)
+        for start, stop in intervals:
+            union |= (kv_idx >= start[..., None]) & (kv_idx < stop[..., None])
+        assert torch.equal(union, table)
+    # block lists: nothing visible is lost, full means full, the list holds exactly the tiles to visit
+    for block_m, block_n in ((2, 3), (4, 4), (64, 64)):
+        visit, full = (each.expand(2, 3, -1, -1) for each in classify(mask, Grid(q_len, kv_len, block_m, block_n, table.device)))
+        listed = block_list(mask, q_len, kv_len, block_m=block_m, block_n=block_n)
+        assert visit.shape[2:] == (-(-q_len // block_m), -(-kv_len // block_n))
+        for m, n in itertools.product(range(visit.shape[2]), range(visit.shape[3])):
+            tile = table[:, :, m * block_m : (m + 1) * block_m, n * block_n : (n + 1) * block_n].flatten(2)
+            assert not (tile.any(-1) & ~visit[:, :, m, n]).any()
+            assert not (full[:, :, m, n] & ~tile.all(-1)).any()
+        count, tiles = listed.count.expand(2, 3, -1), listed.tiles.expand(2, 3, -1, -1)
+        for b, h, m in itertools.product(range(2), range(3), range(visit.shape[2])):
+            want = visit[b, h, m].nonzero().flatten().tolist()
+            assert tiles[b, h, m, : count[b, h, m]].tolist() == want
+
+
+def test_closed_forms_keep_only_tiles_that_show_something():
+    """For one row a tile the bounds are exact: no empty tile is visited, no full one is checked."""
+    for name, mask in zoo(9, 13).items():
+        if mask.intervals(9, 13) is None:
+            continue
+        visit, full = classify(mask, Grid(9, 13, 1, 4, torch.device("cpu")))
+        table = mask.dense(9, 13)
+        pieces = table.expand(*visit.shape[:2], 9, 13).split(4, -1)
+        assert torch.equal(visit, torch.stack([piece.any(-1) for piece in pieces], -1)), name
+        if len(mask.intervals(9, 13)) == 1:
+            assert torch.equal(full, torch.stack([piece.all(-1) for piece in pieces], -1)), name
+
+
+def test_masks_are_pytrees():
+    from torch.utils import _pytree as pytree
+
+    mask = Causal(offset=3) & Lengths(torch.tensor([2, 4]))
+    leaves, tree = pytree.tree_flatten(mask)
+    assert [leaf.tolist() for leaf in leaves] == [[2, 4]]
+    moved = pytree.tree_unflatten([leaf + 1 for leaf in leaves], tree)
+    assert moved.right.kv_lengths.tolist() == [3, 5]
+    assert moved.left.offset == 3
+
+
+def test_masks_are_frozen():
+    with pytest.raises(AttributeError):
+        Window(1, 0).left = 2
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        pytest.param(lambda: Window(-1, 0), ValueError, "left must be an int of at least 0", id="negative-window"),
+        pytest.param(lambda: Window(1.5, 0), ValueError, "left must be an int", id="fractional-window"),
+        pytest.param(lambda: Causal(align="middle"), ValueError, "align must be one of", id="align"),
+        pytest.param(lambda: Causal(offset=1.0), TypeError, "offset must be an int32 or int64 tensor", id="offset"),
+        pytest.param(lambda: Chunked(0), ValueError, "size must be an int of at least 1", id="chunk-size"),
+        pytest.param(lambda: Lengths([1, 2]), TypeError, "kv_lengths must be an int32 or int64 tensor", id="list"),
+        pytest.param(lambda: Lengths(torch.ones(2)), ValueError, "got torch.float32", id="float-lengths"),
+        pytest.param(lambda: Lengths(torch.tensor([-1])), ValueError, "must not be negative, got -1", id="negative-length"),
+        pytest.param(lambda: Dense(torch.ones(2, 2)), ValueError, "go into bias=", id="float-table"),
+        pytest.param(lambda: Segments(torch.zeros(3, dtype=torch.long)), ValueError, "2 dimensions", id="flat-ids"),
+        pytest.param(lambda: Segments(torch.tensor([[1, 0]]), sorted=True), ValueError, "never decrease", id="unsorted"),
+        pytest.param(lambda: Packed(torch.tensor([1, 2]), torch.tensor([0, 2])), ValueError, "start at 0", id="packed"),
+        pytest.param(
+            lambda: Packed(torch.tensor([0]), torch.tensor([0]), Lengths(torch.tensor([1]))), ValueError, "inside", id="inside"
+        ),
+    ],
+)
+def test_bad_masks_are_refused_with_a_sentence(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_validate_decides_whether_values_are_looked_at():
+    assert Lengths(torch.tensor([-1]), validate=False).kv_lengths.item() == -1
+    with pytest.raises(ValueError, match="negative"):
+        Lengths(torch.tensor([-1]), validate=True)
