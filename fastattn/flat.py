@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from fastattn import masks
 from fastattn.masks import Full, Mask
@@ -104,6 +104,12 @@ def _to_tree(mask: Mask) -> tuple[list[object], list[list[object]]]:
     return children, context
 
 
+def _to_keyed_tree(mask: Mask) -> tuple[list[tuple[GetAttrKey, object]], list[list[object]]]:
+    children, context = _to_tree(mask)
+    names = (str(field) for field, *value in context if not value)
+    return [(GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], context
+
+
 def _from_tree(name: str, children: Iterable[object], context: list[list[object]]) -> Mask:
     rest = iter(children)
     values = {field: value[0] if value else next(rest) for field, *value in context}
@@ -116,5 +122,9 @@ def _from_tree(name: str, children: Iterable[object], context: list[list[object]
 
 for _name, _class in CLASSES.items():
     register_pytree_node(
-        _class, _to_tree, functools.partial(_from_tree, _name), serialized_type_name=f"fastattn.masks.{_name}"
+        _class,
+        _to_tree,
+        functools.partial(_from_tree, _name),
+        flatten_with_keys_fn=_to_keyed_tree,
+        serialized_type_name=f"fastattn.masks.{_name}",
     )

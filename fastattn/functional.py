@@ -157,10 +157,10 @@ def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast: floating tensors but float64 ones in its dtype, as torch's SDPA is on the lower-precision list."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return tuple(
         tensor.to(dtype)
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64

@@ -153,7 +153,8 @@ class AttnSpec:
     def empty_out(self, query: Tensor) -> Tensor:
         """Uninitialised output [batch, num_heads, q_len, head_dim_v] in the query's dtype and, of the two usual layouts, its own."""
         batch, num_heads, q_len, _ = query.shape
-        if 0 < query.stride(1) < query.stride(2):
+        heads, length = query.stride(1), query.stride(2)
+        if 0 < heads < length or (heads == length and num_heads == 1):
             return query.new_empty(batch, q_len, num_heads, self.head_dim_v).transpose(1, 2)
         return query.new_empty(batch, num_heads, q_len, self.head_dim_v)
 
@@ -263,7 +264,7 @@ def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:
     check_dropout(spec.dropout_p, inputs.dropout_seed)
     if spec.softcap is not None and not spec.softcap > 0:
         raise ValueError(f"softcap: a positive number or None is needed, got {spec.softcap}")
-    if not math.isfinite(spec.scale):
+    if not -math.inf < spec.scale < math.inf:
         raise ValueError(f"scale: a finite number is needed, got {spec.scale}")
     if not spec.deterministic and torch.are_deterministic_algorithms_enabled():
         raise ValueError(

@@ -9,25 +9,20 @@ import torch
 from torch.autograd import forward_ad
 
 
+@torch.compiler.assume_constant_result
 def functorch_active() -> bool:
-    """Inside grad, vmap, jvp, functionalize or the like."""
+    """Inside grad, vmap, jvp, functionalize or the like. Asked while compiling, it is the state of the trace."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def forward_ad_active() -> bool:
-    """Inside a level of forward-mode differentiation."""
-    return forward_ad._current_level >= 0
+def transforms_active() -> bool:
+    """Inside a functorch transform or a level of forward-mode differentiation. Compilers guard on both."""
+    return forward_ad._current_level >= 0 or functorch_active()
 
 
 def being_transformed() -> bool:
     """Whether operations must stay plain PyTorch: a custom autograd function would be wrong or refused there."""
-    return torch.compiler.is_compiling() or functorch_active() or forward_ad_active()
-
-
-@torch.compiler.assume_constant_result
-def transforms_active() -> bool:
-    """Whether a functorch or forward-mode transform is running; asked while compiling, it is the state of the trace."""
-    return functorch_active() or forward_ad_active()
+    return torch.compiler.is_compiling() or transforms_active()
 
 
 @contextmanager
