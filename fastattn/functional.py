@@ -65,8 +65,6 @@ def attention(
     Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the backend.
     Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
     """
-    if dropout_p and dropout_seed is None and isinstance(query, Tensor):
-        dropout_seed = new_dropout_seed(query.device)
     inputs = AttnInputs(*_autocast(query, key, value), bias, sinks, dropout_seed)
     spec = AttnSpec.of(
         inputs,
@@ -78,6 +76,8 @@ def attention(
         dropout_p=dropout_p,
         deterministic=deterministic,
     )
+    if dropout_p > 0 and dropout_seed is None:
+        inputs = inputs._replace(dropout_seed=new_dropout_seed(query.device))
     if tracing.transforms_active():
         dispatch.requested(backend)
         out, lse = reference.plain(spec, inputs)
@@ -152,7 +152,9 @@ def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
     if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
         raise ValueError(f"rows: a list of ints or an int tensor [n] is needed, got {index.dtype} {list(index.shape)}")
     index = index.long()
-    return torch.where(index < 0, index + spec.q_len, index)
+    if index.device.type == "cpu" and not tracing.being_transformed() and bool(((index < -spec.q_len) | (index >= spec.q_len)).any()):
+        raise ValueError(f"rows: queries from {-spec.q_len} to {spec.q_len - 1} are there, got {index.tolist()}")
+    return torch.where(index < 0, index + spec.q_len, index).clamp(0, max(spec.q_len - 1, 0))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

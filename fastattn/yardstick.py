@@ -81,10 +81,17 @@ def check_close(problem: Problem, results: dict[str, Tensor]) -> list[Agreement]
     return rows
 
 
-def agreement(problem: Problem, results: dict[str, Tensor]) -> list[Agreement]:
-    """How each result stands to float64 and to its twin."""
-    golden = exact(problem)
-    near, terms = twin(problem)
+Truth = tuple[dict[str, Tensor], tuple[dict[str, Tensor], dict[str, float]]]
+
+
+def truth(problem: Problem) -> Truth:
+    """What results of this problem are held against: float64, and the twin with its sums of terms."""
+    return exact(problem), twin(problem)
+
+
+def agreement(problem: Problem, results: dict[str, Tensor], known: Truth | None = None) -> list[Agreement]:
+    """How each result stands to float64 and to its twin; `known` is `truth(problem)`, for many results of one problem."""
+    golden, (near, terms) = known or truth(problem)
     return [_compare(name, results[name], golden[name], near[name], terms[name], problem) for name in results]
 
 
@@ -130,7 +137,7 @@ def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
     kept = torch.ones_like(weights)
     if spec.dropout_p > 0 and inputs.dropout_seed is not None:
         bits = dropout_mask(*weights.shape, p=spec.dropout_p, seed=inputs.dropout_seed)
-        kept = bits / max(1 - spec.dropout_p, torch.finfo(wide).tiny)
+        kept = bits.to(wide) / max(1 - spec.dropout_p, torch.finfo(wide).tiny)
     dropped = rounded(weights * kept)
     out = (dropped @ value).to(spec.dtype)
 

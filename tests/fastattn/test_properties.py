@@ -1,0 +1,39 @@
+"""Problems drawn at random: every room that runs them, against float64; and the definition against gradients by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from fastattn import dispatch
+from fastattn.fuzz import cases
+from fastattn.masks import visible_pairs
+from fastattn.testing import check_close, make_inputs, run
+from fastattn.yardstick import exact, twin
+from hypothesis import given
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+@given(case=cases())
+def test_every_room_stays_within_the_yardstick(backend, case):
+    problem = make_inputs(case, "cpu")
+    if dispatch.room(backend).why_not(problem.spec) is None:
+        check_close(problem, run(problem, backend))
+
+
+@given(case=cases(60))
+def test_the_definition_agrees_with_gradients_written_by_hand(case):
+    """In float64 the twin rounds nothing, so that it is a second derivation of everything."""
+    problem = make_inputs(dataclasses.replace(case, dtype=torch.float64))
+    by_hand, _ = twin(problem)
+    for name, result in exact(problem).items():
+        torch.testing.assert_close(by_hand[name].double(), result, atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@given(case=cases(90))
+def test_counts_and_tables_of_drawn_masks_agree(case):
+    problem = make_inputs(dataclasses.replace(case, head_dim=1))
+    spec = problem.spec
+    table = spec.mask.dense(spec.q_len, spec.kv_len).expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len)
+    assert visible_pairs(spec.mask, spec.batch, spec.num_heads, spec.q_len, spec.kv_len) == int(table.sum())

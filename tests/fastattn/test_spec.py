@@ -1,0 +1,117 @@
+"""The spec: what it refuses and how, what it counts, and its way through an operator's schema."""
+
+import pytest
+import torch
+from fastattn import attention, attention_weights
+from fastattn.masks import Causal, Dense, Full, Lengths, Packed, Segments, Window
+from fastattn.spec import AttnInputs, AttnSpec
+from fastattn.testing import CASES, make_inputs
+
+
+def t(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype)
+
+
+Q, K = t(2, 4, 5, 8), t(2, 2, 7, 8)
+
+REFUSED = {
+    "rank": ((t(4, 5, 8), K, K), {}, ValueError, r"query: 4 dimensions .* got shape \[4, 5, 8\]"),
+    "key-rank": ((Q, t(2, 7, 8), K), {}, ValueError, "key: 4 dimensions"),
+    "not-a-tensor": ((Q, None, K), {}, TypeError, "key: a tensor is needed, got NoneType"),
+    "query-not-a-tensor": ((3, K, K), {}, TypeError, "query: a tensor is needed, got int"),
+    "batch": ((Q, t(1, 2, 7, 8), t(1, 2, 7, 8)), {}, ValueError, r"batch sizes must be equal .* got 2, 1, 1"),
+    "heads": ((Q, t(2, 3, 7, 8), t(2, 3, 7, 8)), {}, ValueError, "must be a multiple .* got 4 and 3"),
+    "no-key-heads": ((Q, t(2, 0, 7, 8), t(2, 0, 7, 8)), {}, ValueError, "must be a multiple .* got 4 and 0"),
+    "value-heads": ((Q, K, t(2, 1, 7, 8)), {}, ValueError, "numbers of heads must be equal, got 2 and 1"),
+    "lengths": ((Q, K, t(2, 2, 6, 8)), {}, ValueError, "lengths must be equal, got key 7 and value 6"),
+    "head-dim": ((Q, t(2, 2, 7, 4), K), {}, ValueError, "same head_dim"),
+    "no-head-dim": ((t(1, 1, 2, 0),) * 3, {}, ValueError, "at least 1"),
+    "dtype": ((Q, K.half(), K), {}, ValueError, "key: .*must share a dtype; query is torch.float32, key torch.float16"),
+    "integers": ((Q.int(), K.int(), K.int()), {}, ValueError, "dtype must be one of float16, .* got torch.int32"),
+    "device": ((Q, K.to("meta"), K), {}, ValueError, "query is on cpu, key on meta"),
+    "mask-kind": ((Q, K, K), {"mask": "causal"}, TypeError, "mask: a fastattn.masks.Mask or a bool tensor .* got str"),
+    "mask-dtype": ((Q, K, K), {"mask": torch.ones(5, 7)}, ValueError, "bool .True = attend.*torch.float32.*bias="),
+    "mask-ints": ((Q, K, K), {"mask": torch.ones(5, 7, dtype=torch.uint8)}, ValueError, "torch.uint8"),
+    "mask-shape": ((Q, K, K), {"mask": torch.ones(5, 6) > 0}, ValueError, r"\[5, 6\] does not broadcast to .*\[2, 4, 5, 7\]"),
+    "mask-heads": ((Q, K, K), {"mask": torch.ones(2, 2, 5, 7) > 0}, ValueError, "does not broadcast"),
+    "mask-rank": ((Q, K, K), {"mask": torch.ones(1, 1, 1, 5, 7) > 0}, ValueError, "at most 4 dimensions"),
+    "mask-batch": ((Q, K, K), {"mask": Lengths(torch.tensor([1, 2, 3]))}, ValueError, r"kv_lengths must be \[2\]"),
+    "mask-device": ((Q, K, K), {"mask": Causal(offset=torch.zeros(2, dtype=torch.int64, device="meta"))}, ValueError, "device"),
+    "mask-ids": ((Q, K, K), {"mask": Segments(torch.zeros(2, 5).long())}, ValueError, r"kv_ids must be \[2 or 1, 7\]"),
+    "mask-packed": ((Q, K, K), {"mask": Packed(*(torch.tensor([0, 5]),) * 2)}, ValueError, "batch must be 1, got batch 2"),
+    "inner-mask": ((Q, K, K), {"mask": Causal() & Dense(torch.ones(3, 3) > 0)}, ValueError, "does not broadcast"),
+    "bias-dtype": ((Q, K, K), {"bias": t(5, 7).half()}, ValueError, "bias: float32 or the query's dtype"),
+    "bias-bool": ((Q, K, K), {"bias": t(5, 7) > 0}, ValueError, "a bool mask goes into mask="),
+    "bias-shape": ((Q, K, K), {"bias": t(7, 5)}, ValueError, r"bias: shape \[7, 5\] does not broadcast"),
+    "sinks-shape": ((Q, K, K), {"sinks": t(2)}, ValueError, r"sinks: one number per query head, \[4\]"),
+    "sinks-dtype": ((Q, K, K), {"sinks": torch.arange(4)}, ValueError, "sinks: a floating-point tensor"),
+    "softcap": ((Q, K, K), {"softcap": 0.0}, ValueError, "softcap: a positive number or None is needed, got 0.0"),
+    "softcap-nan": ((Q, K, K), {"softcap": float("nan")}, ValueError, "softcap"),
+    "scale": ((Q, K, K), {"scale": float("inf")}, ValueError, "scale: a finite number"),
+    "dropout": ((Q, K, K), {"dropout_p": 1.5}, ValueError, "dropout_p: a probability from 0 to 1 is needed, got 1.5"),
+    "dropout-negative": ((Q, K, K), {"dropout_p": -0.5}, ValueError, "dropout_p"),
+    "seed": ((Q, K, K), {"dropout_p": 0.5, "dropout_seed": torch.tensor([1.0])}, ValueError, "dropout_seed"),
+    "score": ((Q, K, K), {"score": "additive"}, ValueError, "score: only DotProduct.. .the default. is there yet"),
+    "normalizer": ((Q, K, K), {"normalizer": "sigmoid"}, ValueError, "normalizer: only Softmax.. .the default."),
+    "backend": ((Q, K, K), {"backend": "tritn"}, ValueError, "unknown backend 'tritn'; there are .*nearest: 'triton'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_with_a_sentence_and_nothing_is_computed(name, monkeypatch):
+    tensors, arguments, error, says = REFUSED[name]
+    monkeypatch.setattr("fastattn.ops.FORWARD", lambda *_: pytest.fail("something was computed"))
+    with pytest.raises(error, match=says):
+        attention(*tensors, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"heads": "max"}, "heads: 'all' or 'mean' is needed"),
+        ({"rows": [[1]]}, "rows: a list of ints"),
+        ({"rows": [0.5]}, "rows: a list of ints"),
+        ({"rows": [5]}, "rows: .*from -5 to 4"),
+        ({"rows": [-6]}, "rows: .*from -5 to 4"),
+        ({"lse": t(2, 4, 6)}, r"lse: \[batch, num_heads, q_len\]"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_input_to_attention_weights(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        attention_weights(Q, K, **arguments)
+
+
+def test_flops_and_bytes():
+    spec = AttnSpec.of(AttnInputs(t(2, 4, 6, 8), t(2, 2, 10, 8), t(2, 2, 10, 4)), mask=Window(2, 0))
+    pairs = 2 * 4 * 6 * 10
+    assert spec.flops() == 2 * pairs * (8 + 4)
+    assert spec.flops("bwd") == 2 * pairs * (3 * 8 + 2 * 4)
+    assert spec.flops("fwd+bwd") == spec.flops() + spec.flops("bwd")
+    assert spec.visible_pairs() == 2 * 4 * 6 * 3
+    assert spec.flops(useful=True) == 2 * spec.visible_pairs() * 12
+    queries, keys, lse = 2 * 4 * 6 * 12, 2 * 2 * 10 * 12, 2 * 4 * 6
+    assert spec.bytes() == 4 * (queries + keys + lse)
+    with pytest.raises(ValueError, match="mode: one of"):
+        spec.flops("backward")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_spec_survives_the_operator_border(name):
+    problem = make_inputs(CASES[name])
+    spec = problem.spec
+    again = AttnSpec.from_flat(problem.inputs, spec.flat())
+    for field in AttnSpec.__dataclass_fields__:
+        if field != "mask":
+            assert getattr(again, field) == getattr(spec, field), field
+    sizes = spec.q_len, spec.kv_len
+    assert torch.equal(again.mask.dense(*sizes), spec.mask.dense(*sizes))
+    assert type(again.mask) is type(spec.mask)
+
+
+def test_zero_heads_and_zero_batch_are_problems_too():
+    for shape in ((0, 2, 3, 4), (2, 0, 3, 4)):
+        empty = torch.randn(shape, requires_grad=True)
+        out = attention(empty, empty, empty, mask=Full())
+        assert out.shape == shape
+        out.sum().backward()
