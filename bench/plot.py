@@ -1,0 +1,157 @@
+"""One picture of a run: a panel for each operation and mode, TFLOP/s by provider, quartiles as whiskers."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastattn.bench.env import headline
+from fastattn.bench.report import by_op, say_case
+from fastattn.bench.rows import Row, say_time, three
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, told apart by every kind of colour vision; PyTorch's default in grey, as the ground to stand on.
+COLORS = {
+    "fastattn": "#0072B2",
+    "fastattn-triton": "#56B4E9",
+    "fastattn-reference": "#88B8D8",
+    "sdpa": "#8C8C8C",
+    "sdpa-math": "#C4C4C4",
+    "flex": "#E69F00",
+}
+SPARE = ("#009E73", "#CC79A7", "#D55E00", "#F0E442", "#000000")
+MOST_BARS = 3
+"""Panels with more cases than this are drawn as lines over the length."""
+
+
+def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> None:
+    """Write the picture to each path, by its ending. Without a timed row nothing is drawn (ValueError)."""
+    import matplotlib
+
+    timed = [row for row in rows if row.timed]
+    if not timed:
+        raise ValueError("plot: no row was timed, there is nothing to draw")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    colors = _colors(providers)
+    ops, modes = by_op(rows), list(dict.fromkeys(row.mode for row in rows))
+    cases = max(len({row.case for row in of_op}) for of_op in ops.values())
+    bars = cases <= MOST_BARS
+    tall = 0.45 + (0.27 * len(providers) + 0.16) * cases if bars else 2.6
+    settings = {"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "axes.titlesize": 10}
+    with pyplot.rc_context(settings):
+        figure, axes = pyplot.subplots(
+            len(ops),
+            len(modes),
+            figsize=(0.9 + 4.6 * len(modes), 1.15 + (tall + 0.42) * len(ops)),
+            squeeze=False,
+            sharex="col" if bars else False,
+            layout="constrained",
+        )
+        for line, (op, of_op) in zip(axes, ops.items(), strict=True):
+            for panel, mode in zip(line, modes, strict=True):
+                shown = [row for row in of_op if row.mode == mode]
+                (_bars if bars else _lines)(panel, shown, providers, colors)
+                panel.set_title(f"{op}, {mode}", loc="left", fontweight="bold", pad=4)
+        if bars:
+            for panel in axes[-1]:
+                panel.set_xlabel("useful TFLOP/s, longer is faster")
+            for panel, mode in zip(axes[0], modes, strict=True):
+                most = max((row.tflops(row.quartiles_ms[0]) for row in timed if row.mode == mode), default=1.0)
+                panel.set_xlim(0, most * 1.42)
+        else:
+            handles = [pyplot.Line2D([], [], color=colors[name], marker="o", label=name) for name in providers]
+            figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
+        where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
+        figure.suptitle(f"Attention on {where}, {dtypes}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.text(0.99, 0.004, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
+        figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=160)
+        pyplot.close(figure)
+
+
+def _bars(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str, str]) -> None:
+    """A group of bars a case; who could not run says why in its place."""
+    place, ticks = 0.0, []
+    for case, group in groupby(rows, key=lambda row: row.case):
+        of_case = list(group)
+        if len({row.case for row in rows}) > 1:
+            panel.text(0, place - 0.62, say_case(case), fontsize=7, color="#555555", va="center")
+        for row in of_case:
+            ticks.append((place, row.provider))
+            if row.timed:
+                _bar(panel, place, row, colors[row.provider])
+            else:
+                panel.text(0, place, f" {_short(row)}", va="center", fontsize=7.5, style="italic", color="#777777")
+            place += 1
+        place += 0.75
+    panel.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    panel.set_ylim(place - 1.15, -0.95 if len({row.case for row in rows}) > 1 else -0.6)
+    panel.tick_params(axis="y", length=0)
+    for label in panel.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text().startswith("fastattn") else "normal")
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.axvline(0, color="#444444", linewidth=0.8)
+    panel.grid(axis="x", color="#E4E4E4", linewidth=0.7)
+    panel.set_axisbelow(True)
+
+
+def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
+    low, high = row.quartiles_ms
+    rate, fast, slow = row.tflops(), row.tflops(low), row.tflops(high)
+    panel.barh(place, rate, height=0.78, color=color)
+    panel.errorbar(rate, place, xerr=[[rate - slow], [fast - rate]], color="#222222", linewidth=0.9, capsize=2)
+    speedup = "" if row.speedup is None or row.provider == row.baseline else f"  {three(row.speedup)}x"
+    panel.annotate(
+        f"{three(rate)}   {say_time(row.median_ms)}{speedup}",
+        (fast, place),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        color="#222222",
+    )
+
+
+def _lines(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str, str]) -> None:
+    """TFLOP/s over the key length, a line a provider, quartiles shaded."""
+    for name in providers:
+        timed = sorted((row for row in rows if row.provider == name and row.timed), key=lambda row: row.case.kv_len)
+        if not timed:
+            continue
+        lengths = [row.case.kv_len for row in timed]
+        panel.plot(
+            lengths, [row.tflops() for row in timed], color=colors[name], marker="o", markersize=3.5, linewidth=1.6
+        )
+        slow, fast = zip(
+            *((row.tflops(row.quartiles_ms[1]), row.tflops(row.quartiles_ms[0])) for row in timed), strict=True
+        )
+        panel.fill_between(lengths, slow, fast, color=colors[name], alpha=0.2, linewidth=0)
+    panel.set_xscale("log", base=2)
+    lengths = sorted({row.case.kv_len for row in rows})
+    panel.set_xticks(lengths, [f"{each // 1024}k" if each % 1024 == 0 else str(each) for each in lengths])
+    panel.minorticks_off()
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("keys")
+    panel.set_ylabel("useful TFLOP/s")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#E4E4E4", linewidth=0.7)
+    panel.set_axisbelow(True)
+
+
+def _colors(providers: list[str]) -> dict[str, str]:
+    spare = iter(SPARE * len(providers))
+    return {name: COLORS.get(name) or next(spare) for name in providers}
+
+
+def _short(row: Row) -> str:
+    reason = row.reason or "not timed"
+    return reason if len(reason) <= 44 else reason[:43] + "…"

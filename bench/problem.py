@@ -1,0 +1,141 @@
+"""One case made real: tensors, mask and spec on a device; and what a mode calls, computes and is checked by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastattn import testing
+from fastattn.bench_cases import BenchCase
+from fastattn.masks import Dense, Full, Mask
+from fastattn.spec import AttnInputs, AttnSpec
+from fastattn.yardstick import Agreement, Truth, agreement, truth
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""query, key, value -> out [batch, num_heads, q_len, head_dim]."""
+
+SLICE_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""(query, key) pairs of a float64 table that one check makes at a time; larger problems are checked head by head."""
+
+ALL_PAIRS = {"cpu": 1 << 25, "cuda": 1 << 30}
+"""Pairs that are checked in all; beyond, evenly spread heads stand for the rest, and the report says how many."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Results of one provider against float64, the worst of each tensor over the heads that were checked."""
+
+    agreements: list[Agreement]
+    heads: int
+    heads_checked: int
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.agreements)
+
+    @property
+    def worst(self) -> Agreement:
+        """The tensor that is furthest off, in shares of what is allowed."""
+        return max(self.agreements, key=_badness)
+
+
+class Problem:
+    """A case on a device. `qkv` are leaves that take gradients; `d_out` is the gradient that arrives from above."""
+
+    def __init__(self, case: BenchCase, device: torch.device):
+        made = testing.make_inputs(case.row(), device)
+        self.case, self.device, self.d_out = case, device, made.d_out
+        self.mask: Mask = made.mask or Full()
+        # Only out takes part in the benchmark's gradients, lse does not.
+        self.made = dataclasses.replace(made, d_lse=torch.zeros_like(made.d_lse))
+        self.qkv: tuple[Tensor, Tensor, Tensor] = tuple(
+            each.detach().clone().requires_grad_() for each in (made.inputs.query, made.inputs.key, made.inputs.value)
+        )  # type: ignore[assignment]
+        self.spec = AttnSpec.of(AttnInputs(*self.qkv), mask=self.mask)
+
+    @property
+    def detached(self) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = (each.detach() for each in self.qkv)
+        return query, key, value
+
+    def call(self, mode: str, forward: Forward) -> Callable[[], object]:
+        """What is timed: `fwd` without autograd, `bwd` the backward alone on a kept graph, `fwd+bwd` both.
+
+        For `bwd` this runs the forward once.
+        """
+        qkv, d_out = self.qkv, self.d_out
+        if mode == "fwd":
+            plain = self.detached
+            return lambda: _no_grad(forward, plain)
+        if mode == "bwd":
+            out = forward(*qkv)
+            return lambda: torch.autograd.grad(out, qkv, d_out, retain_graph=True)
+        return lambda: torch.autograd.grad(forward(*qkv), qkv, d_out)
+
+    def results(self, mode: str, forward: Forward) -> dict[str, Tensor]:
+        """What a mode computes, by name: out for `fwd`, the three gradients for `bwd`, all for `fwd+bwd`."""
+        with testing.poison():
+            if mode == "fwd":
+                return {"out": _no_grad(forward, self.detached)}
+            out = forward(*self.qkv)
+            grads = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, self.qkv, self.d_out), strict=True))
+        return grads if mode == "bwd" else {"out": out.detach(), **grads}
+
+    def check(self, results: dict[str, Tensor]) -> Verdict:
+        """Hold results against float64 by the library's yardstick."""
+        worst: dict[str, Agreement] = {}
+        for part, known, pick in self._truths:
+            for row in agreement(part, {name: pick(name, tensor) for name, tensor in results.items()}, known):
+                worst[row.name] = max(worst.get(row.name, row), row, key=_badness)
+        return Verdict(list(worst.values()), self.case.batch * self.case.num_heads, self._heads_checked)
+
+    @cached_property
+    def _truths(self) -> list[tuple[testing.Problem, Truth, Callable[[str, Tensor], Tensor]]]:
+        """Parts of the problem, the truth of each, and how to cut the same part out of a result."""
+        case, kind = self.case, self.device.type
+        pairs = case.batch * case.num_heads * case.q_len * case.kv_len
+        if pairs <= SLICE_PAIRS.get(kind, SLICE_PAIRS["cpu"]):
+            return [(self.made, truth(self.made), lambda name, tensor: tensor)]
+        rows = [(item, head) for item in range(case.batch) for head in range(case.num_kv_heads)]
+        few = max(1, ALL_PAIRS.get(kind, ALL_PAIRS["cpu"]) * len(rows) // pairs)
+        if few < len(rows):
+            rows = [rows[index * (len(rows) - 1) // max(1, few - 1)] for index in range(few)]
+        parts = [self._part(item, head) for item, head in rows]
+        return [(part, truth(part), pick) for part, pick in parts]
+
+    @property
+    def _heads_checked(self) -> int:
+        return sum(part.case.batch * part.case.num_heads for part, _, _ in self._truths)
+
+    def _part(self, item: int, head: int) -> tuple[testing.Problem, Callable[[str, Tensor], Tensor]]:
+        """One batch item's key head with its query heads: a problem of its own."""
+        case, group = self.case, self.spec.group
+        queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
+
+        def cut(tensor: Tensor, heads: slice) -> Tensor:
+            return tensor.detach()[item : item + 1, heads]
+
+        def pick(name: str, tensor: Tensor) -> Tensor:
+            return cut(tensor, keys if name in ("dk", "dv") else queries)
+
+        table = self.mask.dense(case.q_len, case.kv_len, device=self.device).expand(case.batch, case.num_heads, -1, -1)
+        inputs = AttnInputs(cut(self.qkv[0], queries), cut(self.qkv[1], keys), cut(self.qkv[2], keys))
+        row = dataclasses.replace(self.made.case, batch=1, num_heads=group, num_kv_heads=1)
+        made = testing.Problem(
+            row, inputs, Dense(cut(table, queries)), cut(self.d_out, queries), cut(self.made.d_lse, queries)
+        )
+        return made, pick
+
+
+def _badness(row: Agreement) -> tuple[bool, float]:
+    return row.problem is not None, row.share
+
+
+def _no_grad(forward: Forward, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return forward(*qkv)

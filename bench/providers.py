@@ -1,0 +1,192 @@
+"""Who computes: fastattn, by room, beside PyTorch's own attentions. One small class each.
+
+A provider says why it cannot run a case (`why_not`), else makes the callable that is checked and timed (`make`). Masks are
+turned into what each provider's users would pass, before the clock starts; the memory such a mask takes is counted.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastattn
+from fastattn.bench.env import cxx
+from fastattn.bench.problem import Forward, Problem
+from fastattn.dispatch import BACKENDS
+from fastattn.masks import Causal, Full
+
+SDPA_BACKENDS = {
+    "math": "MATH",
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
+}
+
+
+@dataclass
+class Made:
+    """A provider ready for one problem."""
+
+    forward: Forward
+    label: str
+    """What really runs, for the table: a room or a kernel of PyTorch's."""
+    compile_s: float | None = None
+    prepared_bytes: int = 0
+    """Memory of the mask in the form this provider needs."""
+
+
+class Provider:
+    """Base: a name, a reason not to run, a callable."""
+
+    name: str
+
+    def why_not(self, problem: Problem, mode: str) -> str | None:
+        """A short reason why this provider cannot run `mode` of `problem`, or None."""
+        return None
+
+    def make(self, problem: Problem) -> Made:
+        raise NotImplementedError
+
+
+class Fastattn(Provider):
+    """fastattn.attention; `room` None lets it choose."""
+
+    def __init__(self, room: str | None = None):
+        self.room = room
+        self.name = "fastattn" if room is None else f"fastattn-{room}"
+
+    def why_not(self, problem: Problem, mode: str) -> str | None:
+        try:
+            fastattn.explain(*problem.qkv, mask=problem.mask, backend=self.room)
+        except fastattn.BackendUnavailable:
+            return fastattn.explain(*problem.qkv, mask=problem.mask).reasons[self.room]
+        return None
+
+    def make(self, problem: Problem) -> Made:
+        mask, room = problem.mask, self.room
+        verdict = fastattn.explain(*problem.qkv, mask=mask, backend=room)
+
+        def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return fastattn.attention(query, key, value, mask=mask, backend=room)
+
+        return Made(forward, verdict.backend)
+
+
+class Sdpa(Provider):
+    """torch.nn.functional.scaled_dot_product_attention, PyTorch's own choice of kernel or one by name.
+
+    is_causal where that says the mask, no mask where all is visible, else the bool table that its users build.
+    """
+
+    def __init__(self, kernel: str | None = None):
+        self.kernel = kernel
+        self.name = "sdpa" if kernel is None else f"sdpa-{kernel}"
+
+    def make(self, problem: Problem) -> Made:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        case, mask = problem.case, problem.mask
+        is_causal = isinstance(mask, Causal) and case.q_len == case.kv_len
+        visible = isinstance(mask, Full) or is_causal
+        table = None if visible else mask.dense(case.q_len, case.kv_len, device=problem.device)
+        options: dict[str, Any] = {"attn_mask": table, "is_causal": is_causal}
+        if case.num_heads != case.num_kv_heads:
+            options["enable_gqa"] = True
+
+        def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, value, **options)
+
+        made = Made(forward, self.kernel or "", prepared_bytes=0 if table is None else table.numel())
+        if self.kernel is not None:
+            backend = getattr(SDPBackend, SDPA_BACKENDS[self.kernel])
+
+            def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                with sdpa_kernel(backend):
+                    return forward(query, key, value)
+
+            made.forward = by_kernel
+        return made
+
+
+class Flex(Provider):
+    """torch.nn.attention.flex_attention, compiled; block masks are made from the mask's own row intervals."""
+
+    name = "flex"
+
+    def why_not(self, problem: Problem, mode: str) -> str | None:
+        if problem.device.type == "cpu":
+            if cxx() is None:
+                return "no C++ compiler"
+            if mode != "fwd":
+                return "no backward on CPU"
+        elif problem.device.type == "cuda" and not torch.utils._triton.has_triton():
+            return "no Triton"
+        if problem.mask.intervals(problem.case.q_len, problem.case.kv_len, problem.device) is None:
+            return "mask without a rule"
+        return None
+
+    def make(self, problem: Problem) -> Made:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        # Each case is compiled anew and for its own sizes; the compiler's limit on versions of one function stays away.
+        torch.compiler.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+        block_mask, prepared = _block_mask(problem)
+        enable_gqa = problem.case.num_heads != problem.case.num_kv_heads
+
+        def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return compiled(query, key, value, block_mask=block_mask, enable_gqa=enable_gqa)
+
+        start = time.perf_counter()
+        with torch.no_grad():
+            forward(*problem.detached)
+        if problem.device.type == "cuda":
+            torch.autograd.grad(forward(*problem.qkv), problem.qkv, problem.d_out)
+            torch.cuda.synchronize()
+        return Made(forward, "compiled", time.perf_counter() - start, prepared)
+
+
+def _block_mask(problem: Problem) -> tuple[Any, int]:
+    """FlexAttention's block mask (None where all is visible) and its bytes."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    case, mask = problem.case, problem.mask
+    if isinstance(mask, Full):
+        return None, 0
+    [(start, stop)] = mask.intervals(case.q_len, case.kv_len, problem.device)  # type: ignore[misc]
+    rows = torch.broadcast_shapes(start.shape, (start.dim() and 1, 1, case.q_len))
+    start, stop = start.expand(rows).int().contiguous(), stop.expand(rows).int().contiguous()
+    many_batches, many_heads = rows[0] > 1, rows[1] > 1
+
+    def visible(batch: Tensor, head: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        row = (batch if many_batches else 0, head if many_heads else 0, q_idx)
+        return (kv_idx >= start[row]) & (kv_idx < stop[row])
+
+    block_mask = create_block_mask(
+        visible,
+        rows[0] if many_batches else None,
+        rows[1] if many_heads else None,
+        case.q_len,
+        case.kv_len,
+        device=str(problem.device),
+    )
+    tensors = [part for part in block_mask.as_tuple() if isinstance(part, Tensor)] + [start, stop]
+    return block_mask, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def provider(name: str) -> Provider:
+    """The provider of that name; ValueError lists them."""
+    known = known_providers()
+    if name not in known:
+        raise ValueError(f"providers: {name!r} is not known; there are {', '.join(known)}")
+    return known[name]
+
+
+def known_providers() -> dict[str, Provider]:
+    every = [Fastattn(), *map(Fastattn, BACKENDS), Sdpa(), *map(Sdpa, SDPA_BACKENDS), Flex()]
+    return {each.name: each for each in every}

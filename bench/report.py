@@ -1,0 +1,138 @@
+"""What people read: the table on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from fastattn.bench import env
+from fastattn.bench.rows import Row, say_bytes, say_error, say_time, three
+from fastattn.bench_cases import OPS, BenchCase
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+NARROW = 96
+"""Below this many columns the spread of the times is left out."""
+
+NOISY = 0.1
+"""An interquartile range above this share of the median is shown in yellow."""
+
+
+def table_header(console: Console, environment: dict[str, Any]) -> None:
+    console.print(env.headline(environment), style="bold")
+    if environment["busy"]:
+        load, cores = environment["load_average"][0], environment["cores"]
+        console.print(
+            f"The machine is busy: load {load} on {cores} cores. Times below may be too long.", style="yellow"
+        )
+
+
+def print_case(console: Console, rows: list[Row], *, first_of_op: bool) -> None:
+    """The block of one case: a title, then a line for each provider, by mode."""
+    from rich.text import Text
+
+    case, baseline = rows[0].case, rows[0].baseline
+    columns = _columns(console.width, baseline)
+    if first_of_op:
+        console.print()
+        console.rule(Text.assemble((f" {case.op} ", "bold cyan"), (f"{OPS[case.op].says} ", "dim")), align="left")
+    title = Text(f"{say_case(case):<{columns[0][1] + columns[1][1] + 1}}", style="bold")
+    for name, width, _ in columns[2:]:
+        title.append(f" {name:>{width}}" if width else f"  {name}", style="dim")
+    console.print(title, no_wrap=True, crop=True)
+    for mode, of_mode in groupby(rows, key=lambda row: row.mode):
+        for index, row in enumerate(of_mode):
+            console.print(_line(row, mode if index == 0 else "", columns), no_wrap=not row.reason)
+
+
+def print_legend(console: Console, rows: list[Row]) -> None:
+    """How to read the table, in as few lines as it takes."""
+    baseline = rows[0].baseline
+    against = f"vs {baseline}: how many times faster than {baseline}. " if baseline else ""
+    console.print()
+    console.print(
+        f"Time: median. {against}TFLOP/s: on visible pairs alone. Memory: a call's peak beyond its inputs, "
+        "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick.",
+        style="dim",
+    )
+    slow = [row for row in rows if row.provider == "fastattn" and row.label == "reference" and row.timed]
+    if slow:
+        console.print(
+            "fastattn ran its `reference` room, the plain definition in PyTorch: right everywhere, fast nowhere. "
+            "`fastattn info` says which rooms this machine can run.",
+            style="yellow",
+        )
+    partly = [row for row in rows if row.heads_checked and row.heads_checked < row.case.batch * row.case.num_heads]
+    if partly:
+        fewest = min(row.heads_checked or 0 for row in partly)
+        console.print(f"Large cases were checked on some of their heads, {fewest} at least.", style="dim")
+
+
+def say_case(case: BenchCase) -> str:
+    return f"{case.dtype}  {case.sizes.replace('-', ' ')}"
+
+
+def _columns(width: int, baseline: str | None) -> list[tuple[str, int, str]]:
+    """Name, width and meaning of each column; the last takes what is left."""
+    columns = [
+        ("mode", 8, "mode"),
+        ("provider", 23, "who"),
+        ("time", 8, "time"),
+        ("IQR", 5, "spread"),
+        (f"vs {baseline}" if baseline else "speed-up", 8, "speedup"),
+        ("TFLOP/s", 8, "rate"),
+        ("memory", 9, "memory"),
+        ("error", 0, "error"),
+    ]
+    return [column for column in columns if width >= NARROW or column[2] != "spread"]
+
+
+def _line(row: Row, mode: str, columns: list[tuple[str, int, str]]) -> Text:
+    from rich.text import Text
+
+    line = Text(f"  {mode:<{columns[0][1] - 2}}", style="bold")
+    label = f"{row.provider} ({row.label})" if row.label and row.provider == "fastattn" else row.provider
+    if row.compile_s is not None:
+        label += f" +{row.compile_s:.0f} s compile"
+    line.append(
+        f" {label:<{columns[1][1]}.{columns[1][1]}}", style="" if row.provider.startswith("fastattn") else "dim"
+    )
+    if not row.timed:
+        mark = f" {say_error(row)} " if row.failed else " "
+        line.append(f"{mark}{row.reason or 'not timed'}", style="bold red" if row.failed else "italic dim")
+        return line
+    for _, width, what in columns[2:]:
+        text, style = _cell(row, what)
+        line.append(f" {text:>{width}}" if width else f"  {text}", style=style)
+    return line
+
+
+def _cell(row: Row, what: str) -> tuple[str, str]:
+    """A figure and its colour."""
+    if what == "time":
+        return say_time(row.median_ms), "bold"
+    if what == "spread":
+        return f"{100 * row.spread:.0f}%", "yellow" if row.spread > NOISY else "dim"
+    if what == "speedup":
+        return ("-", "dim") if row.speedup is None else (f"{three(row.speedup)}x", _speed_style(row))
+    if what == "rate":
+        return three(row.tflops()), ""
+    if what == "memory":
+        return say_bytes(row.peak_bytes), ""
+    return say_error(row), "green" if row.correct else "dim" if row.correct is None else "bold red"
+
+
+def _speed_style(row: Row) -> str:
+    if row.provider == row.baseline or row.speedup is None:
+        return "dim"
+    return "green" if row.speedup >= 1.05 else "red" if row.speedup <= 0.95 else ""
+
+
+def by_op(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case.op, []).append(row)
+    return groups

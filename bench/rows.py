@@ -1,0 +1,135 @@
+"""One row of the benchmark: a provider on a case in a mode; what came out, and how it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastattn.bench.clock import quartiles
+from fastattn.bench_cases import BenchCase
+
+
+@dataclass
+class Row:
+    """Times in milliseconds a call, memory in bytes, floating-point operations by `AttnSpec`.
+
+    Exactly one of `reason` (why there is no time) and `samples_ms` is filled once the row has run.
+    """
+
+    case: BenchCase
+    mode: str
+    provider: str
+    device: str
+    label: str = ""
+    reason: str | None = None
+    crashed: bool = False
+    correct: bool | None = None
+    max_error: float | None = None
+    error_share: float | None = None
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    heads_checked: int | None = None
+    compile_s: float | None = None
+    samples_ms: list[float] = field(default_factory=list)
+    calls_per_sample: int = 1
+    speedup: float | None = None
+    useful_flops: int | None = None
+    dense_flops: int | None = None
+    least_bytes: int | None = None
+    peak_bytes: int | None = None
+    memory_method: str | None = None
+    baseline: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What --only looks at."""
+        return f"{self.case.name}/{self.mode}/{self.provider}"
+
+    @property
+    def timed(self) -> bool:
+        return bool(self.samples_ms)
+
+    @property
+    def failed(self) -> bool:
+        """A wrong result, from anybody; or a crash of fastattn's own."""
+        return self.correct is False or (self.crashed and self.provider.startswith("fastattn"))
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        return quartiles(self.samples_ms)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range as a share of the median."""
+        low, high = self.quartiles_ms
+        return (high - low) / self.median_ms
+
+    def tflops(self, milliseconds: float | None = None) -> float:
+        """Useful TFLOP/s: operations on visible pairs alone."""
+        return (self.useful_flops or 0) / ((milliseconds or self.median_ms) * 1e9)
+
+    @property
+    def command(self) -> str:
+        """A command that runs this row again, beside its baseline."""
+        case = self.case
+        window = f" -W {case.window}" if case.window is not None else ""
+        providers = ",".join(dict.fromkeys([self.provider, self.baseline or self.provider]))
+        return (
+            f"fastattn bench --op {case.op} --dtype {case.dtype} --mode {self.mode} -B {case.batch} -H {case.num_heads} "
+            f"--kv-heads {case.num_kv_heads} -N {case.q_len} -M {case.kv_len} -D {case.head_dim}{window} "
+            f"--providers {providers} --baseline {self.baseline or self.provider} --device {self.device}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The row as plain JSON types, derived figures included."""
+        record = {
+            "name": self.name,
+            **dataclasses.asdict(self.case),
+            **dataclasses.asdict(self),
+            "command": self.command,
+        }
+        del record["case"]
+        timed = self.timed
+        low, high = self.quartiles_ms if timed else (None, None)
+        return record | {
+            "median_ms": self.median_ms if timed else None,
+            "q1_ms": low,
+            "q3_ms": high,
+            "tflops": self.tflops() if timed else None,
+            "dense_tflops": (self.dense_flops or 0) / (self.median_ms * 1e9) if timed else None,
+            "gb_per_s": (self.least_bytes or 0) / (self.median_ms * 1e6) if timed else None,
+        }
+
+
+def say_time(milliseconds: float) -> str:
+    if milliseconds < 1:
+        return f"{three(1e3 * milliseconds)} µs"
+    if milliseconds < 1000:
+        return f"{three(milliseconds)} ms"
+    return f"{three(milliseconds / 1e3)} s"
+
+
+def say_bytes(count: int | None) -> str:
+    return "-" if count is None else f"{three(count / 2**20)} MiB" if count < 1 << 30 else f"{three(count / 2**30)} GiB"
+
+
+def three(number: float) -> str:
+    """Three significant digits, never an exponent."""
+    if number == 0:
+        return "0"
+    decimals = 0
+    while number < 10 ** (2 - decimals) and decimals < 6:
+        decimals += 1
+    return f"{number:.{decimals}f}"
+
+
+def say_error(row: Row) -> str:
+    if row.correct is None:
+        return "not checked" if row.timed else ""
+    shown = "" if row.max_error is None or row.max_error != row.max_error else f" {row.max_error:.1e}"
+    return ("✓" if row.correct else "✗") + shown

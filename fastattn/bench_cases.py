@@ -1,0 +1,222 @@
+"""The problems that the benchmark times: one row an operation, sizes as lists.
+
+Shapes and masks are here and nowhere in bench/; floating-point operations and bytes come from `AttnSpec`.
+Sizes stand for real layers: the CPU's for one layer of a small encoder, the GPU's for one layer of a large decoder.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastattn.masks import Mask
+    from fastattn.testing import Case
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One attention problem: `op` names its mask, sizes are in tokens, heads and numbers a head."""
+
+    op: str
+    dtype: str
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def sizes(self) -> str:
+        """Sizes in one word, such as B1-H8/2-N1024-M4096-D64-W256; key heads and lengths that equal the queries' are left out."""
+        heads = f"H{self.num_heads}" + (f"/{self.num_kv_heads}" if self.num_kv_heads != self.num_heads else "")
+        keys = f"-M{self.kv_len}" if self.kv_len != self.q_len else ""
+        window = f"-W{self.window}" if self.window is not None else ""
+        return f"B{self.batch}-{heads}-N{self.q_len}{keys}-D{self.head_dim}{window}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.dtype}/{self.sizes}"
+
+    def row(self) -> Case:
+        """The same problem as a row of `fastattn.testing`, which makes its tensors and holds results against float64."""
+        import torch
+
+        from fastattn.testing import Case
+
+        return Case(
+            self.name,
+            self.q_len,
+            self.kv_len,
+            self.batch,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype=getattr(torch, DTYPES[self.dtype]),
+            mask=lambda case, device: OPS[self.op].mask(self, device),
+        )
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation: what it says to a reader, its mask, and how it bends the sizes that the caller has not named."""
+
+    says: str
+    mask: Callable[[BenchCase, torch.device | str], Mask]
+    bend: Callable[[BenchCase, frozenset[str]], BenchCase] = lambda case, named: case
+
+
+def _full(case: BenchCase, device: torch.device | str) -> Mask:
+    from fastattn.masks import Full
+
+    return Full()
+
+
+def _causal(case: BenchCase, device: torch.device | str) -> Mask:
+    from fastattn.masks import Causal
+
+    return Causal()
+
+
+def _padding(case: BenchCase, device: torch.device | str) -> Mask:
+    """Key lengths spread evenly from half of kv_len up, a different one for each row of the batch."""
+    import torch
+
+    from fastattn.masks import Lengths
+
+    lengths = [case.kv_len - case.kv_len * (row + 1) // (2 * case.batch) for row in range(case.batch)]
+    return Lengths(torch.tensor(lengths, dtype=torch.int32, device=device))
+
+
+def _window(case: BenchCase, device: torch.device | str) -> Mask:
+    from fastattn.masks import Window
+
+    return Window(left=(case.window or 1) - 1, right=0)
+
+
+def _twice_the_keys(case: BenchCase, named: frozenset[str]) -> BenchCase:
+    return case if "kv_len" in named else replace(case, kv_len=2 * case.q_len)
+
+
+def _four_to_one(case: BenchCase, named: frozenset[str]) -> BenchCase:
+    return case if "num_kv_heads" in named else replace(case, num_kv_heads=max(1, case.num_heads // 4))
+
+
+def _one_query(case: BenchCase, named: frozenset[str]) -> BenchCase:
+    return case if {"q_len", "kv_len"} <= named else replace(case, q_len=1)
+
+
+OPS = {
+    "self": Op("every query sees every key", _full),
+    "causal": Op("a query sees itself and what came before", _causal),
+    "masked": Op(
+        "padded batch: keys beyond each row's length are hidden",
+        _padding,
+        lambda case, named: case if "batch" in named else replace(case, batch=max(2, case.batch)),
+    ),
+    "truncated": Op(
+        "sliding window: a query sees itself and the W - 1 keys before",
+        _window,
+        lambda case, named: replace(case, window=case.window or max(1, case.kv_len // 4)),
+    ),
+    "cross": Op("queries of one sequence, keys of another", _full, _twice_the_keys),
+    "gqa": Op("causal, query heads share key heads", _causal, _four_to_one),
+    "decode": Op("one new query on a cache of keys", _full, _one_query),
+}
+DEFAULT_OPS = ("self", "causal", "masked", "truncated", "cross")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Default sizes of one kind of device."""
+
+    dtype: str
+    batch: int
+    num_heads: int
+    head_dim: int
+    q_lens: tuple[int, ...]
+    quick_q_lens: tuple[int, ...]
+
+
+SIZES = {
+    "cpu": Sizes("fp32", batch=1, num_heads=8, head_dim=64, q_lens=(512,), quick_q_lens=(256,)),
+    "cuda": Sizes("bf16", batch=4, num_heads=16, head_dim=128, q_lens=(4096, 16384), quick_q_lens=(4096,)),
+}
+
+
+def bench_cases(
+    device: str,
+    *,
+    ops: Sequence[str] = DEFAULT_OPS,
+    dtypes: Sequence[str] | None = None,
+    batch: Sequence[int] | None = None,
+    num_heads: Sequence[int] | None = None,
+    num_kv_heads: Sequence[int] | None = None,
+    q_len: Sequence[int] | None = None,
+    kv_len: Sequence[int] | None = None,
+    head_dim: Sequence[int] | None = None,
+    window: Sequence[int] | None = None,
+    quick: bool = False,
+) -> list[BenchCase]:
+    """Every combination of the lists; a list that is None takes the default of `device` ("cpu" or "cuda").
+
+    Raises ValueError for an unknown op or dtype and for heads that do not divide.
+    """
+    sizes = SIZES[device]
+    _known("op", ops, OPS)
+    _known("dtype", dtypes or (), DTYPES)
+    given = {
+        "batch": batch,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "q_len": q_len,
+        "kv_len": kv_len,
+        "head_dim": head_dim,
+        "window": window,
+    }
+    named = frozenset(name for name, values in given.items() if values)
+    axes = itertools.product(
+        ops,
+        dtypes or (sizes.dtype,),
+        batch or (sizes.batch,),
+        num_heads or (sizes.num_heads,),
+        num_kv_heads or (None,),
+        q_len or (sizes.quick_q_lens if quick else sizes.q_lens),
+        kv_len or (None,),
+        head_dim or (sizes.head_dim,),
+        window or (None,),
+    )
+    return list(dict.fromkeys(_case(named, *row) for row in axes))
+
+
+def _case(
+    named: frozenset[str],
+    op: str,
+    dtype: str,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    q_len: int,
+    kv_len: int | None,
+    head_dim: int,
+    window: int | None,
+) -> BenchCase:
+    """One row; what the caller has not named follows from the op."""
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(f"kv-heads: must divide the number of heads, got {num_kv_heads} for {num_heads} heads")
+    case = BenchCase(op, dtype, batch, num_heads, num_kv_heads or num_heads, q_len, kv_len or q_len, head_dim)
+    return OPS[op].bend(replace(case, window=window) if op == "truncated" else case, named)
+
+
+def _known(what: str, names: Sequence[str], table: Iterable[str]) -> None:
+    for name in names:
+        if name not in table:
+            raise ValueError(f"{what}: {name!r} is not known; there are {', '.join(table)}")
