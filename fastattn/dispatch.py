@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Verdict:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@functools.cache
 def room(name: str) -> ModuleType:
     """The module of a backend: why_not, forward, backward, kernel_name."""
     return importlib.import_module(_MODULES[name])
@@ -54,16 +56,17 @@ def requested(backend: str | None) -> str | None:
     return backend
 
 
-def choose(spec: AttnSpec, backend: str | None) -> str:
-    """The room that runs `spec`.
+def choose(spec: AttnSpec, asked: str | None) -> str:
+    """The room that runs `spec`; `asked` is what `requested` gave.
 
     Raises:
         BackendUnavailable: a room was asked for that cannot run it. A choice made by name never falls back.
-        ValueError: no room of that name.
     """
-    asked = requested(backend)
     if asked is None:
-        return next(name for name in BACKENDS if _free_reason(name, spec) is None)
+        for name in BACKENDS:
+            if _free_reason(name, spec) is None:
+                return name
+        raise BackendUnavailable("no backend can run this call")
     reason = room(asked).why_not(spec)
     if reason is not None:
         others = [name for name in BACKENDS if name != asked and _free_reason(name, spec) is None]
@@ -76,8 +79,8 @@ def choose(spec: AttnSpec, backend: str | None) -> str:
 
 def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
     """The choice with everybody's reasons; raises as `choose` does."""
-    name = choose(spec, backend)
     asked = requested(backend)
+    name = choose(spec, asked)
     reasons = {each: room(each).why_not(spec) if each == asked else _free_reason(each, spec) for each in BACKENDS}
     return Verdict(name, room(name).kernel_name(spec), reasons, notes)
 

@@ -78,11 +78,8 @@ def attention(
     )
     if dropout_p > 0 and dropout_seed is None:
         inputs = inputs._replace(dropout_seed=new_dropout_seed(query.device))
-    if tracing.transforms_active():
-        dispatch.requested(backend)
-        out, lse = reference.plain(spec, inputs)
-    else:
-        out, lse = ops.attention(inputs, spec.flat(), dispatch.requested(backend))
+    asked = dispatch.requested(backend)
+    out, lse = reference.plain(spec, inputs) if tracing.transforms_active() else ops.attention(inputs, spec, asked)
     return (out, lse) if return_lse else out
 
 

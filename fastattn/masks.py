@@ -18,7 +18,6 @@ hides or shows wrong keys but never reads out of bounds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import InitVar, dataclass
 
 import torch
@@ -51,9 +50,15 @@ class Mask:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [value for value in _values(self) if isinstance(value, Tensor)] + [
-            tensor for value in _values(self) if isinstance(value, Mask) for tensor in value.tensors
-        ]
+        """Every tensor the mask holds, inner masks' too."""
+        found: list[Tensor] = []
+        for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, Mask):
+                found += value.tensors
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -502,10 +507,6 @@ def _negative_last(ids: Tensor) -> Tensor:
     """Ids as int64 with the negative ones moved past every other, so that a sorted row stays sorted."""
     ids = ids.long()
     return torch.where(ids < 0, torch.iinfo(torch.int64).max, ids)
-
-
-def _values(mask: Mask) -> Iterable[object]:
-    return (getattr(mask, field.name) for field in dataclasses.fields(mask))  # type: ignore[arg-type]
 
 
 def _is_int(value: object) -> bool:

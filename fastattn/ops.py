@@ -1,7 +1,10 @@
 """The operators fastattn::attention_forward and fastattn::attention_backward: what compilers and autograd see.
 
-They take the tensors and the spec as primitives, so that torch.compile, torch.export, CUDA graphs and checkpointing treat
-attention as one node. The room is chosen inside, at run time. Made with torch.library.Library, as custom_op costs more a call.
+They take the tensors and the spec as primitives, so that torch.compile, torch.export and every dispatch mode treat attention
+as one node. The room is chosen inside, at run time. Made with torch.library.Library, as custom_op costs more a call.
+
+A call that nobody watches (plain eager tensors, no mode, no profiler) goes to the room directly: the dispatcher's two passes
+through Python cost more than a small problem takes. Both ways end in the same two functions, `_run_forward`, `_run_backward`.
 """
 
 from __future__ import annotations
@@ -31,11 +34,70 @@ _LIBRARY.define(
 FORWARD = torch.ops.fastattn.attention_forward.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
 N_INPUTS = len(AttnInputs._fields)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes_active, _profiler_enabled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
 
 
-def attention(inputs: AttnInputs, packed: FlatSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """out, lse of a checked call through the operator; `backend=None` leaves the choice to the room list."""
-    return FORWARD(*inputs, *packed, backend or "")
+def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[Tensor, Tensor]:
+    """out, lse of a checked call; `backend=None` leaves the choice to the room list."""
+    if not _watched(inputs):
+        return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
+    return FORWARD(*inputs, *spec.flat(), backend or "")
+
+
+def _watched(inputs: AttnInputs) -> bool:
+    """Whether someone wants to see the operator: a compiler, a tracer, a dispatch mode, a profiler, a tensor subclass."""
+    if torch.compiler.is_compiling():
+        return True
+    query, key, value, bias, sinks, _ = inputs
+    return (
+        _modes_active() > 0
+        or _profiler_enabled()
+        or torch.jit.is_tracing()
+        or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        or not (bias is None or type(bias) in _PLAIN)
+        or not (sinks is None or type(sinks) in _PLAIN)
+        or query.is_meta
+    )
+
+
+def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str | None) -> tuple[Tensor, Tensor]:
+    return dispatch.room(dispatch.choose(spec, backend)).forward(spec, inputs)
+
+
+def _run_backward(
+    spec: AttnSpec, inputs: AttnInputs, backend: str | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> reference.Gradients:
+    return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
+
+
+class _Eager(torch.autograd.Function):
+    """The call without the dispatcher. Second derivatives go through the backward operator, which has its own."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, spec, backend = args
+        inputs = AttnInputs(*tensors)
+        out, lse = _run_forward(spec, inputs, backend)
+        # The mask's tensors are saved too, so that torch notices when one is changed in between.
+        ctx.save_for_backward(*inputs, out, lse, *spec.mask.tensors)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if d_out is None and d_lse is None:
+            return (None,) * (N_INPUTS + 2)
+        tensors = ctx.saved_tensors
+        inputs, out, lse = AttnInputs(*tensors[:N_INPUTS]), *tensors[N_INPUTS : N_INPUTS + 2]
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        if torch.is_grad_enabled():
+            grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
+            grads = tuple(None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=False))
+        else:
+            grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse)
+        return (*grads, None, None, None)
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
@@ -45,7 +107,7 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec, backend = _unpack(args)
-    return dispatch.room(dispatch.choose(spec, backend)).forward(spec, inputs)
+    return _run_forward(spec, inputs, backend)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -55,7 +117,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, spec, backend = _unpack(args)
-    grads = dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
+    grads = _run_backward(spec, inputs, backend, out, lse, d_out, d_lse)
     return tuple(inputs.query.new_empty(0) if grad is None else grad for grad in grads)
 
 

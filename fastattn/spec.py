@@ -117,7 +117,8 @@ class AttnSpec:
         scale = packed.scale
         if scale is None:
             scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-        differentiable = (query, key, value, bias, sinks)
+        wants = query.requires_grad or key.requires_grad or value.requires_grad
+        wants = wants or (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
         return cls(
             batch,
             num_heads,
@@ -135,7 +136,7 @@ class AttnSpec:
             sinks is not None,
             packed.dropout_p,
             packed.deterministic,
-            torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable),
+            wants and torch.is_grad_enabled(),
             DotProduct(),
             Softmax(),
         )
@@ -196,12 +197,12 @@ def _by_mode(mode: str, forward: int, backward: int) -> int:
 def _check_tensors(inputs: AttnInputs) -> None:
     """Kinds, ranks, dtypes, devices."""
     query = inputs.query
-    for name, tensor in inputs._asdict().items():
+    for name, tensor in zip(AttnInputs._fields, inputs, strict=True):
         if tensor is None and name in ("bias", "sinks", "dropout_seed"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
-        if tensor.device != query.device:
+        if tensor is not query and tensor.device != query.device:
             raise ValueError(
                 f"{name}: all tensors must be on one device; query is on {query.device}, {name} on {tensor.device}"
             )

@@ -60,7 +60,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_refused_with_a_sentence_and_nothing_is_computed(name, monkeypatch):
     tensors, arguments, error, says = REFUSED[name]
-    monkeypatch.setattr("fastattn.ops.FORWARD", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("fastattn.ops.attention", lambda *_: pytest.fail("something was computed"))
     with pytest.raises(error, match=says):
         attention(*tensors, **arguments)
 
