@@ -13,3 +13,7 @@ from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
 
 __version__ = "0.1.0"
+__all__ = [
+    "attention", "attention_weights", "dropout_mask", "explain", "masks",
+    "BackendUnavailable", "Verdict",
+]  # fmt: skip

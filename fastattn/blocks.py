@@ -1,8 +1,9 @@
 """Block lists: for each tile of queries, the tiles of keys to visit, and which of them need no check.
 
-For masks without a closed form (a bool tensor, scattered segments, unions of more than two intervals), and for any other mask
-too. Built on the mask's own device, without a host sync; a tile is visited if any of its pairs may be visible, and full
-if all are. "May": bounds over a tile can keep a tile that turns out empty, never lose one that is not.
+For masks without a closed form (a bool tensor, scattered segments, unions of more than two intervals), and for any
+other mask too. Built on the mask's own device, without a host sync; a tile is visited if any of its pairs may be
+visible, and full if all are. "May": bounds over a tile can keep a tile that turns out empty, never lose one that is
+not.
 
     visit, full     bool [batch or 1, num_heads or 1, q_tiles, kv_tiles]
     count           int32 [..., q_tiles]             tiles to visit
@@ -51,7 +52,7 @@ class Grid:
 
 
 class TileClasses(NamedTuple):
-    """Which tiles may show anything, and which show everything: bool [batch or 1, num_heads or 1, q_tiles, kv_tiles]."""
+    """Which tiles may show anything, and which show everything; shapes at the head of this file."""
 
     visit: Tensor
     full: Tensor
@@ -88,7 +89,9 @@ def classify(mask: Mask, grid: Grid) -> TileClasses:
     if isinstance(mask, And):
         left, right = classify(mask.left, grid), classify(mask.right, grid)
         return TileClasses(left.visit & right.visit, left.full & right.full)
-    raise NotImplementedError(f"no tile rule for mask {type(mask).__name__}; give it `interval` or a case in blocks.classify")
+    raise NotImplementedError(
+        f"no tile rule for mask {type(mask).__name__}; give it `interval` or a case in blocks.classify"
+    )
 
 
 def _union(parts: list[TileClasses]) -> TileClasses:
@@ -101,13 +104,16 @@ def _union(parts: list[TileClasses]) -> TileClasses:
 def _from_table(table: Tensor, grid: Grid) -> TileClasses:
     """By looking at every element once; nothing of the table's size is made."""
     visit, full = (
-        _by_tile(reduce, _by_tile(reduce, table, -1, grid.block_n), -2, grid.block_m) for reduce in (torch.any, torch.all)
+        _by_tile(reduce, _by_tile(reduce, table, -1, grid.block_n), -2, grid.block_m)
+        for reduce in (torch.any, torch.all)
     )
     return TileClasses(visit, full)
 
 
 def _from_interval(interval: Interval, grid: Grid) -> TileClasses:
-    """A tile of rows reaches from its first start to its last stop; it is sure of what lies between last start and first stop."""
+    """A tile of rows reaches from its first start to its last stop; it is sure of what lies between last start and
+    first stop.
+    """
     start, stop = (each.expand(*each.shape[:-1], grid.q_len) for each in interval)
     nothing = start >= stop
     least, most = -1, grid.kv_len + 1

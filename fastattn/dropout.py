@@ -1,7 +1,7 @@
 """Dropout bits: the same in every room, on every device.
 
-Element (b, h, i, j) of the weights is kept when word j % 4 of Philox4x32-10 with key = seed and counter = (j // 4, i, h, b)
-is at least floor(p * 2^32). Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+Element (b, h, i, j) of the weights is kept when word j % 4 of Philox4x32-10 with key = seed and counter = (j // 4, i,
+h, b) is at least floor(p * 2^32). Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10. seed int64 [1] (its 64 bits are the key), counter four int64 tensors below 2^32 -> four such words."""
+    """Philox4x32-10. seed int64 [1] (its 64 bits are the key), counter four int64 tensors below 2^32 -> four such
+    words.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
-        # An unsigned 32 x 32 product wraps in int64 with its bits right; the mask after the shift drops the sign's copies.
+        # An unsigned 32 x 32 product wraps in int64 with its bits right; masking after the shift drops sign copies.
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
@@ -70,5 +72,6 @@ def check_dropout(p: float, seed: Tensor | None) -> None:
     if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
         got = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
         raise ValueError(
-            f"dropout_seed: an int64 tensor of shape [1] is needed, got {got}; fastattn.functional.new_dropout_seed makes one"
+            f"dropout_seed: an int64 tensor of shape [1] is needed, got {got}; "
+            "fastattn.functional.new_dropout_seed makes one"
         )

@@ -1,8 +1,8 @@
 """Masks as primitives: what an operator's schema can carry.
 
 A mask becomes a code, a list of ints and a list of tensors. The code spells the tree in prefix order, a word a value:
-the class, then each field: `i` an int (in the list), `x` a tensor (in the list), `n` None, `s=...` a string, `b=...` a bool.
-Masks are registered as pytrees here too.
+the class, then each field: `i` an int (in the list), `x` a tensor (in the list), `n` None, `s=...` a string, `b=...`
+a bool. Masks are registered as pytrees here too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Flat = tuple[str, list[int], list[Tensor]]
 
 CLASSES: dict[str, type[Mask]] = {
     name: cls
-    for name, cls in vars(masks).items()
+    for name, cls in ((name, getattr(masks, name)) for name in masks.__all__)
     if inspect.isclass(cls) and issubclass(cls, Mask) and dataclasses.is_dataclass(cls)
 }
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -91,7 +91,9 @@ def _take(words: Iterator[str], ints: Iterator[int], tensors: Iterator[Tensor]) 
 
 
 def _to_tree(mask: Mask) -> tuple[list[object], list[list[object]]]:
-    """Pytree children (tensors and inner masks), and the rest in JSON's types: [field, value], or [field] for a child."""
+    """Pytree children (tensors and inner masks), and the rest in JSON's types: [field, value], or [field] for a
+    child.
+    """
     children: list[object] = []
     context: list[list[object]] = []
     for field in FIELDS[type(mask).__name__]:

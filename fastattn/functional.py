@@ -40,7 +40,8 @@ def attention(
         query: [batch, num_heads, q_len, head_dim], float16, bfloat16, float32 or float64, any strides.
         key: [batch, num_kv_heads, kv_len, head_dim]; num_heads is a multiple of num_kv_heads (grouped or multi-query).
         value: [batch, num_kv_heads, kv_len, head_dim_v].
-        mask: a `fastattn.masks.Mask`, or a bool tensor broadcastable to [batch, num_heads, q_len, kv_len], True = attend.
+        mask: a `fastattn.masks.Mask`, or a bool tensor (True = attend) broadcastable to
+            [batch, num_heads, q_len, kv_len].
         bias: added to the scaled scores; float32 or the query's dtype, broadcastable like the mask; -inf hides.
             Differentiable, in its own shape and dtype.
         scale: of the scores; 1 / sqrt(head_dim) when None.
@@ -62,8 +63,8 @@ def attention(
         TypeError, ValueError: an argument that does not fit; nothing is computed.
         BackendUnavailable: the room asked for cannot run this call.
 
-    Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the backend.
-    Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
+    Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the
+    backend. Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
     """
     inputs = AttnInputs(*_autocast(query, key, value), bias, sinks, dropout_seed)
     spec = AttnSpec.of(
@@ -126,8 +127,8 @@ def attention_weights(
         rows: the queries wanted, ints or an int tensor [n]; negative ones count from the end. All when None.
 
     Returns:
-        [batch, num_heads, n or q_len, kv_len], or [batch, n or q_len, kv_len] for the mean; float32 (float64 for float64).
-        Rows that see no key are 0; with sinks a row sums to less than 1.
+        [batch, num_heads, n or q_len, kv_len], or [batch, n or q_len, kv_len] for the mean; float32 (float64 for
+        float64). Rows that see no key are 0; with sinks a row sums to less than 1.
 
     Raises:
         ValueError: arguments that do not fit.
@@ -149,13 +150,19 @@ def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
     if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
         raise ValueError(f"rows: a list of ints or an int tensor [n] is needed, got {index.dtype} {list(index.shape)}")
     index = index.long()
-    if index.device.type == "cpu" and not tracing.being_transformed() and bool(((index < -spec.q_len) | (index >= spec.q_len)).any()):
+    if (
+        index.device.type == "cpu"
+        and not tracing.being_transformed()
+        and bool(((index < -spec.q_len) | (index >= spec.q_len)).any())
+    ):
         raise ValueError(f"rows: queries from {-spec.q_len} to {spec.q_len - 1} are there, got {index.tolist()}")
     return torch.where(index < 0, index + spec.q_len, index).clamp(0, max(spec.q_len - 1, 0))
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast: floating tensors but float64 ones in its dtype, as torch's SDPA is on the lower-precision list."""
+    """Under autocast: floating tensors but float64 ones in its dtype, as torch's SDPA is on the lower-precision
+    list.
+    """
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors

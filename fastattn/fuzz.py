@@ -14,7 +14,12 @@ ALL_FORMS = (*CLOSED_FORMS, "Chunked", "Prefix", "Segments", "Dense")
 
 
 def cases(
-    max_len: int = 200, *, masks: tuple[str, ...] = ALL_FORMS, unions: bool = True, features: bool = True, max_dim: int = 48
+    max_len: int = 200,
+    *,
+    masks: tuple[str, ...] = ALL_FORMS,
+    unions: bool = True,
+    features: bool = True,
+    max_dim: int = 48,
 ) -> Any:
     """A strategy of `testing.Case`.
 
@@ -72,7 +77,9 @@ def _masks(st: Any, batch: int, heads: int, q_len: int, kv_len: int, names: tupl
         "Full": st.builds(Full),
         "Causal": st.builds(Causal, **placed),
         "Window": st.builds(Window, reach, reach, **placed),
-        "Chunked": st.builds(Chunked, st.integers(1, 40), st.none() | st.integers(0, 3), st.none() | st.integers(0, 3), **placed),
+        "Chunked": st.builds(
+            Chunked, st.integers(1, 40), st.none() | st.integers(0, 3), st.none() | st.integers(0, 3), **placed
+        ),
         "Lengths": st.builds(
             Lengths,
             _ints(st, batch, 0, kv_len + 2),
@@ -81,7 +88,12 @@ def _masks(st: Any, batch: int, heads: int, q_len: int, kv_len: int, names: tupl
         ),
         "Prefix": st.builds(Prefix, _ints(st, batch, 0, kv_len + 2), **placed),
         "Segments": st.builds(_segments, st.just(batch), st.just(q_len), st.just(kv_len), st.integers(0, 2**31)),
-        "Dense": st.builds(_table, st.sampled_from(((1, 1), (batch, 1), (batch, heads))), st.just((q_len, kv_len)), st.integers(0, 2**31)),
+        "Dense": st.builds(
+            _table,
+            st.sampled_from(((1, 1), (batch, 1), (batch, heads))),
+            st.just((q_len, kv_len)),
+            st.integers(0, 2**31),
+        ),
     }
     leaf = st.one_of(*(leaves[name] for name in names))
 

@@ -3,16 +3,16 @@
 A mask is a frozen value. `mask.dense(q_len, kv_len)` is the bool table it stands for, broadcastable to
 [batch, num_heads, q_len, kv_len], True = attend. `a & b` shows what both show, `a | b` what either shows.
 
-Most masks are *interval masks*: query i sees the keys start <= j < stop, and `interval` says start and stop. It is written
-once per mask; the dense table, the pictures, the counts and the tile lists (blocks.py) are all derived from it.
+Most masks are *interval masks*: query i sees the keys start <= j < stop, and `interval` says start and stop. It is
+written once per mask; the dense table, the pictures, the counts and the tile lists (blocks.py) are all derived from it.
 
-`Causal`, `Window`, `Chunked` and `Prefix` place query i at position i + offset. `align="bottom-right"` (the default) means
-offset = kv_len - q_len, so that the last query sits at the last key; `align="top-left"` means 0; `offset=`, an int or an
-int tensor [batch], says it outright (a cache with empty slots needs that).
+`Causal`, `Window`, `Chunked` and `Prefix` place query i at position i + offset. `align="bottom-right"` (the default)
+means offset = kv_len - q_len, so that the last query sits at the last key; `align="top-left"` means 0; `offset=`, an
+int or an int tensor [batch], says it outright (a cache with empty slots needs that).
 
-Tensors are int32 or int64 and live on the query's device. Their values are checked when the mask is made if they lie on the
-CPU, or anywhere with `validate=True` (one device sync); `validate=False` never checks. Kernels clamp, so that a bad value
-hides or shows wrong keys but never reads out of bounds.
+Tensors are int32 or int64 and live on the query's device. Their values are checked when the mask is made if they lie
+on the CPU, or anywhere with `validate=True` (one device sync); `validate=False` never checks. Kernels clamp, so that
+a bad value hides or shows wrong keys but never reads out of bounds.
 """
 
 from __future__ import annotations
@@ -23,64 +23,26 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-Length = int | Tensor  # one length for all rows, or one for each row
-Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
+from fastattn.mask import (
+    And,
+    Interval,
+    Length,
+    Mask,
+    Or,
+    check_batch,
+    check_ints,
+    check_sizes,
+    is_int,
+    may_look,
+    visible_pairs,
+)
+
+__all__ = [
+    "And", "Causal", "Chunked", "Dense", "Full", "Lengths", "Mask", "Or", "Packed", "Prefix", "Segments", "Window",
+    "visible_pairs",
+]  # fmt: skip
+
 ALIGNMENTS = ("bottom-right", "top-left")
-
-
-class Mask:
-    """Base of all masks: the table, its picture, its combinations."""
-
-    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
-        """First visible key and the one after the last, for each query of `q_idx` (int64, [..., q_len]), not clipped."""
-        raise NotImplementedError(f"{type(self).__name__} is not an interval mask")
-
-    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
-        """At most two intervals a row whose union is what the row sees; None where there is no such closed form."""
-        return [self.interval(_rows(q_len, device), q_len, kv_len)]
-
-    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
-        """The mask as a bool table [batch or 1, num_heads or 1, q_len, kv_len], True = attend."""
-        device = device or self.device
-        [(start, stop)] = self.intervals(q_len, kv_len, device)  # type: ignore[misc]
-        return _between(start, stop, kv_len)
-
-    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
-        """Raise ValueError where the mask's tensors do not fit a problem of these sizes."""
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor the mask holds, inner masks' too."""
-        found: list[Tensor] = []
-        for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif isinstance(value, Mask):
-                found += value.tensors
-        return found
-
-    @property
-    def device(self) -> torch.device:
-        """Where the mask's tensors live; the CPU for a mask without tensors."""
-        return next((tensor.device for tensor in self.tensors), torch.device("cpu"))
-
-    def leaves(self) -> list[Mask]:
-        """The masks that must all agree: the parts of an `And`, or the mask itself."""
-        return [self]
-
-    def draw(self, q_len: int, kv_len: int, *, batch: int = 0, head: int = 0) -> str:
-        """The small table as text: a row a query, x = attends, . = hidden."""
-        table = self.dense(q_len, kv_len)
-        table = table.expand(*(max(have, want + 1) for have, want in zip(table.shape, (batch, head), strict=False)), -1, -1)
-        table = table[batch, head].expand(q_len, kv_len)
-        return "\n".join(" ".join("x" if seen else "." for seen in row) for row in table.tolist())
-
-    def __and__(self, other: Mask) -> Mask:
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
-
-    def __or__(self, other: Mask) -> Mask:
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +70,8 @@ class Placed(Mask):
         name = type(self).__name__
         if self.align not in ALIGNMENTS:
             raise ValueError(f"{name}: align must be one of {ALIGNMENTS}, got {self.align!r}")
-        if self.offset is not None and not _is_int(self.offset):
-            _check_ints(name, offset=self.offset)
+        if self.offset is not None and not is_int(self.offset):
+            check_ints(name, offset=self.offset)
 
     def position(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Tensor:
         """Where on the key axis each query sits."""
@@ -118,7 +80,7 @@ class Placed(Mask):
         return q_idx + (self.offset.long()[:, None, None] if isinstance(self.offset, Tensor) else self.offset)
 
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
-        _check_batch(self, batch, offset=self.offset)
+        check_batch(self, batch, offset=self.offset)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +124,7 @@ class Window(Placed):
 
     def __post_init__(self, validate: bool | None) -> None:
         super().__post_init__(validate)
-        _check_sizes("Window", 0, left=self.left, right=self.right)
+        check_sizes("Window", 0, left=self.left, right=self.right)
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         position = self.position(q_idx, q_len, kv_len)
@@ -190,8 +152,8 @@ class Chunked(Placed):
 
     def __post_init__(self, validate: bool | None) -> None:
         super().__post_init__(validate)
-        _check_sizes("Chunked", 0, left_chunks=self.left_chunks, right_chunks=self.right_chunks)
-        if not _is_int(self.size) or self.size < 1:
+        check_sizes("Chunked", 0, left_chunks=self.left_chunks, right_chunks=self.right_chunks)
+        if not is_int(self.size) or self.size < 1:
             raise ValueError(f"Chunked: size must be an int of at least 1, got {self.size!r}")
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
@@ -205,7 +167,8 @@ class Chunked(Placed):
 
 @dataclass(frozen=True, eq=False)
 class Lengths(Mask):
-    """Padding: in batch item b the keys kv_starts[b] <= j < kv_lengths[b] are real; queries from q_lengths[b] on see nothing.
+    """Padding: in batch item b the keys kv_starts[b] <= j < kv_lengths[b] are real; queries from q_lengths[b] on see
+    nothing.
 
     Each an int32 or int64 tensor [batch]. Left padding is `kv_starts`. Lengths never move a query: combine with
     `Causal(offset=...)` where the positions follow the lengths.
@@ -222,21 +185,25 @@ class Lengths(Mask):
 
     def __post_init__(self, validate: bool | None) -> None:
         named = {"kv_lengths": self.kv_lengths, "q_lengths": self.q_lengths, "kv_starts": self.kv_starts}
-        _check_ints("Lengths", **{name: tensor for name, tensor in named.items() if tensor is not None or name == "kv_lengths"})
-        if _may_look(validate, self.tensors):
+        check_ints(
+            "Lengths", **{name: tensor for name, tensor in named.items() if tensor is not None or name == "kv_lengths"}
+        )
+        if may_look(validate, self.tensors):
             for name, tensor in named.items():
                 if tensor is not None and tensor.numel() and tensor.min() < 0:
                     raise ValueError(f"Lengths: {name} must not be negative, got {tensor.min().item()}")
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         stop = self.kv_lengths.long()[:, None, None].expand(-1, 1, q_idx.shape[-1])
-        start = torch.zeros_like(stop) if self.kv_starts is None else self.kv_starts.long()[:, None, None].expand_as(stop)
+        start = (
+            torch.zeros_like(stop) if self.kv_starts is None else self.kv_starts.long()[:, None, None].expand_as(stop)
+        )
         if self.q_lengths is not None:
             stop = torch.where(q_idx < self.q_lengths.long()[:, None, None], stop, start)
         return start, stop
 
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
-        _check_batch(self, batch, kv_lengths=self.kv_lengths, q_lengths=self.q_lengths, kv_starts=self.kv_starts)
+        check_batch(self, batch, kv_lengths=self.kv_lengths, q_lengths=self.q_lengths, kv_starts=self.kv_starts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +221,7 @@ class Prefix(Placed):
 
     def __post_init__(self, validate: bool | None) -> None:
         super().__post_init__(validate)
-        _check_ints("Prefix", lengths=self.lengths)
+        check_ints("Prefix", lengths=self.lengths)
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         start, causal_stop = Causal(align=self.align, offset=self.offset, validate=False).interval(q_idx, q_len, kv_len)
@@ -263,7 +230,7 @@ class Prefix(Placed):
 
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
         super().check(batch, num_heads, q_len, kv_len)
-        _check_batch(self, batch, lengths=self.lengths)
+        check_batch(self, batch, lengths=self.lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +238,8 @@ class Segments(Mask):
     """Documents in one row: equal ids see each other; a negative id sees nothing and is not seen.
 
     `q_ids` [batch or 1, q_len], `kv_ids` [batch or 1, kv_len] (the same tensor when None), int32 or int64.
-    `sorted=True` promises ids that never decrease, negative ones last: kernels then walk spans; else they walk tile lists.
+    `sorted=True` promises ids that never decrease, negative ones last: kernels then walk spans; else they walk tile
+    lists.
 
     >>> print(Segments(torch.tensor([[0, 1, 0, -1]])).draw(4, 4))
     x . x .
@@ -286,8 +254,8 @@ class Segments(Mask):
     validate: InitVar[bool | None] = None
 
     def __post_init__(self, validate: bool | None) -> None:
-        _check_ints("Segments", rank=2, q_ids=self.q_ids, kv_ids=self.key_ids)
-        if self.sorted and _may_look(validate, self.tensors):
+        check_ints("Segments", rank=2, q_ids=self.q_ids, kv_ids=self.key_ids)
+        if self.sorted and may_look(validate, self.tensors):
             for name, ids in (("q_ids", self.q_ids), ("kv_ids", self.key_ids)):
                 order = _negative_last(ids)
                 if bool((order[:, 1:] < order[:, :-1]).any()):
@@ -325,7 +293,8 @@ class Segments(Mask):
 class Packed(Mask):
     """Sequences of different lengths laid end to end in one row (batch 1): each sees itself, through `inside`.
 
-    `cu_q`, `cu_kv`: int32 or int64 [segments + 1], cumulative lengths from 0; tokens after the last segment see nothing.
+    `cu_q`, `cu_kv`: int32 or int64 [segments + 1], cumulative lengths from 0; tokens after the last segment see
+    nothing.
     `inside` is a mask of its own lengths in each segment: Full, Causal, Window, Chunked and their `&`.
 
     >>> print(Packed(torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5])).draw(5, 5))
@@ -342,7 +311,7 @@ class Packed(Mask):
     validate: InitVar[bool | None] = None
 
     def __post_init__(self, validate: bool | None) -> None:
-        _check_ints("Packed", cu_q=self.cu_q, cu_kv=self.cu_kv)
+        check_ints("Packed", cu_q=self.cu_q, cu_kv=self.cu_kv)
         if self.cu_q.shape != self.cu_kv.shape or self.cu_q.shape[0] < 1:
             raise ValueError(
                 "Packed: cu_q and cu_kv must both be [segments + 1], "
@@ -354,7 +323,7 @@ class Packed(Mask):
                     "Packed: inside must be made of Full, Causal, Window and Chunked without tensors, "
                     f"got {type(leaf).__name__}; combine other masks with Packed by &"
                 )
-        if _may_look(validate, [self.cu_q, self.cu_kv]):
+        if may_look(validate, [self.cu_q, self.cu_kv]):
             for name, cu in (("cu_q", self.cu_q), ("cu_kv", self.cu_kv)):
                 if cu[0] != 0 or bool((cu[1:] < cu[:-1]).any()):
                     raise ValueError(f"Packed: {name} must start at 0 and never decrease, got {cu.tolist()}")
@@ -411,133 +380,7 @@ class Dense(Mask):
             )
 
 
-@dataclass(frozen=True, eq=False)
-class And(Mask):
-    """What both masks show: `left & right`.
-
-    >>> print((Causal() & Chunked(2)).draw(4, 4))
-    x . . .
-    x x . .
-    . . x .
-    . . x x
-    """
-
-    left: Mask
-    right: Mask
-
-    def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
-        return _intersect(self.left.interval(q_idx, q_len, kv_len), self.right.interval(q_idx, q_len, kv_len))
-
-    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
-        left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
-        if left is None or right is None or len(left) * len(right) > 2:
-            return None
-        return [_intersect(a, b) for a in left for b in right]
-
-    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
-        device = device or self.device
-        return self.left.dense(q_len, kv_len, device=device) & self.right.dense(q_len, kv_len, device=device)
-
-    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
-        for part in (self.left, self.right):
-            part.check(batch, num_heads, q_len, kv_len)
-
-    def leaves(self) -> list[Mask]:
-        return [*self.left.leaves(), *self.right.leaves()]
-
-
-@dataclass(frozen=True, eq=False)
-class Or(Mask):
-    """What either mask shows: `left | right`, such as a window and a few sink tokens.
-
-    >>> print((Window(1, 0) | Lengths(torch.tensor([1]))).draw(4, 4))
-    x . . .
-    x x . .
-    x x x .
-    x . x x
-    """
-
-    left: Mask
-    right: Mask
-
-    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
-        left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
-        return None if left is None or right is None or len(left) + len(right) > 2 else left + right
-
-    def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
-        device = device or self.device
-        return self.left.dense(q_len, kv_len, device=device) | self.right.dense(q_len, kv_len, device=device)
-
-    def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
-        for part in (self.left, self.right):
-            part.check(batch, num_heads, q_len, kv_len)
-
-
-def visible_pairs(mask: Mask, batch: int, num_heads: int, q_len: int, kv_len: int) -> int:
-    """How many (query, key) pairs the mask shows over all batch items and heads. Reads values: syncs a device."""
-    intervals = mask.intervals(q_len, kv_len, mask.device)
-    if intervals is None:
-        table = mask.dense(q_len, kv_len)
-        return int(table.sum()) * (batch // table.shape[0]) * (num_heads // table.shape[1])
-    total = 0
-    parts = [(1, part) for part in intervals]
-    if len(intervals) == 2:
-        parts.append((-1, _intersect(*intervals)))
-    for sign, (start, stop) in parts:
-        rows = (stop.clamp(max=kv_len) - start.clamp(min=0)).clamp(min=0)
-        heads_and_batch = (batch // rows.shape[0] if rows.dim() == 3 else batch) * num_heads
-        total += sign * int(rows.sum()) * heads_and_batch
-    return total
-
-
-def _rows(q_len: int, device: torch.device | None) -> Tensor:
-    return torch.arange(q_len, device=device)[None, None]  # [1, 1, q_len]
-
-
-def _between(start: Tensor, stop: Tensor, kv_len: int) -> Tensor:
-    kv_idx = torch.arange(kv_len, device=start.device)
-    return (kv_idx >= start[..., None]) & (kv_idx < stop[..., None])
-
-
-def _intersect(a: Interval, b: Interval) -> Interval:
-    return torch.maximum(a[0], b[0]), torch.minimum(a[1], b[1])
-
-
 def _negative_last(ids: Tensor) -> Tensor:
     """Ids as int64 with the negative ones moved past every other, so that a sorted row stays sorted."""
     ids = ids.long()
     return torch.where(ids < 0, torch.iinfo(torch.int64).max, ids)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-
-
-def _may_look(validate: bool | None, tensors: list[Tensor]) -> bool:
-    """Whether values may be read: asked for, or on the CPU outside of tracing and transforms."""
-    if validate is not None or torch.compiler.is_compiling():
-        return bool(validate) and not torch.compiler.is_compiling()
-    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
-
-
-def _check_sizes(name: str, least: int, **sizes: int | None) -> None:
-    for argument, size in sizes.items():
-        if size is not None and (not _is_int(size) or size < least):
-            raise ValueError(f"{name}: {argument} must be an int of at least {least} or None (unbounded), got {size!r}")
-
-
-def _check_ints(name: str, rank: int = 1, **tensors: object) -> None:
-    for argument, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {argument} must be an int32 or int64 tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != rank:
-            raise ValueError(
-                f"{name}: {argument} must be int32 or int64 with {rank} dimension{'s' * (rank > 1)}, "
-                f"got {tensor.dtype} {list(tensor.shape)}"
-            )
-
-
-def _check_batch(mask: Mask, batch: int, **tensors: object) -> None:
-    for argument, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.shape[0] not in (1, batch):
-            raise ValueError(f"mask {type(mask).__name__}: {argument} must be [{batch}] (the batch), got {list(tensor.shape)}")

@@ -1,10 +1,12 @@
 """The operators fastattn::attention_forward and fastattn::attention_backward: what compilers and autograd see.
 
-They take the tensors and the spec as primitives, so that torch.compile, torch.export and every dispatch mode treat attention
-as one node. The room is chosen inside, at run time. Made with torch.library.Library, as custom_op costs more a call.
+They take the tensors and the spec as primitives, so that torch.compile, torch.export and every dispatch mode treat
+attention as one node. The room is chosen inside, at run time. Made with torch.library.Library, as custom_op costs
+more a call.
 
-A call that nobody watches (plain eager tensors, no mode, no profiler) goes to the room directly: the dispatcher's two passes
-through Python cost more than a small problem takes. Both ways end in the same two functions, `_run_forward`, `_run_backward`.
+A call that nobody watches (plain eager tensors, no mode, no profiler) goes to the room directly: the dispatcher's two
+passes through Python cost more than a small problem takes. Both ways end in the same two functions, `_run_forward`,
+`_run_backward`.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
 
 
 def _watched(inputs: AttnInputs) -> bool:
-    """Whether someone wants to see the operator: a compiler, a tracer, a dispatch mode, a profiler, a tensor subclass."""
+    """Whether someone wants to see the operator: a compiler, a tracer, a dispatch mode, a profiler, a tensor
+    subclass.
+    """
     if torch.compiler.is_compiling():
         return True
     query, key, value, bias, sinks, _ = inputs
@@ -66,7 +70,13 @@ def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str | None) -> tup
 
 
 def _run_backward(
-    spec: AttnSpec, inputs: AttnInputs, backend: str | None, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    spec: AttnSpec,
+    inputs: AttnInputs,
+    backend: str | None,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
 ) -> reference.Gradients:
     return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
 
@@ -171,7 +181,9 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """Second derivatives: differentiate the plain formulation twice. `out` and `lse` count as functions of the inputs."""
+    """Second derivatives: differentiate the plain formulation twice. `out` and `lse` count as functions of the
+    inputs.
+    """
     *saved, d_out, d_lse = ctx.saved_tensors
     inputs, spec, _ = _unpack(_args(ctx, tuple(saved)))
     with torch.enable_grad():

@@ -1,4 +1,5 @@
-"""The reference: the definition of attention in plain PyTorch, nothing optimised. The oracle of the tests and a backend.
+"""The reference: the definition of attention in plain PyTorch, nothing optimised. The oracle of the tests and a
+backend.
 
     t_ij = score(q_i, k_j)                  scale * <q_i, k_j>
     t_ij = softcap * tanh(t_ij / softcap)   where softcap is given
@@ -7,9 +8,9 @@
     weights_ij = weights_ij / (1 - p) where kept by dropout, else 0
     out_i = sum_j weights_ij v_j            lse_i = log sum_j exp(t_ij), before dropout, without the sink
 
-Everything in float32 (float64 for float64 inputs); out in the query's dtype. A row that sees no key gives out 0, lse -inf and
-zero gradients. What is hidden from every partner may be NaN or inf; and, unlike in the fused rooms, a non-finite value
-reaches exactly the rows that see it, forward and backward.
+Everything in float32 (float64 for float64 inputs); out in the query's dtype. A row that sees no key gives out 0, lse
+-inf and zero gradients. What is hidden from every partner may be NaN or inf; and, unlike in the fused rooms, a
+non-finite value reaches exactly the rows that see it, forward and backward.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None = None) -> Tensor:
-    """weights [batch, num_heads, q_len or len(rows), kv_len], before dropout; from lse by one exponential each where given."""
+    """weights [batch, num_heads, q_len or len(rows), kv_len], before dropout; from lse by one exponential each where
+    given.
+    """
     query, key, _, bias, sinks, _ = inputs
     keep = visibility(spec, bias, query.device)
     if spec.kv_len == 0:

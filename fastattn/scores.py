@@ -1,7 +1,7 @@
 """Scores and normalisers: how a query and a key make a number, and how a row of numbers becomes weights.
 
-`eager` is the definition, in plain differentiable PyTorch. One of each exists today; kernels name them by class, so another
-is a class here and a rule in each room.
+`eager` is the definition, in plain differentiable PyTorch. One of each exists today; kernels name them by class, so
+another is a class here and a rule in each room.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class DotProduct:
 
 @dataclass(frozen=True)
 class Softmax:
-    """weights_ij = exp(t_ij) / (sum_j' exp(t_ij') + exp(sink_h)) over the visible keys j'; without sinks the last term is 0.
+    """weights_ij = exp(t_ij) / (sum_j' exp(t_ij') + exp(sink_h)) over the visible keys j'; without sinks the last
+    term is 0.
 
     A row that sees nothing gets weights 0 and lse -inf. The sink is gpt-oss's learned logit per head (OpenAI 2025); it
     takes weight and adds no value. lse is the natural log of the visible sum, without the sink.
@@ -34,7 +35,7 @@ class Softmax:
     def eager(self, scores: Tensor, keep: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """scores [..., num_heads, q_len, kv_len], keep bool broadcastable to it, sinks [num_heads] -> weights, lse."""
         some = keep.any(-1, keepdim=True)
-        # A row that sees nothing is computed as if it held zeros and overwritten after, so that its gradients are 0, not NaN.
+        # A row that sees nothing is computed as if it held zeros and overwritten after: its gradients are 0, not NaN.
         visible = torch.where(keep, scores, torch.where(some, -torch.inf, 0.0).to(scores.dtype))
         lse = visible.logsumexp(-1, keepdim=True)
         total = lse if sinks is None else torch.logaddexp(lse, sinks.to(scores.dtype)[:, None, None])

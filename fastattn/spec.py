@@ -152,7 +152,9 @@ class AttnSpec:
         return self.num_heads // self.num_kv_heads if self.num_kv_heads else 1
 
     def empty_out(self, query: Tensor) -> Tensor:
-        """Uninitialised output [batch, num_heads, q_len, head_dim_v] in the query's dtype and, of the two usual layouts, its own."""
+        """Uninitialised output [batch, num_heads, q_len, head_dim_v] in the query's dtype and, of the two usual
+        layouts, its own.
+        """
         batch, num_heads, q_len, _ = query.shape
         heads, length = query.stride(1), query.stride(2)
         if 0 < heads < length or (heads == length and num_heads == 1):
@@ -213,7 +215,9 @@ def _check_tensors(inputs: AttnInputs) -> None:
                 "fastattn.scaled_dot_product_attention takes any rank"
             )
         if tensor.dtype != query.dtype:
-            raise ValueError(f"{name}: query, key and value must share a dtype; query is {query.dtype}, {name} {tensor.dtype}")
+            raise ValueError(
+                f"{name}: query, key and value must share a dtype; query is {query.dtype}, {name} {tensor.dtype}"
+            )
     if query.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"query: dtype must be one of {names}, got {query.dtype}")
@@ -269,8 +273,8 @@ def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:
         raise ValueError(f"scale: a finite number is needed, got {spec.scale}")
     if not spec.deterministic and torch.are_deterministic_algorithms_enabled():
         raise ValueError(
-            "deterministic=False: torch.use_deterministic_algorithms(True) is set, which an unordered backward would break; "
-            "leave deterministic=True"
+            "deterministic=False: torch.use_deterministic_algorithms(True) is set, which an unordered backward would "
+            "break; leave deterministic=True"
         )
 
 

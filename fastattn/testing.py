@@ -1,7 +1,8 @@
-"""Problems to hold a room against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check` and bench.
+"""Problems to hold a room against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check`
+and bench.
 
-    problem = make_inputs(case, device)
-    check_close(problem, run(problem, backend="triton"))     # the one yardstick, see yardstick.py
+problem = make_inputs(case, device)
+check_close(problem, run(problem, backend="triton"))     # the one yardstick, see yardstick.py
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     dropout_p: float = 0.0
-    layout: str = "bhld"  # bhld, blhd (heads after length), strided (every second element), expanded (one batch for all)
+    layout: str = (
+        "bhld"  # bhld, blhd (heads after length), strided (every second element), expanded (one batch for all)
+    )
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:

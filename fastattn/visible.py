@@ -3,8 +3,9 @@
     visible_scores(x, y, keep)_ij = <x_i, y_j>               where keep_ij, else 0
     visible_sum(w, y, keep)_i     = sum_j w_ij y_j           over the j with keep_ij
 
-A plain matrix product multiplies hidden pairs by 0, and 0 * NaN is NaN. These two leave hidden pairs out, forward and in
-every derivative, so that a non-finite row reaches only its partners. Under compilers and functorch they are plain products.
+A plain matrix product multiplies hidden pairs by 0, and 0 * NaN is NaN. These two leave hidden pairs out, forward and
+in every derivative, so that a non-finite row reaches only its partners. Under compilers and functorch they are plain
+products.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fastattn.tracing import being_transformed
 
 
 def visible_scores(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-    """x [..., q_len, d], y [..., kv_len, d], keep bool broadcastable to [..., q_len, kv_len] -> [..., q_len, kv_len]."""
+    """x [..., q_len, d], y [..., kv_len, d], keep bool broadcastable to [..., q_len, kv_len] -> [..., q_len,
+    kv_len].
+    """
     return torch.where(keep, x @ y.mT, 0.0) if being_transformed() else _Scores.apply(x, y, keep)
 
 

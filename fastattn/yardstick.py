@@ -1,11 +1,11 @@
 """The one yardstick of correctness: how far a result may lie from float64, measured in the errors of a *twin*.
 
-The twin is the definition evaluated plainly: for float16 and bfloat16 in that dtype, with the weights and the gradient of the
-scores rounded to it before their second product and everything else in float32, as every fused kernel works; for float32
-(and for lse) plainly in float32. A result may err 1.25 times as much as its twin in RMS and 2 times in its worst element
-(1.5 and 3 for float32), lse within 1e-4 for half dtypes; each bound plus a slack for rounding: one ulp of the dtype at the
-tensor's largest magnitude (for the RMS, what one such element adds to it) and 8 float32 eps times the largest sum of absolute
-terms, so that what cancels to 0 passes.
+The twin is the definition evaluated plainly: for float16 and bfloat16 in that dtype, with the weights and the
+gradient of the scores rounded to it before their second product and everything else in float32, as every fused kernel
+works; for float32 (and for lse) plainly in float32. A result may err 1.25 times as much as its twin in RMS and 2
+times in its worst element (1.5 and 3 for float32), lse within 1e-4 for half dtypes; each bound plus a slack for
+rounding: one ulp of the dtype at the tensor's largest magnitude (for the RMS, what one such element adds to it) and 8
+float32 eps times the largest sum of absolute terms, so that what cancels to 0 passes.
 
 The twin's gradients are written out by hand (Dao et al. 2022, FlashAttention, appendix B), while float64 comes from
 differentiating the definition: each checks the other.
@@ -67,7 +67,8 @@ class Agreement:
         if self.problem:
             return f"{self.name}: {self.problem}"
         return (
-            f"{self.name}: RMS error {self.rms_error:.3g} ({self.rms_ratio:.2f}x the twin's, allowed {self.rms_bound:.3g}), "
+            f"{self.name}: RMS error {self.rms_error:.3g} "
+            f"({self.rms_ratio:.2f}x the twin's, allowed {self.rms_bound:.3g}), "
             f"worst {self.max_error:.3g} ({self.max_ratio:.2f}x, allowed {self.max_bound:.3g})"
         )
 
@@ -90,7 +91,9 @@ def truth(problem: Problem) -> Truth:
 
 
 def agreement(problem: Problem, results: dict[str, Tensor], known: Truth | None = None) -> list[Agreement]:
-    """How each result stands to float64 and to its twin; `known` is `truth(problem)`, for many results of one problem."""
+    """How each result stands to float64 and to its twin; `known` is `truth(problem)`, for many results of one
+    problem.
+    """
     golden, (near, terms) = known or truth(problem)
     return [_compare(name, results[name], golden[name], near[name], terms[name], problem) for name in results]
 
@@ -199,9 +202,7 @@ def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float,
             rms_limit * _rms(error_near) + ulp / max(1, error.numel()) ** 0.5 + noise,
             max_limit * _largest(error_near) + ulp + noise,
         )
-    return Agreement(
-        name, _rms(error), _rms(error_near), bounds[0], _largest(error), _largest(error_near), bounds[1]
-    )
+    return Agreement(name, _rms(error), _rms(error_near), bounds[0], _largest(error), _largest(error_near), bounds[1])
 
 
 def _over(error: float, allowed: float) -> float:

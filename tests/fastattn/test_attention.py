@@ -2,10 +2,11 @@
 
 import itertools
 
-import fastattn
 import pytest
 import torch
 import torch.nn.functional as F
+
+import fastattn
 from fastattn import attention, attention_weights, dropout_mask
 from fastattn.masks import Causal, Dense, Full, Lengths, Segments, Window
 from fastattn.testing import CASES, check_close, make_inputs, poison, run, with_dtype
@@ -50,7 +51,9 @@ def test_same_numbers_as_torch(dtype, causal):
     torch.testing.assert_close(ours, theirs)
     d_out = torch.randn_like(ours)
     for mine, other in zip(*(torch.autograd.grad(o, (query, key, value), d_out) for o in (ours, theirs)), strict=True):
-        torch.testing.assert_close(mine, other, atol=2e-2 if dtype.itemsize == 2 else None, rtol=2e-2 if dtype.itemsize == 2 else None)
+        torch.testing.assert_close(
+            mine, other, atol=2e-2 if dtype.itemsize == 2 else None, rtol=2e-2 if dtype.itemsize == 2 else None
+        )
 
 
 def test_rows_that_see_no_key_give_zero_and_minus_infinity():
@@ -111,7 +114,9 @@ def test_grouped_heads_read_their_key_head():
     query, key, value = tensors((1, 6, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8))
     out = attention(query, key, value)
     for head in range(6):
-        alone = attention(query[:, head : head + 1], key[:, head // 3 : head // 3 + 1], value[:, head // 3 : head // 3 + 1])
+        alone = attention(
+            query[:, head : head + 1], key[:, head // 3 : head // 3 + 1], value[:, head // 3 : head // 3 + 1]
+        )
         torch.testing.assert_close(out[:, head : head + 1], alone)
 
 
@@ -128,7 +133,9 @@ def test_bias_of_minus_infinity_hides_like_a_mask():
     assert (d_bias[~keep] == 0).all()
 
 
-@pytest.mark.parametrize("shape", list(itertools.product((1, 2), (1, 3), (1, 4), (1, 5))), ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", list(itertools.product((1, 2), (1, 3), (1, 4), (1, 5))), ids=lambda s: "x".join(map(str, s))
+)
 def test_bias_gradient_has_the_shape_and_dtype_of_the_bias(shape):
     query, key, value = tensors((2, 3, 4, 8), (2, 3, 5, 8), (2, 3, 5, 8), dtype=torch.bfloat16)
     bias = torch.randn(shape, requires_grad=True)
@@ -180,7 +187,13 @@ def test_dropout_keeps_the_bits_it_says():
 def test_weights_are_what_the_output_is_made_of():
     query, key, value, sinks = tensors((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), (4,))
     bias = torch.randn(4, 5, 7, dtype=WIDE, requires_grad=True)
-    shared = {"mask": Causal() & Lengths(torch.tensor([7, 0])), "bias": bias, "softcap": 3.0, "sinks": sinks, "scale": 0.4}
+    shared = {
+        "mask": Causal() & Lengths(torch.tensor([7, 0])),
+        "bias": bias,
+        "softcap": 3.0,
+        "sinks": sinks,
+        "scale": 0.4,
+    }
     out, lse = attention(query, key, value, return_lse=True, **shared)
     for given in (None, lse):
         weights = attention_weights(query, key, lse=given, **shared)
@@ -244,7 +257,9 @@ def test_segments_equal_each_document_alone():
     ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1]])
     out = attention(query, key, value, mask=Segments(ids) & Causal())
     for part in (slice(0, 3), slice(3, 7)):
-        torch.testing.assert_close(out[:, :, part], attention(query[:, :, part], key[:, :, part], value[:, :, part], mask=Causal()))
+        torch.testing.assert_close(
+            out[:, :, part], attention(query[:, :, part], key[:, :, part], value[:, :, part], mask=Causal())
+        )
     assert (out[:, :, 7:] == 0).all()
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.masks import Causal
 from fastattn.spec import AttnSpec
@@ -67,7 +68,9 @@ def test_a_room_that_wants_asking_runs_only_when_asked(made_up):
 
 def test_an_explicit_choice_never_falls_back(made_up):
     room = made_up("it has no kernel for this")
-    with pytest.raises(BackendUnavailable, match=r"'made-up' cannot run this call: it has no kernel.*What can: 'reference'"):
+    with pytest.raises(
+        BackendUnavailable, match=r"'made-up' cannot run this call: it has no kernel.*What can: 'reference'"
+    ):
         attention(Q, Q, Q, backend="made-up")
     assert room.calls == 0
     assert issubclass(BackendUnavailable, RuntimeError)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastattn import dropout_mask
 from fastattn.dropout import new_dropout_seed, philox, threshold
 
@@ -60,7 +61,9 @@ def test_probabilities_outside_0_to_1_are_refused(p):
         dropout_mask(1, 1, 1, 1, p=p, seed=torch.tensor([0]))
 
 
-@pytest.mark.parametrize("seed", [3, torch.tensor(3), torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32)], ids=repr)
+@pytest.mark.parametrize(
+    "seed", [3, torch.tensor(3), torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32)], ids=repr
+)
 def test_seeds_of_another_kind_are_refused(seed):
     with pytest.raises(ValueError, match="dropout_seed: an int64 tensor of shape"):
         dropout_mask(1, 1, 1, 1, p=0.5, seed=seed)

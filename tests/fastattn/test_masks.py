@@ -5,7 +5,9 @@ import itertools
 
 import pytest
 import torch
+
 from fastattn import flat, masks
+from fastattn import mask as base
 from fastattn.blocks import Grid, block_list, classify
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Packed, Prefix, Segments, Window, visible_pairs
 
@@ -51,9 +53,9 @@ ZOO = sorted(zoo(4, 4))
 
 
 def test_pictures_in_the_docstrings_are_drawn_by_the_masks():
-    result = doctest.testmod(masks)
-    assert result.attempted > 10
-    assert result.failed == 0
+    results = [doctest.testmod(module, extraglobs=vars(masks)) for module in (base, masks)]
+    assert sum(result.attempted for result in results) > 10
+    assert not any(result.failed for result in results)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,9 @@ def test_every_mask_is_consistent_with_its_table(name, q_len, kv_len):
         assert torch.equal(union, table)
     # block lists: nothing visible is lost, full means full, the list holds exactly the tiles to visit
     for block_m, block_n in ((2, 3), (4, 4), (64, 64)):
-        visit, full = (each.expand(2, 3, -1, -1) for each in classify(mask, Grid(q_len, kv_len, block_m, block_n, table.device)))
+        visit, full = (
+            each.expand(2, 3, -1, -1) for each in classify(mask, Grid(q_len, kv_len, block_m, block_n, table.device))
+        )
         listed = block_list(mask, q_len, kv_len, block_m=block_m, block_n=block_n)
         assert visit.shape[2:] == (-(-q_len // block_m), -(-kv_len // block_n))
         for m, n in itertools.product(range(visit.shape[2]), range(visit.shape[3])):
@@ -165,13 +169,20 @@ def test_masks_are_frozen():
         pytest.param(lambda: Chunked(0), ValueError, "size must be an int of at least 1", id="chunk-size"),
         pytest.param(lambda: Lengths([1, 2]), TypeError, "kv_lengths must be an int32 or int64 tensor", id="list"),
         pytest.param(lambda: Lengths(torch.ones(2)), ValueError, "got torch.float32", id="float-lengths"),
-        pytest.param(lambda: Lengths(torch.tensor([-1])), ValueError, "must not be negative, got -1", id="negative-length"),
+        pytest.param(
+            lambda: Lengths(torch.tensor([-1])), ValueError, "must not be negative, got -1", id="negative-length"
+        ),
         pytest.param(lambda: Dense(torch.ones(2, 2)), ValueError, "go into bias=", id="float-table"),
         pytest.param(lambda: Segments(torch.zeros(3, dtype=torch.long)), ValueError, "2 dimensions", id="flat-ids"),
-        pytest.param(lambda: Segments(torch.tensor([[1, 0]]), sorted=True), ValueError, "never decrease", id="unsorted"),
+        pytest.param(
+            lambda: Segments(torch.tensor([[1, 0]]), sorted=True), ValueError, "never decrease", id="unsorted"
+        ),
         pytest.param(lambda: Packed(torch.tensor([1, 2]), torch.tensor([0, 2])), ValueError, "start at 0", id="packed"),
         pytest.param(
-            lambda: Packed(torch.tensor([0]), torch.tensor([0]), Lengths(torch.tensor([1]))), ValueError, "inside", id="inside"
+            lambda: Packed(torch.tensor([0]), torch.tensor([0]), Lengths(torch.tensor([1]))),
+            ValueError,
+            "inside",
+            id="inside",
         ),
     ],
 )

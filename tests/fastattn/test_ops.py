@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
 from fastattn import attention, ops
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Window
 from fastattn.reference import plain
 from fastattn.spec import AttnInputs, AttnSpec
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 WIDE = torch.float64
 MASKS = {
@@ -36,7 +37,16 @@ def rich(mask: Mask):
 
     def call(query, key, value, bias, sinks):
         return attention(
-            query, key, value, mask=mask, bias=bias, sinks=sinks, softcap=2.0, dropout_p=0.25, dropout_seed=seed, return_lse=True
+            query,
+            key,
+            value,
+            mask=mask,
+            bias=bias,
+            sinks=sinks,
+            softcap=2.0,
+            dropout_p=0.25,
+            dropout_seed=seed,
+            return_lse=True,
         )
 
     return call
@@ -61,7 +71,9 @@ def test_gradcheck_of_every_input(name):
     mask = MASKS[name]
     bias, sinks = more_leaves()
     bias = bias.detach().requires_grad_()
-    assert torch.autograd.gradcheck(rich(mask), (*leaves(), bias.float().double().detach().requires_grad_(), sinks), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        rich(mask), (*leaves(), bias.float().double().detach().requires_grad_(), sinks), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -91,10 +103,18 @@ def test_opcheck_of_both_operators(name, grad):
     packed = spec_of(inputs).flat()
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(ops.FORWARD, (*inputs, *packed, ""), test_utils=tests)
-    turned = AttnInputs(*(each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(grad) for each in inputs[:3]))
+    turned = AttnInputs(
+        *(each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(grad) for each in inputs[:3])
+    )
     torch.library.opcheck(ops.FORWARD, (*turned, *packed, ""), test_utils=tests)
     out, lse = ops.FORWARD(*inputs, *packed, "")
-    backward = (torch.randn_like(out), None, out.detach(), lse.detach(), *(each if each is None else each.detach() for each in inputs))
+    backward = (
+        torch.randn_like(out),
+        None,
+        out.detach(),
+        lse.detach(),
+        *(each if each is None else each.detach() for each in inputs),
+    )
     torch.library.opcheck(ops.BACKWARD, (*backward, *packed, ""), test_utils=tests)
 
 
@@ -132,7 +152,9 @@ def test_compiled_window_sizes_are_numbers_not_code():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     inputs = leaves(torch.float32, grad=False)
-    compiled = torch.compile(lambda window: attention(*inputs, mask=Window(window, 0)), fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(
+        lambda window: attention(*inputs, mask=Window(window, 0)), fullgraph=True, backend=counter, dynamic=True
+    )
     for window in (2, 3, 4):
         assert torch.equal(compiled(window), attention(*inputs, mask=Window(window, 0)))
     assert counter.frame_count <= 2
@@ -204,7 +226,9 @@ TRANSFORMS = {
 def both_ways(mask):
     _, key, value = leaves(grad=False)
     fused = lambda query: attention(query, key, value, mask=mask)
-    definition = lambda query: plain(AttnSpec.of(AttnInputs(query, key, value), mask=mask), AttnInputs(query, key, value))[0]
+    definition = lambda query: plain(
+        AttnSpec.of(AttnInputs(query, key, value), mask=mask), AttnInputs(query, key, value)
+    )[0]
     return fused, definition, leaves(grad=False)[0]
 
 
@@ -217,7 +241,9 @@ def test_functorch_transforms(transform, name):
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "vmap-grad"])
 def test_functorch_transforms_inside_compile(transform):
-    """The ones that a custom operator would get silently wrong: they are traced through the plain formulation instead."""
+    """The ones that a custom operator would get silently wrong: they are traced through the plain formulation
+    instead.
+    """
     torch._dynamo.reset()
     fused, _, query = both_ways(Causal())
     compiled = torch.compile(lambda x: TRANSFORMS[transform](fused, x), fullgraph=True, backend="aot_eager")

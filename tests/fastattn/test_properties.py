@@ -1,15 +1,18 @@
-"""Problems drawn at random: every room that runs them, against float64; and the definition against gradients by hand."""
+"""Problems drawn at random: every room that runs them, against float64; and the definition against gradients by
+hand.
+"""
 
 import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+
 from fastattn import dispatch
 from fastattn.fuzz import cases
 from fastattn.masks import visible_pairs
 from fastattn.testing import check_close, make_inputs, run
 from fastattn.yardstick import exact, twin
-from hypothesis import given
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +31,9 @@ def test_the_definition_agrees_with_gradients_written_by_hand(case):
     problem = make_inputs(dataclasses.replace(case, dtype=torch.float64))
     by_hand, _ = twin(problem)
     for name, result in exact(problem).items():
-        torch.testing.assert_close(by_hand[name].double(), result, atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            by_hand[name].double(), result, atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @given(case=cases(90))

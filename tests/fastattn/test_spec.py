@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fastattn import attention, attention_weights
 from fastattn.masks import Causal, Dense, Full, Lengths, Packed, Segments, Window
 from fastattn.spec import AttnInputs, AttnSpec
@@ -32,13 +33,28 @@ REFUSED = {
     "mask-kind": ((Q, K, K), {"mask": "causal"}, TypeError, "mask: a fastattn.masks.Mask or a bool tensor .* got str"),
     "mask-dtype": ((Q, K, K), {"mask": torch.ones(5, 7)}, ValueError, "bool .True = attend.*torch.float32.*bias="),
     "mask-ints": ((Q, K, K), {"mask": torch.ones(5, 7, dtype=torch.uint8)}, ValueError, "torch.uint8"),
-    "mask-shape": ((Q, K, K), {"mask": torch.ones(5, 6) > 0}, ValueError, r"\[5, 6\] does not broadcast to .*\[2, 4, 5, 7\]"),
+    "mask-shape": (
+        (Q, K, K),
+        {"mask": torch.ones(5, 6) > 0},
+        ValueError,
+        r"\[5, 6\] does not broadcast to .*\[2, 4, 5, 7\]",
+    ),
     "mask-heads": ((Q, K, K), {"mask": torch.ones(2, 2, 5, 7) > 0}, ValueError, "does not broadcast"),
     "mask-rank": ((Q, K, K), {"mask": torch.ones(1, 1, 1, 5, 7) > 0}, ValueError, "at most 4 dimensions"),
     "mask-batch": ((Q, K, K), {"mask": Lengths(torch.tensor([1, 2, 3]))}, ValueError, r"kv_lengths must be \[2\]"),
-    "mask-device": ((Q, K, K), {"mask": Causal(offset=torch.zeros(2, dtype=torch.int64, device="meta"))}, ValueError, "device"),
+    "mask-device": (
+        (Q, K, K),
+        {"mask": Causal(offset=torch.zeros(2, dtype=torch.int64, device="meta"))},
+        ValueError,
+        "device",
+    ),
     "mask-ids": ((Q, K, K), {"mask": Segments(torch.zeros(2, 5).long())}, ValueError, r"kv_ids must be \[2 or 1, 7\]"),
-    "mask-packed": ((Q, K, K), {"mask": Packed(*(torch.tensor([0, 5]),) * 2)}, ValueError, "batch must be 1, got batch 2"),
+    "mask-packed": (
+        (Q, K, K),
+        {"mask": Packed(*(torch.tensor([0, 5]),) * 2)},
+        ValueError,
+        "batch must be 1, got batch 2",
+    ),
     "inner-mask": ((Q, K, K), {"mask": Causal() & Dense(torch.ones(3, 3) > 0)}, ValueError, "does not broadcast"),
     "bias-dtype": ((Q, K, K), {"bias": t(5, 7).half()}, ValueError, "bias: float32 or the query's dtype"),
     "bias-bool": ((Q, K, K), {"bias": t(5, 7) > 0}, ValueError, "a bool mask goes into mask="),
