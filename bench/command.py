@@ -31,7 +31,7 @@ def main(options: Options) -> int:
         return USAGE
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     try:
         device = pick_device(options.device)
         rows = plan(options, device) if options.wants_cases or options.list else []
@@ -61,7 +61,7 @@ def _measure(console: Any, rows: list[Row], options: Options, device: torch.devi
             if reason is None:
                 result = model.run_model(device, progress.say)
             else:
-                console.print(f"\n{reason}", style="yellow")
+                console.print(f"\n{reason}", style="yellow", soft_wrap=True)
     if result is not None:
         model.print_model(console, result)
     ran = any(row.timed or row.failed for row in rows) or result is not None
@@ -98,7 +98,7 @@ def _write(
     if any(row.timed for row in rows):
         plots = options.plot or [out / "bench.svg", out / "bench.png"]
         if importlib.util.find_spec("matplotlib") is None:
-            console.print(NO_PLOT, style="yellow")
+            console.print(NO_PLOT, style="yellow", soft_wrap=True)
         else:
             from fastattn.bench.plot import draw
 

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+
 BUSY = 0.5
 """A load average above this many running tasks a core, before the benchmark starts, is worth a warning."""
 
@@ -109,8 +111,7 @@ def _gpu() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]),
         "gpu_clocks": _output(
-            ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu", "--format=csv"]
-            + ["-i", "0"]
+            ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv", "-i", "0"],
         ),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastattn.bench.env import headline
 from fastattn.bench.report import by_op, say_case
-from fastattn.bench.rows import Row, say_bytes, say_error, say_time, three
+from fastattn.bench.rows import Row, say_bytes, say_error, say_rate, say_speedup, say_time
 from fastattn.bench_cases import OPS
 
 SCHEMA = "fastattn-bench/1"
@@ -61,9 +61,9 @@ def _markdown_row(row: Row) -> str:
     start = f"| {say_case(row.case)} | {row.mode} | {who} |"
     if not row.timed:
         return f"{start} {row.reason} | | | | | {say_error(row)} |"
-    speedup = "" if row.speedup is None else f"{three(row.speedup)}x"
+    speedup = "" if row.speedup is None else say_speedup(row.speedup)
     return (
-        f"{start} {say_time(row.median_ms)} | {100 * row.spread:.0f}% | {speedup} | {three(row.tflops())} | "
+        f"{start} {say_time(row.median_ms)} | {100 * row.spread:.0f}% | {speedup} | {say_rate(row.tflops())} | "
         f"{say_bytes(row.peak_bytes)} | {say_error(row)} |"
     )
 

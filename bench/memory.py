@@ -1,9 +1,9 @@
 """Peak memory of one call, beyond what was there before it.
 
-On a GPU: the growth of torch.cuda.max_memory_allocated. On Linux: the growth of the process's resident set, read from the
-kernel's own high-water mark (VmHWM, reset through /proc/self/clear_refs) after the allocator has given freed pages back; a
-thread that polls the resident set stands in where the mark cannot be reset. Elsewhere: the growth of ru_maxrss, which sees
-only what exceeds the process's past. A call is measured once, alone, not while it is timed.
+On a GPU: the growth of torch.cuda.max_memory_allocated. On Linux: the growth of the process's resident set, read from
+the kernel's own high-water mark (VmHWM, reset through /proc/self/clear_refs) after the allocator has given freed pages
+back; a thread that polls the resident set stands in where the mark cannot be reset. Elsewhere: the growth of ru_maxrss,
+which sees only what exceeds the process's past. A call is measured once, alone, not while it is timed.
 """
 
 from __future__ import annotations

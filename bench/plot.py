@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.env import headline
 from fastattn.bench.report import by_op, say_case
-from fastattn.bench.rows import Row, say_time, three
+from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, told apart by every kind of colour vision; PyTorch's default in grey, as the ground to stand on.
+# Okabe and Ito's palette, told apart by every kind of colour vision; PyTorch in grey, as the ground to stand on.
 COLORS = {
     "fastattn": "#0072B2",
     "fastattn-triton": "#56B4E9",
@@ -109,9 +109,9 @@ def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
     rate, fast, slow = row.tflops(), row.tflops(low), row.tflops(high)
     panel.barh(place, rate, height=0.78, color=color)
     panel.errorbar(rate, place, xerr=[[rate - slow], [fast - rate]], color="#222222", linewidth=0.9, capsize=2)
-    speedup = "" if row.speedup is None or row.provider == row.baseline else f"  {three(row.speedup)}x"
+    speedup = "" if row.speedup is None or row.provider == row.baseline else f"  {say_speedup(row.speedup)}"
     panel.annotate(
-        f"{three(rate)}   {say_time(row.median_ms)}{speedup}",
+        f"{say_rate(rate)}   {say_time(row.median_ms)}{speedup}",
         (fast, place),
         xytext=(5, 0),
         textcoords="offset points",

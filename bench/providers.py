@@ -1,7 +1,7 @@
 """Who computes: fastattn, by room, beside PyTorch's own attentions. One small class each.
 
-A provider says why it cannot run a case (`why_not`), else makes the callable that is checked and timed (`make`). Masks are
-turned into what each provider's users would pass, before the clock starts; the memory such a mask takes is counted.
+A provider says why it cannot run a case (`why_not`), else makes the callable that is checked and timed (`make`).
+Masks become what each provider's users would pass, before the clock starts; the memory such a mask takes is counted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SDPA_BACKENDS = {
     "efficient": "EFFICIENT_ATTENTION",
     "cudnn": "CUDNN_ATTENTION",
 }
+CUDA_ONLY = ("efficient", "cudnn")
 
 
 @dataclass
@@ -86,6 +87,9 @@ class Sdpa(Provider):
     def __init__(self, kernel: str | None = None):
         self.kernel = kernel
         self.name = "sdpa" if kernel is None else f"sdpa-{kernel}"
+
+    def why_not(self, problem: Problem, mode: str) -> str | None:
+        return "needs CUDA" if self.kernel in CUDA_ONLY and problem.device.type != "cuda" else None
 
     def make(self, problem: Problem) -> Made:
         from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import env
-from fastattn.bench.rows import Row, say_bytes, say_error, say_time, three
+from fastattn.bench.rows import Row, say_bytes, say_error, say_rate, say_speedup, say_time
 from fastattn.bench_cases import OPS, BenchCase
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _line(row: Row, mode: str, columns: list[tuple[str, int, str]]) -> Text:
     line = Text(f"  {mode:<{columns[0][1] - 2}}", style="bold")
     label = f"{row.provider} ({row.label})" if row.label and row.provider == "fastattn" else row.provider
     if row.compile_s is not None:
-        label += f" +{row.compile_s:.0f} s compile"
+        label += f" +{row.compile_s:.{0 if row.compile_s >= 1 else 1}f} s compile"
     line.append(
         f" {label:<{columns[1][1]}.{columns[1][1]}}", style="" if row.provider.startswith("fastattn") else "dim"
     )
@@ -117,9 +117,9 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
     if what == "spread":
         return f"{100 * row.spread:.0f}%", "yellow" if row.spread > NOISY else "dim"
     if what == "speedup":
-        return ("-", "dim") if row.speedup is None else (f"{three(row.speedup)}x", _speed_style(row))
+        return ("-", "dim") if row.speedup is None else (say_speedup(row.speedup), _speed_style(row))
     if what == "rate":
-        return three(row.tflops()), ""
+        return say_rate(row.tflops()), ""
     if what == "memory":
         return say_bytes(row.peak_bytes), ""
     return say_error(row), "green" if row.correct else "dim" if row.correct is None else "bold red"

@@ -80,8 +80,9 @@ class Row:
         window = f" -W {case.window}" if case.window is not None else ""
         providers = ",".join(dict.fromkeys([self.provider, self.baseline or self.provider]))
         return (
-            f"fastattn bench --op {case.op} --dtype {case.dtype} --mode {self.mode} -B {case.batch} -H {case.num_heads} "
-            f"--kv-heads {case.num_kv_heads} -N {case.q_len} -M {case.kv_len} -D {case.head_dim}{window} "
+            f"fastattn bench --op {case.op} --dtype {case.dtype} --mode {self.mode} -B {case.batch} "
+            f"-H {case.num_heads} --kv-heads {case.num_kv_heads} "
+            f"-N {case.q_len} -M {case.kv_len} -D {case.head_dim}{window} "
             f"--providers {providers} --baseline {self.baseline or self.provider} --device {self.device}"
         )
 
@@ -126,6 +127,14 @@ def three(number: float) -> str:
     while number < 10 ** (2 - decimals) and decimals < 6:
         decimals += 1
     return f"{number:.{decimals}f}"
+
+
+def say_rate(tflops: float) -> str:
+    return three(tflops) if tflops >= 1 else f"{tflops:.4f}"
+
+
+def say_speedup(ratio: float) -> str:
+    return f"{three(ratio)}x" if ratio >= 10 else f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.3f}x"
 
 
 def say_error(row: Row) -> str:

@@ -36,7 +36,7 @@ class BenchCase:
 
     @property
     def sizes(self) -> str:
-        """Sizes in one word, such as B1-H8/2-N1024-M4096-D64-W256; key heads and lengths that equal the queries' are left out."""
+        """Sizes in one word, such as B1-H8/2-N1024-M4096-D64-W256; /2 and M only where they differ from H and N."""
         heads = f"H{self.num_heads}" + (f"/{self.num_kv_heads}" if self.num_kv_heads != self.num_heads else "")
         keys = f"-M{self.kv_len}" if self.kv_len != self.q_len else ""
         window = f"-W{self.window}" if self.window is not None else ""
@@ -47,7 +47,7 @@ class BenchCase:
         return f"{self.op}/{self.dtype}/{self.sizes}"
 
     def row(self) -> Case:
-        """The same problem as a row of `fastattn.testing`, which makes its tensors and holds results against float64."""
+        """The same problem as a row of `fastattn.testing`, which makes its tensors and holds results to float64."""
         import torch
 
         from fastattn.testing import Case
@@ -147,7 +147,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes("fp32", batch=1, num_heads=8, head_dim=64, q_lens=(512,), quick_q_lens=(256,)),
+    "cpu": Sizes("fp32", batch=1, num_heads=8, head_dim=64, q_lens=(1024,), quick_q_lens=(256,)),
     "cuda": Sizes("bf16", batch=4, num_heads=16, head_dim=128, q_lens=(4096, 16384), quick_q_lens=(4096,)),
 }
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 OK, WRONG, USAGE, NOTHING_RAN = 0, 1, 2, 3
 
+MOST_NAMES = 6
+"""Cases that a reason names before it says how many more."""
+
 NO_RICH = "fastattn's tables are drawn with rich, which is not installed; pip install 'fastattn[bench]' brings it."
 
 
@@ -311,7 +314,7 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
 
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for title, justify in (("room", "left"), ("case", "left"), ("", "left"), ("RMS", "right"), ("worst", "right"),
-                           ("lse", "right"), ("of what is allowed", "right")):  # fmt: skip
+                           ("lse", "right"), ("allowed", "right")):  # fmt: skip
         table.add_column(title, justify=justify, no_wrap=title in ("room", "case"))
     for row in rows if verbose else [row for row in rows if row.ok is False]:
         mark = {True: "[green]✓[/]", False: "[bold red]✗[/]", None: "[dim]-[/]"}[row.ok]
@@ -334,8 +337,8 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
         table.add_row(f"[bold]{room}[/]", f"[bold]{summary}[/]", mark, *figures)
     console.print(table)
     console.print(
-        f"On {device}. RMS and worst: error against float64 over the plain computation's own, the largest of all results; "
-        "at most 1 of what is allowed is right.",
+        f"On {device}. RMS, worst: error against float64 over the plain computation's own, the largest of all results. "
+        "Allowed: the part of the bound that is used up, lse's by itself; at most 1 is right.",
         style="dim",
     )
     refused: dict[str, list[str]] = {}
@@ -343,7 +346,9 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
         if row.ok is None:
             refused.setdefault(f"{row.room}: {row.words}", []).append(row.case)
     for words, names in refused.items():
-        console.print(f"{words} ({len(names)}: {', '.join(names)})", style="dim", markup=False)
+        shown = names if verbose else names[:MOST_NAMES]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        console.print(f"refused by {words} ({', '.join(shown)}{more})", style="dim", markup=False)
     for row in rows:
         if row.ok is False:
             console.print(f"✗ {row.room}, {row.case}: {row.words}", style="bold red", markup=False)

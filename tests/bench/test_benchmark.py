@@ -1,0 +1,35 @@
+"""The benchmark's cases under pytest-benchmark: `pytest tests/bench --benchmark-enable`. Without: once, as tests.
+
+`--benchmark-group-by=param:op,param:mode` puts providers side by side, `--benchmark-compare` two runs.
+"""
+
+import pytest
+import torch
+
+from fastattn.bench.problem import Problem
+from fastattn.bench.providers import provider
+from fastattn.bench_cases import OPS, bench_cases
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = {"q_len": [256], "num_heads": [4], "head_dim": [64]} if DEVICE.type == "cpu" else {"q_len": [4096]}
+
+
+@pytest.mark.parametrize("name", ["fastattn", "sdpa"])
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+@pytest.mark.parametrize("op", OPS)
+def test_case(benchmark, op, mode, name):
+    [case] = bench_cases(DEVICE.type, ops=[op], **SIZES)
+    problem = Problem(case, DEVICE)
+    who = provider(name)
+    reason = who.why_not(problem, mode)
+    if reason:
+        pytest.skip(reason)
+    call = problem.call(mode, who.make(problem).forward)
+
+    def run():
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.extra_info.update(case=case.name, useful_flops=problem.spec.flops(mode, useful=True))
+    benchmark(run)
