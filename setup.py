@@ -6,7 +6,14 @@ Everything else is in pyproject.toml.
 
 from pathlib import Path
 
+from setuptools import __version__ as setuptools_version
 from setuptools import find_packages, setup
+
+if int(setuptools_version.split(".")[0]) < 77:
+    raise SystemExit(
+        f"fastattn is built with setuptools 77 or newer, and this environment has {setuptools_version}; "
+        "run `pip install -U setuptools`, or leave out --no-build-isolation"
+    )
 
 HERE = Path(__file__).resolve().parent
 ROOMS = {"fastattn": "fastattn", "fastattn.kernels": "kernels", "fastattn.bench": "bench"}

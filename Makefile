@@ -1,0 +1,47 @@
+# make setup | bench | test | lint. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
+# No compiler and no GPU are needed. What has been set up is not set up again.
+
+# The interpreter, 3.10 to 3.13. A torch that it can import (2.11 or newer) is the one that is used.
+PYTHON ?= python3
+# Installed into .venv where there is no such torch, or where TORCH is given: make setup TORCH=torch==2.12.1
+TORCH ?= torch==2.13.0
+# Likewise, on Linux alone: Triton exists nowhere else.
+TRITON ?= triton==3.6.0
+# Arguments passed on: make bench ARGS='--op truncated -N 1k,4k', make test ARGS='-k window'
+ARGS ?=
+# Test processes; each computes with one thread.
+JOBS ?= 2
+
+BIN := .venv/bin
+OWN_TORCH := $(if $(filter file,$(origin TORCH)),,--own-torch)
+TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12
+CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test lint clean
+
+help:
+	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
+	@echo 'make test    set up what is missing, then run the tests (ARGS=... as pytest takes them, JOBS=$(JOBS))'
+	@echo 'make lint    set up what is missing, then ruff and mypy'
+	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
+	@echo 'make clean   remove .venv and what the builds left'
+
+setup:
+	@command -v '$(PYTHON)' >/dev/null || { echo '$(PYTHON) is not found; name a Python: make PYTHON=/path/to/python3'; exit 1; }
+	@'$(PYTHON)' -c '$(CHECK)'
+	@'$(PYTHON)' tools/setup_venv.py --torch '$(TORCH)' --triton '$(TRITON)' $(OWN_TORCH)
+
+bench: setup
+	@$(BIN)/fastattn bench $(ARGS)
+
+test: setup
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
