@@ -1,0 +1,5 @@
+"""Modules of torch.nn on fastattn."""
+
+from fastattn.nn.attention import MultiheadAttention
+
+__all__ = ["MultiheadAttention"]

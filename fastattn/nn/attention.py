@@ -1,0 +1,164 @@
+"""torch.nn.MultiheadAttention on fastattn: a subclass with the same arguments, parameters, seeds and errors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import init
+from torch.overrides import has_torch_function
+
+from fastattn import mha
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """Drop-in for `torch.nn.MultiheadAttention`.
+
+    Args:
+        backend: the room that runs it, by name; None takes the first that can. The rest is torch's.
+
+    The same constructor arguments, state_dict keys and, for a seed, the same initial parameters. There is one path, in
+    training and in evaluation, so `is_causal` and masks mean the same in both; a query that sees no key gives weights 0
+    where torch gives NaN. Nested tensors are torch's own format: torch's forward computes them. TorchScript cannot hold
+    fastattn's operators: `torch.jit.script` of a model compiles torch's module with the same parameters.
+    """
+
+    # TorchScript would compile a property; the scripted module is torch's, see __prepare_scriptable__.
+    __jit_unused_properties__ = ("_qkv_same_embed_dim",)
+    backend: str | None = None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout=dropout,
+            bias=bias,
+            add_bias_kv=add_bias_kv,
+            add_zero_attn=add_zero_attn,
+            kdim=kdim,
+            vdim=vdim,
+            batch_first=batch_first,
+            device=device,
+            dtype=dtype,
+        )
+        if backend is not None:
+            self.backend = backend
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        """Whether the projections are packed; False to anybody who asks of a finished batch_first module.
+
+        `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` take torch's C++ path in evaluation, past this module's
+        forward, if the module is batch_first and this attribute is true; nothing else about the module stops them.
+        """
+        return self.__dict__["_qkv_same_embed_dim"] and not (self.batch_first and "out_proj" in self._modules)
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, same: bool) -> None:
+        self.__dict__["_qkv_same_embed_dim"] = same
+
+    def _reset_parameters(self) -> None:
+        # Torch's, in its order (which a seed's numbers depend on), by what is there and not by _qkv_same_embed_dim.
+        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if weight is not None:
+                init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            init.constant_(self.in_proj_bias, 0.0)
+            init.constant_(self.out_proj.bias, 0.0)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                init.xavier_normal_(bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of query over key and value, and its weights.
+
+        Args:
+            query: [q_len, batch, embed_dim], [batch, q_len, embed_dim] with batch_first, or [q_len, embed_dim].
+            key, value: likewise, kv_len long, kdim and vdim wide.
+            key_padding_mask: [batch, kv_len] or [kv_len]; bool, True = hidden, or floating, added to the scores.
+            need_weights: also return the weights; costs a second pass over the scores.
+            attn_mask: [q_len, kv_len] or [batch * num_heads, q_len, kv_len]; likewise.
+            average_attn_weights: the weights' mean over heads, else those of each head.
+            is_causal: a hint that attn_mask is causal (see `fastattn.multi_head_attention_forward`).
+
+        Returns:
+            out, laid out like the query, and the weights [batch, q_len, kv_len] or [batch, num_heads, q_len, kv_len]
+            (no batch for an unbatched query), or None.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError: as torch does, with its messages.
+        """
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._torchs()(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        packed = self.in_proj_weight is not None
+        weights = (self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v)
+        arguments = {
+            "training": self.training,
+            "key_padding_mask": key_padding_mask,
+            "need_weights": need_weights,
+            "attn_mask": attn_mask,
+            "use_separate_proj_weight": not packed,
+            "q_proj_weight": None if packed else self.q_proj_weight,
+            "k_proj_weight": None if packed else self.k_proj_weight,
+            "v_proj_weight": None if packed else self.v_proj_weight,
+            "average_attn_weights": average_attn_weights,
+            "is_causal": is_causal,
+        }
+        rest = (self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias)
+        if not has_torch_function((query, key, value, *weights, *rest[2:])):
+            return mha.forward(
+                query,
+                key,
+                value,
+                self.embed_dim,
+                self.num_heads,
+                *weights,
+                *rest,
+                **arguments,
+                batch_first=self.batch_first,
+                backend=self.backend,
+            )
+        flip = self.batch_first and query.dim() == 3
+        if flip:
+            query, key, value = mha.each(lambda tensor: tensor.transpose(0, 1), query, key, value)
+        out, found = mha.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, *weights, *rest, **arguments
+        )
+        return (out.transpose(0, 1) if flip else out), found
+
+    def _torchs(self) -> nn.MultiheadAttention:
+        """Torch's own module on the same parameters, buffers and hooks."""
+        twin = copy.copy(self)
+        twin.__class__ = nn.MultiheadAttention
+        return twin
+
+    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+        return self._torchs()
