@@ -6,7 +6,7 @@ visible, and full if all are. "May": bounds over a tile can keep a tile that tur
 not.
 
     visit, full     bool [batch or 1, num_heads or 1, q_tiles, kv_tiles]
-    count           int32 [..., q_tiles]             tiles to visit
+    visits          int32 [..., q_tiles]             tiles to visit
     tiles           int32 [..., q_tiles, kv_tiles]   their indices first, ascending; then the rest
 """
 
@@ -61,7 +61,7 @@ class TileClasses(NamedTuple):
 class BlockList(NamedTuple):
     """What a kernel walks: see the head of this file."""
 
-    count: Tensor
+    visits: Tensor
     tiles: Tensor
     full: Tensor
 

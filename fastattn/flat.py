@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 
 from torch import Tensor
-from torch.utils._pytree import GetAttrKey, register_pytree_node
+from torch.utils._pytree import GetAttrKey, KeyEntry, register_pytree_node
 
 from fastattn import masks
 from fastattn.masks import Full, Mask
@@ -106,7 +106,7 @@ def _to_tree(mask: Mask) -> tuple[list[object], list[list[object]]]:
     return children, context
 
 
-def _to_keyed_tree(mask: Mask) -> tuple[list[tuple[GetAttrKey, object]], list[list[object]]]:
+def _to_keyed_tree(mask: Mask) -> tuple[list[tuple[KeyEntry, object]], list[list[object]]]:
     children, context = _to_tree(mask)
     names = (str(field) for field, *value in context if not value)
     return [(GetAttrKey(name), child) for name, child in zip(names, children, strict=True)], context

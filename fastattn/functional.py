@@ -66,7 +66,8 @@ def attention(
     Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the
     backend. Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
     """
-    inputs = AttnInputs(*_autocast(query, key, value), bias, sinks, dropout_seed)
+    query, key, value = _autocast(query, key, value)
+    inputs = AttnInputs(query, key, value, bias, sinks, dropout_seed)
     spec = AttnSpec.of(
         inputs,
         mask=mask,

@@ -110,7 +110,8 @@ def _ints(st: Any, batch: int, low: int, high: int) -> Any:
 
 def _segments(batch: int, q_len: int, kv_len: int, seed: int) -> Mask:
     generator = torch.Generator().manual_seed(seed)
-    return Segments(*(torch.randint(-1, 3, (batch, length), generator=generator) for length in (q_len, kv_len)))
+    q_ids, kv_ids = (torch.randint(-1, 3, (batch, length), generator=generator) for length in (q_len, kv_len))
+    return Segments(q_ids, kv_ids)
 
 
 def _table(shape: tuple[int, int], sizes: tuple[int, int], seed: int) -> Mask:

@@ -185,9 +185,10 @@ class Lengths(Mask):
 
     def __post_init__(self, validate: bool | None) -> None:
         named = {"kv_lengths": self.kv_lengths, "q_lengths": self.q_lengths, "kv_starts": self.kv_starts}
-        check_ints(
-            "Lengths", **{name: tensor for name, tensor in named.items() if tensor is not None or name == "kv_lengths"}
-        )
+        given: dict[str, object] = {
+            name: each for name, each in named.items() if each is not None or name == "kv_lengths"
+        }
+        check_ints("Lengths", 1, **given)
         if may_look(validate, self.tensors):
             for name, tensor in named.items():
                 if tensor is not None and tensor.numel() and tensor.min() < 0:

@@ -81,6 +81,11 @@ def _run_backward(
     return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
 
 
+def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The backward operator's gradients with None where there is no such input (an operator must return a tensor)."""
+    return tuple(None if given is None else grad for given, grad in zip(inputs, grads, strict=False))
+
+
 class _Eager(torch.autograd.Function):
     """The call without the dispatcher. Second derivatives go through the backward operator, which has its own."""
 
@@ -96,17 +101,17 @@ class _Eager(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
             return (None,) * (N_INPUTS + 2)
-        tensors = ctx.saved_tensors
-        inputs, out, lse = AttnInputs(*tensors[:N_INPUTS]), *tensors[N_INPUTS : N_INPUTS + 2]
+        saved = ctx.saved_tensors
+        inputs = AttnInputs(*saved[:N_INPUTS])
+        out, lse = saved[N_INPUTS : N_INPUTS + 2]
         d_out = torch.zeros_like(out) if d_out is None else d_out
         if torch.is_grad_enabled():
             grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
-            grads = tuple(None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=False))
-        else:
-            grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse)
+            return (*_present(inputs, grads), None, None, None)
+        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse)
         return (*grads, None, None, None)
 
 
@@ -170,7 +175,7 @@ def _forward_grad(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple
     d_out = torch.zeros_like(out) if d_out is None else d_out
     args = _args(ctx, tuple(saved))
     grads = BACKWARD(d_out, d_lse, out, lse, *args)
-    return (*(None if tensor is None else grad for tensor, grad in zip(args, grads, strict=False)), *_no_grads(ctx))
+    return (*_present(args, grads), *_no_grads(ctx))
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,17 +192,15 @@ def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     *saved, d_out, d_lse = ctx.saved_tensors
     inputs, spec, _ = _unpack(_args(ctx, tuple(saved)))
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (*inputs[:5], d_out, d_lse)]
-        *primals, d_out, d_lse = leaves
-        out, lse = reference.plain(spec, AttnInputs(*primals, inputs.dropout_seed))
-        wanted = [leaf for leaf in primals if leaf is not None]
-        tangents = (d_out, torch.zeros_like(lse) if d_lse is None else d_lse)
-        first = torch.autograd.grad((out, lse), wanted, tangents, create_graph=True, materialize_grads=True)
-    weights = [grad for grad, primal in zip(grads, primals, strict=True) if primal is not None]
-    targets = [leaf for leaf in leaves if leaf is not None]
-    second = iter(torch.autograd.grad(first, targets, weights, materialize_grads=True))
-    *d_primals, dd_out, dd_lse = (None if leaf is None else next(second) for leaf in leaves)
-    return (dd_out, dd_lse, None, None, *d_primals, *_no_grads(ctx))
+        leaves = inputs.detached()
+        primals = leaves.differentiable
+        results = reference.plain(spec, leaves)
+        given = d_out, torch.zeros_like(results[1]) if d_lse is None else d_lse
+        cotangents = [each.detach().requires_grad_() for each in given]
+        first = torch.autograd.grad(results, primals, cotangents, create_graph=True, materialize_grads=True)
+    weights = [grad for grad, leaf in zip(grads, leaves, strict=False) if leaf is not None]
+    *d_primals, dd_out, dd_lse = torch.autograd.grad(first, [*primals, *cotangents], weights, materialize_grads=True)
+    return (dd_out, None if d_lse is None else dd_lse, None, None, *leaves.in_place_of(d_primals), *_no_grads(ctx))
 
 
 def _register_flops() -> None:
@@ -227,7 +230,7 @@ class _AfterImport:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != self.module:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         import importlib.util
 
         found = importlib.util.find_spec(name)
@@ -253,4 +256,4 @@ for _name, _run, _fake, _setup, _grad in (
 if "torch.utils.flop_counter" in sys.modules:
     _register_flops()
 else:
-    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))

@@ -47,12 +47,12 @@ def backward(
 ) -> Gradients:
     """Gradients by differentiating the definition; `out` and `lse` are not needed."""
     with autograd_inside_operator():
-        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs[:5]]
-        results = plain(spec, AttnInputs(*leaves, inputs.dropout_seed))  # type: ignore[arg-type]
+        leaves = inputs.detached()
+        results = plain(spec, leaves)
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        grads = iter(torch.autograd.grad(results, wanted, (d_out, d_lse), materialize_grads=True))
-    return tuple(None if leaf is None else like(next(grads), leaf) for leaf in leaves)  # type: ignore[return-value]
+        wanted = leaves.differentiable
+        grads = torch.autograd.grad(results, wanted, (d_out, d_lse), materialize_grads=True)
+    return inputs.in_place_of(map(like, grads, inputs.differentiable))  # type: ignore[return-value]
 
 
 def like(grad: Tensor, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ All shape, dtype and device checks of the library are here. The spec crosses the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +38,28 @@ class AttnInputs(NamedTuple):
     sinks: Tensor | None = None
     dropout_seed: Tensor | None = None
 
+    def detached(self, *, requires_grad: bool = True) -> AttnInputs:
+        """The same tensors as leaves of a new graph."""
+        return self._over(lambda each: each.detach().requires_grad_(requires_grad))
+
+    def double(self) -> AttnInputs:
+        """The same numbers in float64."""
+        return self._over(lambda each: each.detach().double())
+
+    def _over(self, change: Callable[[Tensor], Tensor]) -> AttnInputs:
+        query, key, value, bias, sinks = (None if each is None else change(each) for each in self[:5])
+        return AttnInputs(query, key, value, bias, sinks, self.dropout_seed)  # type: ignore[arg-type]
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        """Those of query, key, value, bias and sinks that are there."""
+        return [each for each in self[:5] if each is not None]
+
+    def in_place_of(self, values: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+        """Spread one value for each of `differentiable` over five places, None where there is no such input."""
+        rest = iter(values)
+        return tuple(None if each is None else next(rest) for each in self[:5])
+
 
 class FlatSpec(NamedTuple):
     """What of a spec the tensors' own shapes do not say, in types an operator schema knows."""
@@ -44,7 +67,7 @@ class FlatSpec(NamedTuple):
     mask_code: str
     mask_numbers: list[int]
     mask_tensors: list[Tensor]
-    scale: float
+    scale: float | None
     softcap: float | None
     dropout_p: float
     deterministic: bool

@@ -125,43 +125,43 @@ def run(problem: Problem, backend: str | None = None, *, grads: bool = True) -> 
     Returns:
         out, lse, and the gradients dq, dk, dv and, where there are such inputs, dbias and dsinks.
     """
-    tensors = problem.inputs[:5]
-    leaves = [None if each is None else each.detach().requires_grad_(grads) for each in tensors]
-    query, key, value, bias, sinks = leaves
+    leaves = problem.inputs.detached(requires_grad=grads)
     with poison():
-        out, lse = attention(  # type: ignore[misc]
-            query, key, value, mask=problem.mask, bias=bias, sinks=sinks, dropout_seed=problem.inputs.dropout_seed,
-            backend=backend, return_lse=True, **problem.numbers,
-        )  # type: ignore[arg-type]  # fmt: skip
+        out, lse = attention(**leaves._asdict(), mask=problem.mask, backend=backend, return_lse=True, **problem.numbers)
         results = {"out": out.detach(), "lse": lse.detach()}
         if grads:
-            wanted = [leaf for leaf in leaves if leaf is not None]
-            found = iter(torch.autograd.grad((out, lse), wanted, (problem.d_out, problem.d_lse)))
-            names = ("dq", "dk", "dv", "dbias", "dsinks")
-            results |= {name: next(found) for name, leaf in zip(names, leaves, strict=True) if leaf is not None}
+            found = torch.autograd.grad((out, lse), leaves.differentiable, (problem.d_out, problem.d_lse))
+            by_place = zip(("dq", "dk", "dv", "dbias", "dsinks"), leaves.in_place_of(found), strict=True)
+            results |= {name: grad for name, grad in by_place if grad is not None}
     return results
+
+
+FILL = "fill_uninitialized_memory"
 
 
 @contextlib.contextmanager
 def poison() -> Iterator[None]:
     """Fresh uninitialised memory holds NaN (floating dtypes), so that what a kernel forgets to write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings = torch.utils.deterministic
+    fill = getattr(settings, FILL)
+    setattr(settings, FILL, True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        setattr(settings, FILL, fill)
 
 
 def lengths(*kv: int, **others: tuple[int, ...]) -> MaskMaker:
     """Rows' way to write Lengths: `lengths(3, 0)`, with q_lengths= and kv_starts= as tuples."""
 
     def make(case: Case, device: torch.device) -> Mask:
-        tensors = {name: torch.tensor(given, device=device) for name, given in others.items()}
-        return Lengths(torch.tensor(kv, device=device), **tensors)
+        q_lengths, kv_starts = (
+            torch.tensor(others[name], device=device) if name in others else None for name in ("q_lengths", "kv_starts")
+        )
+        return Lengths(torch.tensor(kv, device=device), q_lengths, kv_starts)
 
     return make
 
@@ -204,7 +204,8 @@ def packed(inside: Mask) -> MaskMaker:
 
     def make(case: Case, device: torch.device) -> Mask:
         cut = (0, case.q_len // 3, case.q_len // 3, case.q_len), (0, case.kv // 3, case.kv // 3, case.kv)
-        return Packed(*(torch.tensor(each, device=device, dtype=torch.int32) for each in cut), inside=inside)
+        cu_q, cu_kv = (torch.tensor(each, device=device, dtype=torch.int32) for each in cut)
+        return Packed(cu_q, cu_kv, inside)
 
     return make
 

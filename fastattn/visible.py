@@ -30,19 +30,19 @@ def visible_sum(weights: Tensor, y: Tensor, keep: Tensor) -> Tensor:
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, keep: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
         ctx.save_for_backward(x, y, keep)
         return torch.where(keep, x @ y.mT, 0.0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, y, keep = ctx.saved_tensors
         return visible_sum(grad, y, keep), visible_sum(grad.mT, x, keep.mT), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights: Tensor, y: Tensor, keep: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, weights: Tensor, y: Tensor, keep: Tensor) -> Tensor:
         ctx.save_for_backward(weights, y, keep)
         visible = torch.where(keep, weights, 0.0)
         if not _can_look(y) or bool(y.isfinite().all()):
@@ -54,7 +54,7 @@ class _Sum(torch.autograd.Function):
         return torch.stack(rows, -2) if rows else visible @ y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, y, keep = ctx.saved_tensors
         return visible_scores(grad, y, keep), visible_sum(weights.mT, grad, keep.mT), None
 

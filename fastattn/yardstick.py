@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastattn import reference
 from fastattn.dropout import dropout_mask
-from fastattn.spec import AttnInputs, AttnSpec
+from fastattn.spec import AttnSpec
 
 if TYPE_CHECKING:
     from fastattn.testing import Problem
@@ -100,8 +100,7 @@ def agreement(problem: Problem, results: dict[str, Tensor], known: Truth | None 
 
 def exact(problem: Problem) -> dict[str, Tensor]:
     """out, lse and all gradients of the definition in float64."""
-    wide = [None if each is None else each.detach().double() for each in problem.inputs[:5]]
-    inputs = AttnInputs(*wide, problem.inputs.dropout_seed)  # type: ignore[arg-type]
+    inputs = problem.inputs.double()
     spec = AttnSpec.of(inputs._replace(bias=None), mask=problem.mask, **problem.numbers)
     out, lse = reference.forward(spec, inputs)
     grads = reference.backward(spec, inputs, out, lse, problem.d_out.double(), problem.d_lse.double())
@@ -190,7 +189,8 @@ def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float,
     elif bool((got.isnan() & ~golden.isnan()).any()):
         trouble = f"{int(got.isnan().sum())} of {got.numel()} elements are NaN"
     if trouble:
-        return Agreement(name, *[torch.nan] * 6, trouble)
+        nan = torch.nan
+        return Agreement(name, nan, nan, nan, nan, nan, nan, trouble)
     finite = golden.isfinite()
     error, error_near = ((each.double()[finite] - golden[finite]).abs() for each in (got, near))
     ulp = torch.finfo(got.dtype).eps * _largest(golden[finite])

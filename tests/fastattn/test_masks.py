@@ -124,7 +124,7 @@ def test_every_mask_is_consistent_with_its_table(name, q_len, kv_len):
             tile = table[:, :, m * block_m : (m + 1) * block_m, n * block_n : (n + 1) * block_n].flatten(2)
             assert not (tile.any(-1) & ~visit[:, :, m, n]).any()
             assert not (full[:, :, m, n] & ~tile.all(-1)).any()
-        count, tiles = listed.count.expand(2, 3, -1), listed.tiles.expand(2, 3, -1, -1)
+        count, tiles = listed.visits.expand(2, 3, -1), listed.tiles.expand(2, 3, -1, -1)
         for b, h, m in itertools.product(range(2), range(3), range(visit.shape[2])):
             want = visit[b, h, m].nonzero().flatten().tolist()
             assert tiles[b, h, m, : count[b, h, m]].tolist() == want
