@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import sys
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastattn.bench import env, files, model, report
+from fastattn.bench.clock import clock_for
 from fastattn.bench.options import Options
 from fastattn.bench.progress import progress_on
 from fastattn.bench.providers import known_providers
@@ -33,6 +36,8 @@ def main(options: Options) -> int:
 
     console = Console(highlight=False, markup=False)
     try:
+        if options.source is not None:
+            return _show(console, options, *files.read_json(options.source))
         device = pick_device(options.device)
         rows = plan(options, device) if options.wants_cases or options.list else []
     except ValueError as failure:
@@ -42,6 +47,20 @@ def main(options: Options) -> int:
         _print_list(console, rows)
         return OK
     return _measure(console, rows, options, device)
+
+
+def _show(console: Any, options: Options, rows: list[Row], environment: dict[str, Any]) -> int:
+    """An earlier run again, in the files that are asked for by name."""
+    rows = [row for row in rows if options.only is None or options.only.search(row.name)]
+    report.table_header(console, environment)
+    last_op = None
+    for case, group in groupby(rows, key=lambda row: row.case):
+        report.print_case(console, list(group), first_of_op=case.op != last_op)
+        last_op = case.op
+    if rows:
+        report.print_legend(console, rows)
+    _print_written(console, _write_named(console, rows, options, environment, options.plot or []))
+    return WRONG if any(row.failed for row in rows) else OK
 
 
 def _measure(console: Any, rows: list[Row], options: Options, device: torch.device) -> int:
@@ -62,41 +81,41 @@ def _measure(console: Any, rows: list[Row], options: Options, device: torch.devi
                 result = model.run_model(device, progress.say)
             else:
                 console.print(f"\n{reason}", style="yellow", soft_wrap=True)
+    environment["load_average_after"] = env.load_average()
     if result is not None:
         model.print_model(console, result)
     ran = any(row.timed or row.failed for row in rows) or result is not None
     if ran:
-        _write(console, rows, options, environment, device, result)
+        out = options.out or _default_out(environment)
+        path = options.json or out / "bench.json"
+        found = None if result is None else result.record()
+        files.write_json(path, rows, environment, _settings(rows, options, device), found)
+        plots = options.plot or [out / "bench.svg", out / "bench.png"]
+        _print_written(console, [path, *_write_named(console, rows, options, environment, plots)])
     return _verdict(console, rows, result, ran)
 
 
-def _write(
-    console: Any,
-    rows: list[Row],
-    options: Options,
-    environment: dict[str, Any],
-    device: torch.device,
-    result: model.ModelResult | None,
-) -> None:
-    """The JSON and the plots, and what was asked for by name; then where they are."""
-    out = options.out or _default_out(environment)
-    budget = budget_for(options, device)
-    settings = {
-        "rounds": budget.rounds,
-        "min_time": budget.min_time,
-        "max_time": budget.max_time,
+def _settings(rows: list[Row], options: Options, device: torch.device) -> dict[str, Any]:
+    return {
+        **asdict(budget_for(options, device)),
         "checked": options.check,
         "baseline": rows[0].baseline if rows else None,
-        "clock": "cuda events, cold L2" if device.type == "cuda" else "perf_counter",
+        "clock": clock_for(device).name,
     }
-    written = [options.json or out / "bench.json"]
-    files.write_json(written[0], rows, environment, settings, None if result is None else result.record())
-    for path, write in ((options.csv, files.write_csv), (options.md, None)):
-        if path is not None:
-            write(path, rows) if write else files.write_markdown(path, rows, environment)
-            written.append(path)
-    if any(row.timed for row in rows):
-        plots = options.plot or [out / "bench.svg", out / "bench.png"]
+
+
+def _write_named(
+    console: Any, rows: list[Row], options: Options, environment: dict[str, Any], plots: list[Path]
+) -> list[Path]:
+    """CSV and markdown where asked for, and the plots; returns what was written."""
+    written = []
+    if options.csv is not None:
+        files.write_csv(options.csv, rows)
+        written.append(options.csv)
+    if options.md is not None:
+        files.write_markdown(options.md, rows, environment)
+        written.append(options.md)
+    if plots and any(row.timed for row in rows):
         if importlib.util.find_spec("matplotlib") is None:
             console.print(NO_PLOT, style="yellow", soft_wrap=True)
         else:
@@ -104,8 +123,12 @@ def _write(
 
             draw(plots, rows, environment)
             written += plots
+    return written
+
+
+def _print_written(console: Any, paths: list[Path]) -> None:
     console.print()
-    for path in written:
+    for path in paths:
         console.print(f"written: {path}", soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,39 @@ def write_markdown(path: Path, rows: list[Row], environment: dict[str, Any]) -> 
 
 
 def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
-    """One table an operation."""
-    baseline = rows[0].baseline if rows else None
+    """A summary with a column for each provider, then a table of every figure for each operation."""
     lines = [headline(environment), "", f"{environment['date']} · `{environment['command']}`", ""]
+    lines += [*_summary(rows), ""]
     for op, of_op in by_op(rows).items():
+        against = f"vs {of_op[0].baseline}" if of_op[0].baseline else "speed-up"
         lines += [f"### {op}: {OPS[op].says}", ""]
-        lines += [f"| case | mode | provider | time | IQR | vs {baseline} | TFLOP/s | memory | error |"]
+        lines += [f"| case | mode | provider | time | IQR | {against} | TFLOP/s | memory | error |"]
         lines += ["|---|---|---|--:|--:|--:|--:|--:|---|"]
         lines += [_markdown_row(row) for row in of_op] + [""]
     return "\n".join(lines)
 
 
+def _summary(rows: list[Row]) -> list[str]:
+    """A line for each case and mode: median time by provider, and its speed-up against the baseline."""
+    providers = list(dict.fromkeys(row.provider for row in rows))
+    titles = [next((row.who for row in rows if row.provider == name and row.timed), name) for name in providers]
+    lines = ["| operation | case | mode | " + " | ".join(titles) + " |", "|---|---|---|" + "--:|" * len(providers)]
+    for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
+        cells = {row.provider: _summary_cell(row) for row in group}
+        shown = " | ".join(cells.get(name, "") for name in providers)
+        lines.append(f"| {case.op} | {say_case(case)} | {mode} | {shown} |")
+    return lines
+
+
+def _summary_cell(row: Row) -> str:
+    if not row.timed:
+        return ("✗ " if row.failed else "") + (row.reason or "not timed")
+    against = "" if row.speedup is None or row.provider == row.baseline else f" ({say_speedup(row.speedup)})"
+    return say_time(row.median_ms) + against
+
+
 def _markdown_row(row: Row) -> str:
-    who = f"{row.provider} ({row.label})" if row.label and row.provider == "fastattn" else row.provider
-    start = f"| {say_case(row.case)} | {row.mode} | {who} |"
+    start = f"| {say_case(row.case)} | {row.mode} | {row.who} |"
     if not row.timed:
         return f"{start} {row.reason} | | | | | {say_error(row)} |"
     speedup = "" if row.speedup is None else say_speedup(row.speedup)
@@ -66,6 +86,17 @@ def _markdown_row(row: Row) -> str:
         f"{start} {say_time(row.median_ms)} | {100 * row.spread:.0f}% | {speedup} | {say_rate(row.tflops())} | "
         f"{say_bytes(row.peak_bytes)} | {say_error(row)} |"
     )
+
+
+def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and environment of an earlier run. ValueError where the file is none."""
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {whole['schema']!r}, not {SCHEMA!r}")
+        return [Row.of(record) for record in whole["rows"]], whole["environment"]
+    except (OSError, KeyError, TypeError, ValueError) as failure:
+        raise ValueError(f"from: {path} is not a run of fastattn bench ({failure})") from failure
 
 
 def _open(path: Path) -> Path:

@@ -54,6 +54,7 @@ class Options:
     min_time: float | None = None
     max_time: float | None = None
     model: str | None = None
+    source: Path | None = None
     argv: tuple[str, ...] = ()
 
     @property
@@ -107,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the JSON and the plots (default bench/out/...)"
     )
+    where.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show an earlier run, measure nothing")
     where.add_argument("--json", type=Path, metavar="FILE")
     where.add_argument("--csv", type=Path, metavar="FILE")
     where.add_argument("--md", type=Path, metavar="FILE")

@@ -42,7 +42,7 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
     ops, modes = by_op(rows), list(dict.fromkeys(row.mode for row in rows))
     cases = max(len({row.case for row in of_op}) for of_op in ops.values())
     bars = cases <= MOST_BARS
-    tall = 0.45 + (0.27 * len(providers) + 0.16) * cases if bars else 2.6
+    tall = 0.3 + (0.21 * len(providers) + 0.12) * cases if bars else 2.6
     settings = {"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "axes.titlesize": 10}
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(
@@ -60,7 +60,7 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
                 panel.set_title(f"{op}, {mode}", loc="left", fontweight="bold", pad=4)
         if bars:
             for panel in axes[-1]:
-                panel.set_xlabel("useful TFLOP/s, longer is faster")
+                panel.set_xlabel("useful TFLOP/s (median and quartiles), longer is faster")
             for panel, mode in zip(axes[0], modes, strict=True):
                 most = max((row.tflops(row.quartiles_ms[0]) for row in timed if row.mode == mode), default=1.0)
                 panel.set_xlim(0, most * 1.42)
@@ -69,7 +69,9 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
             figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
         where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
-        figure.suptitle(f"Attention on {where}, {dtypes}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""
+        title = f"Attention on {where}, {dtypes}: TFLOP/s, median time{baseline}"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         figure.text(0.99, 0.004, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
         figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
         for path in paths:
@@ -86,7 +88,7 @@ def _bars(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str, 
         if len({row.case for row in rows}) > 1:
             panel.text(0, place - 0.62, say_case(case), fontsize=7, color="#555555", va="center")
         for row in of_case:
-            ticks.append((place, row.provider))
+            ticks.append((place, row.who))
             if row.timed:
                 _bar(panel, place, row, colors[row.provider])
             else:

@@ -6,6 +6,7 @@ Masks become what each provider's users would pass, before the clock starts; the
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,7 @@ class Flex(Provider):
                 return "no C++ compiler"
             if mode != "fwd":
                 return "no backward on CPU"
-        elif problem.device.type == "cuda" and not torch.utils._triton.has_triton():
+        elif importlib.util.find_spec("triton") is None:
             return "no Triton"
         if problem.mask.intervals(problem.case.q_len, problem.case.kv_len, problem.device) is None:
             return "mask without a rule"

@@ -94,7 +94,7 @@ def _line(row: Row, mode: str, columns: list[tuple[str, int, str]]) -> Text:
     from rich.text import Text
 
     line = Text(f"  {mode:<{columns[0][1] - 2}}", style="bold")
-    label = f"{row.provider} ({row.label})" if row.label and row.provider == "fastattn" else row.provider
+    label = row.who
     if row.compile_s is not None:
         label += f" +{row.compile_s:.{0 if row.compile_s >= 1 else 1}f} s compile"
     line.append(

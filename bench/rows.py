@@ -47,6 +47,11 @@ class Row:
         return f"{self.case.name}/{self.mode}/{self.provider}"
 
     @property
+    def who(self) -> str:
+        """The provider, and for fastattn's free choice the room that it took."""
+        return f"{self.provider} ({self.label})" if self.label and self.provider == "fastattn" else self.provider
+
+    @property
     def timed(self) -> bool:
         return bool(self.samples_ms)
 
@@ -85,6 +90,13 @@ class Row:
             f"-N {case.q_len} -M {case.kv_len} -D {case.head_dim}{window} "
             f"--providers {providers} --baseline {self.baseline or self.provider} --device {self.device}"
         )
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Row:
+        """The row that `record` was made from, as far as it was kept."""
+        parts = [{each.name for each in dataclasses.fields(kind)} for kind in (BenchCase, cls)]
+        case, row = ({name: value for name, value in record.items() if name in part} for part in parts)
+        return cls(BenchCase(**case), **row)
 
     def record(self) -> dict[str, Any]:
         """The row as plain JSON types, derived figures included."""

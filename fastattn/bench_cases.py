@@ -147,7 +147,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes("fp32", batch=1, num_heads=8, head_dim=64, q_lens=(1024,), quick_q_lens=(256,)),
+    "cpu": Sizes("fp32", batch=1, num_heads=8, head_dim=64, q_lens=(512,), quick_q_lens=(256,)),
     "cuda": Sizes("bf16", batch=4, num_heads=16, head_dim=128, q_lens=(4096, 16384), quick_q_lens=(4096,)),
 }
 

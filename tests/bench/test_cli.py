@@ -88,6 +88,17 @@ def test_csv_and_markdown_have_a_line_a_row(bench, tmp_path):
     assert "### self" in markdown and "no backward on CPU" in markdown and "✓" in markdown
 
 
+def test_an_earlier_run_is_shown_again_from_its_json(bench, tmp_path, capsys):
+    _, text, report = bench("--op", "self,gqa", "--providers", "fastattn,sdpa,sdpa-cudnn", "--mode", "fwd")
+    code, again, _ = bench("--from", "out/bench.json", "--md", "again.md")
+    table = [line for line in text.out.splitlines() if "fastattn (" in line or "sdpa" in line]
+    assert code == 0 and table and all(line in again.out for line in table)
+    assert (tmp_path / "again.md").read_text().count("### ") == 2
+    (tmp_path / "other.json").write_text("{}")
+    code, again, _ = bench("--from", "other.json")
+    assert code == 2 and "other.json is not a run of fastattn bench" in again.err
+
+
 def test_a_provider_that_cannot_run_says_why_in_its_cell(bench, monkeypatch):
     monkeypatch.setattr(providers, "cxx", lambda: None)
     code, text, report = bench("--op", "self", "--providers", "sdpa,flex,sdpa-cudnn", "--mode", "fwd")
