@@ -227,6 +227,8 @@ def _project_packed(
     """One product for self-attention, two where key is value, else three. The results are views of them."""
     if weight is None:
         raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
+    if bias is not None and bias.dtype != weight.dtype:  # torch allows it by accident of its layouts, and users do it
+        bias = bias.to(weight.dtype)
     embed_dim = query.shape[-1]
     if query is key and key is value:
         return F.linear(query, weight, bias).chunk(3, -1)

@@ -157,7 +157,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _torchs(self) -> nn.MultiheadAttention:
         """Torch's own module on the same parameters, buffers and hooks."""
         twin = copy.copy(self)
-        twin.__class__ = nn.MultiheadAttention
+        twin.__class__ = MultiheadAttention.__base__
         return twin
 
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
