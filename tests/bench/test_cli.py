@@ -89,7 +89,7 @@ def test_csv_and_markdown_have_a_line_a_row(bench, tmp_path):
 
 
 def test_an_earlier_run_is_shown_again_from_its_json(bench, tmp_path, capsys):
-    _, text, report = bench("--op", "self,gqa", "--providers", "fastattn,sdpa,sdpa-cudnn", "--mode", "fwd")
+    _, text, _ = bench("--op", "self,gqa", "--providers", "fastattn,sdpa,sdpa-cudnn", "--mode", "fwd")
     code, again, _ = bench("--from", "out/bench.json", "--md", "again.md")
     table = [line for line in text.out.splitlines() if "fastattn (" in line or "sdpa" in line]
     assert code == 0 and table and all(line in again.out for line in table)
