@@ -9,10 +9,13 @@ import torch
 from torch.autograd import forward_ad
 
 
-@torch.compiler.assume_constant_result
 def functorch_active() -> bool:
     """Inside grad, vmap, jvp, functionalize or the like. Asked while compiling, it is the state of the trace."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# All that torch.compiler.assume_constant_result does, which imports torch._dynamo for it, and that imports triton.
+functorch_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transforms_active() -> bool:

@@ -176,7 +176,10 @@ def version(package: str) -> str | None:
 
 
 def summary() -> str:
-    parts = [f"Python {platform.python_version()}", *(f"{name} {version(name) or 'none'}" for name in ("torch", "triton"))]
+    parts = [
+        f"Python {platform.python_version()}",
+        *(f"{name} {version(name) or 'none'}" for name in ("torch", "triton")),
+    ]
     return ", ".join(parts)
 
 
