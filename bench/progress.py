@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+MANY = 100
+"""Steps beyond which plain lines come only every tenth step."""
+
+
 class Progress:
     """`step` begins the next of `total` pieces, `say` changes the words. A context manager. This base shows nothing."""
 
@@ -29,10 +33,12 @@ class Progress:
 
 
 class Lines(Progress):
-    """One line to stderr a step."""
+    """A line to stderr a step; where there are many steps, only every tenth."""
 
     def step(self, words: str) -> None:
         super().step(words)
+        if self.total > MANY and self.done % 10 and self.done != self.total:
+            return
         print(f"[{self.done}/{self.total}] {words}", file=sys.stderr, flush=True)
 
 

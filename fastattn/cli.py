@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--only", type=options.regex, metavar="REGEX", help="only the cases whose name it finds")
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write every figure")
+    check.add_argument(
+        "--lines", action="store_true", help=argparse.SUPPRESS
+    )  # a JSON row a line, for a parent process
     check.add_argument("--verbose", "-v", action="store_true", help="a line for each case, not only for each room")
     check.set_defaults(run=_check)
     info = commands.add_parser("info", help="what this machine has, which rooms run, and why not the others")
@@ -168,7 +171,12 @@ def _print_rooms(console: Console, device: str) -> None:
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     query = torch.empty(1, 8, 1024, 64, dtype=dtype, device=device)
-    verdict = fastattn.explain(query, query, query, mask=fastattn.masks.Causal())
+    try:
+        verdict = fastattn.explain(query, query, query, mask=fastattn.masks.Causal())
+    except (fastattn.BackendUnavailable, ValueError) as refusal:
+        console.print(f"rooms on {device}", style="bold cyan")
+        console.print(f"  {refusal}", markup=False)
+        return
     pairs = {}
     for room, reason in verdict.reasons.items():
         chosen = "[green]runs it[/] (chosen)" if room == verdict.backend else "[green]could run it[/]"
@@ -213,6 +221,11 @@ def _check(namespace: argparse.Namespace, argv: list[str]) -> int:
     device = "cuda" if cuda and namespace.device != "cpu" else "cpu"
     rooms = namespace.rooms or list(BACKENDS)
     cases = [case for name, case in CASES.items() if namespace.only is None or namespace.only.search(name)]
+    if namespace.lines:
+        for room in rooms:
+            for row in _in_here(room, cases, device):
+                print(json.dumps(asdict(row)), flush=True)
+        return OK
     console = Console(highlight=False)
     rows: list[Checked] = []
     with progress_on(console, len(rooms) * len(cases)) as progress:
@@ -267,39 +280,28 @@ def _wants_child(room: str, device: str) -> bool:
 
 
 def _in_child(room: str, cases: list[Case], only: re.Pattern[str] | None) -> Iterator[Checked]:
-    """The same rows from a process of its own, with Triton's interpreter."""
+    """The same rows, one by one, from a process of its own with Triton's interpreter."""
     if importlib.util.find_spec("triton") is None:
         for case in cases:
             yield Checked(room, case.id, None, words="triton is not installed")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.json"
-        command = [
-            sys.executable,
-            "-m",
-            "fastattn.cli",
-            "check",
-            "--rooms",
-            room,
-            "--device",
-            "cpu",
-            "--json",
-            str(path),
-        ]
-        done = subprocess.run(
-            [*command, *(["--only", only.pattern] if only else [])],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if not path.is_file():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            for case in cases:
-                yield Checked(
-                    room, case.id, False, words=f"the child process ended with code {done.returncode}: {last}"
-                )
-            return
-        yield from (Checked(**row) for row in json.loads(path.read_text()))
+    flags = ["--rooms", room, "--device", "cpu", "--lines", *(["--only", only.pattern] if only else [])]
+    command = [sys.executable, "-m", "fastattn.cli", "check", *flags]
+    done = 0
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        subprocess.Popen(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            yield Checked(**json.loads(line))
+            done += 1
+        process.wait()
+        stderr.seek(0)
+        last = (stderr.read().strip().splitlines() or ["no message"])[-1]
+    for case in cases[done:]:
+        yield Checked(room, case.id, False, words=f"the child process ended with {process.returncode}: {last}")
 
 
 def _reason(refusal: str) -> str:
@@ -313,9 +315,10 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for title, justify in (("room", "left"), ("case", "left"), ("", "left"), ("RMS", "right"), ("worst", "right"),
-                           ("lse", "right"), ("allowed", "right")):  # fmt: skip
-        table.add_column(title, justify=justify, no_wrap=title in ("room", "case"))
+    for title in ("room", "case", ""):
+        table.add_column(title, no_wrap=True)
+    for title in ("RMS", "worst", "lse", "allowed"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows if verbose else [row for row in rows if row.ok is False]:
         mark = {True: "[green]✓[/]", False: "[bold red]✗[/]", None: "[dim]-[/]"}[row.ok]
         figures = [_figure(row.rms_ratio, "x"), _figure(row.max_ratio, "x"), _figure(row.lse_share), _figure(row.share)]

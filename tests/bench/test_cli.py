@@ -262,6 +262,14 @@ def test_check_runs_triton_in_a_child_with_the_interpreter(tmp_path, monkeypatch
     assert all(row["ok"] is not False for row in rows), rows
 
 
+def test_a_child_that_dies_fails_its_cases(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^odd$"]) == 1
+    assert "the child process ended with 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, sentence", [(["--rooms", "basement"], "no room 'basement'"), (["--only", "("], "regular")]
 )
