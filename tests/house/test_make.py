@@ -65,7 +65,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def refusal(checkout, before=""):
+def refusal(checkout, before="pass"):
     """What the set-up says when it stops, `before` having happened in its process."""
     code = f"import sys, runpy; {before}; runpy.run_path('tools/setup_venv.py', run_name='__main__')"
     done = subprocess.run(
