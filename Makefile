@@ -12,7 +12,8 @@ ARGS ?=
 # Test processes; each computes with one thread.
 JOBS ?= 2
 
-BIN := .venv/bin
+# Always -m: what a torch's environment already has is used from there, and its scripts are not in .venv/bin.
+RUN := .venv/bin/python -m
 OWN_TORCH := $(if $(filter file,$(origin TORCH)),,--own-torch)
 TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
@@ -33,15 +34,15 @@ setup:
 	@'$(PYTHON)' tools/setup_venv.py --torch '$(TORCH)' --triton '$(TRITON)' $(OWN_TORCH)
 
 bench: setup
-	@$(BIN)/fastattn bench $(ARGS)
+	@.venv/bin/fastattn bench $(ARGS)
 
 test: setup
-	$(BIN)/pytest -n $(JOBS) $(ARGS)
+	$(RUN) pytest -n $(JOBS) $(ARGS)
 
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
 
 clean:
 	rm -rf .venv build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
