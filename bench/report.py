@@ -78,7 +78,7 @@ def say_case(case: BenchCase) -> str:
 def _columns(width: int, baseline: str | None) -> list[tuple[str, int, str]]:
     """Name, width and meaning of each column; the last takes what is left."""
     columns = [
-        ("mode", 8, "mode"),
+        ("mode", 10, "mode"),
         ("provider", 23, "who"),
         ("time", 8, "time"),
         ("IQR", 5, "spread"),
@@ -101,7 +101,7 @@ def _line(row: Row, mode: str, columns: list[tuple[str, int, str]]) -> Text:
         f" {label:<{columns[1][1]}.{columns[1][1]}}", style="" if row.provider.startswith("fastattn") else "dim"
     )
     if not row.timed:
-        mark = f" {say_error(row)} " if row.failed else " "
+        mark = " ✗ " if row.failed else " "
         line.append(f"{mark}{row.reason or 'not timed'}", style="bold red" if row.failed else "italic dim")
         return line
     for _, width, what in columns[2:]:

@@ -166,7 +166,7 @@ def test_a_crash_of_fastattn_is_a_failure_of_others_a_cell(bench, monkeypatch):
 
     monkeypatch.setattr(Fastattn, "make", make)
     code, text, _ = bench("--op", "self", "--providers", "fastattn,sdpa", "--mode", "fwd")
-    assert code == 1 and "RuntimeError: boom" in text.out
+    assert code == 1 and "✗ RuntimeError: boom" in text.out
     monkeypatch.undo()
     monkeypatch.setattr(Sdpa, "make", make)
     monkeypatch.setenv("COLUMNS", "120")
