@@ -1,7 +1,134 @@
-"""The door to the Triton room."""
+"""The door to the Triton room: what it can do, and the way in. Imports triton only when it is about to run."""
 
-from fastattn.spec import AttnSpec
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fastattn.spec import AttnInputs, AttnSpec
+
+OLDEST = (3, 6)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MASKS = ("Full", "Causal", "Window", "Lengths")
+MAX_HEAD_DIM = 256
+SMALLEST_CAPABILITY = (8, 0)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def why_not(spec: AttnSpec) -> str | None:
-    return "the Triton room has no kernels yet"
+    """The first reason why this room cannot run the call, as a sentence; None if it can."""
+    if spec.device.type != "cuda" and not (spec.device.type == "cpu" and _interpreting()):
+        return (
+            f"the tensors are on {spec.device.type}, and Triton runs on CUDA devices "
+            "(on the CPU only in its interpreter, with TRITON_INTERPRET=1)"
+        )
+    return _missing(_interpreting()) or _device_reason(spec) or _feature_reason(spec)
+
+
+def needs_asking(spec: AttnSpec) -> str | None:
+    """The interpreter works for whoever asks for it by name only."""
+    return "Triton's interpreter is slow and runs only with backend='triton'" if spec.device.type == "cpu" else None
+
+
+def kernel_name(spec: AttnSpec) -> str:
+    """The kernels that run the call."""
+    return "attn_fwd" + (", attn_delta, attn_dq, attn_dkv" if spec.needs_grad else "")
+
+
+def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
+    from fastattn.kernels import launch
+
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    with _on(spec.device):
+        for each in launch.forward(spec, inputs, out, lse, launch.target_for(spec.device)):
+            each.run()
+    return out, lse
+
+
+def backward(
+    spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> Gradients:
+    """dq, dk, dv in their inputs' dtypes; there is no bias and no sink here."""
+    from fastattn.kernels import launch
+
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
+    tensors = launch.Backward(out, lse, d_out, d_lse, torch.empty_like(lse), dq, dk, dv)
+    with _on(spec.device):
+        for each in launch.backward(spec, inputs, tensors, launch.target_for(spec.device)):
+            each.run()
+    return dq, dk, dv, None, None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing(interpreting: bool) -> str | None:
+    """What the installation lacks."""
+    if importlib.util.find_spec("triton") is None:
+        hint = "pip install 'fastattn[triton]'" if sys.platform == "linux" else "Triton exists for Linux only"
+        return f"the package triton is not installed ({hint})"
+    version = importlib.metadata.version("triton")
+    if _numbers(version) < OLDEST:
+        return f"triton {version} is too old, {'.'.join(map(str, OLDEST))} or newer is needed"
+    if interpreting and _numbers(version) < (3, 7) and _numbers(importlib.metadata.version("numpy")) >= (2, 4):
+        return f"the interpreter of triton {version} needs numpy below 2.4"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _device_reason(spec: AttnSpec) -> str | None:
+    launch = sys.modules.get("fastattn.kernels.launch")
+    if launch is not None and _interpreting() != launch.INTERPRETED:
+        return "TRITON_INTERPRET has changed since the kernels were loaded; set it before the first call"
+    if spec.device.type == "cpu":
+        return None
+    if _interpreting():
+        return "TRITON_INTERPRET=1 is set, and the interpreter works on CPU tensors"
+    capability = _capability(spec.device.index)
+    if capability < SMALLEST_CAPABILITY:
+        return f"the device has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
+    return None
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _feature_reason(spec: AttnSpec) -> str | None:
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype} has no kernel; float16, bfloat16 and float32 have"
+    for leaf in spec.mask.leaves():
+        if type(leaf).__name__ not in MASKS:
+            return f"no Triton rule for mask {type(leaf).__name__}; there are rules for {', '.join(MASKS)} and their &"
+    for name, given in (
+        ("bias", spec.bias_shape is not None),
+        ("sinks", spec.has_sinks),
+        ("softcap", spec.softcap is not None),
+        ("dropout", spec.dropout_p > 0),
+    ):
+        if given:
+            return f"no Triton kernel for {name} yet"
+    if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:
+        return f"head_dim {max(spec.head_dim, spec.head_dim_v)} is above {MAX_HEAD_DIM}"
+    return None
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
