@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference
+from fastattn import dispatch, reference, tracing
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -78,6 +78,8 @@ def _run_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> reference.Gradients:
+    if tracing.holds_many(d_out):
+        backend = "reference"  # no kernel takes a batch of gradients at once
     return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
 
 

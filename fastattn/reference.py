@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastattn.dropout import dropout_mask
 from fastattn.spec import AttnInputs, AttnSpec
-from fastattn.tracing import autograd_inside_operator
+from fastattn.tracing import autograd_inside_operator, holds_many
 from fastattn.visible import visible_sum
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -57,7 +57,7 @@ def backward(
 
 def like(grad: Tensor, tensor: Tensor) -> Tensor:
     """The gradient with the memory layout that `torch.empty_like` of the tensor has: what operators promise."""
-    return torch.empty_like(tensor).copy_(grad)
+    return grad if holds_many(grad) else torch.empty_like(tensor).copy_(grad)
 
 
 def plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:

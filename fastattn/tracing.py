@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -26,6 +27,11 @@ def transforms_active() -> bool:
 def being_transformed() -> bool:
     """Whether operations must stay plain PyTorch: a custom autograd function would be wrong or refused there."""
     return torch.compiler.is_compiling() or transforms_active()
+
+
+def holds_many(tensor: Tensor) -> bool:
+    """A gradient of torch.autograd.grad(is_grads_batched=True): many tensors in one, whose values cannot be read."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastattn.tracing import being_transformed
+from fastattn.tracing import being_transformed, holds_many
 
 
 def visible_scores(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
@@ -60,7 +60,9 @@ class _Sum(torch.autograd.Function):
 
 
 def _can_look(tensor: Tensor) -> bool:
-    """Whether values may be read: not while a CUDA graph is being captured, nor where there are none."""
+    """Whether values may be read: not while a CUDA graph is being captured, nor where there are none, or many."""
+    if holds_many(tensor):
+        return False
     if tensor.is_cuda:
         return not torch.cuda.is_current_stream_capturing()
     return type(tensor) is Tensor and tensor.device.type == "cpu"
