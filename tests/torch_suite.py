@@ -7,8 +7,6 @@ is, for a run to compare with. Tests that are expected to differ are marked xfai
 results.
 """
 
-from __future__ import annotations
-
 import sys
 from fnmatch import fnmatch
 
@@ -17,16 +15,21 @@ import torch
 import torch.nn.functional as F
 import torch.nn.modules.activation
 import torch.nn.modules.transformer
+from torch import Tensor
 
 import fastattn.nn
-from fastattn.mha import multi_head_attention_forward
+from fastattn.mha import TORCH_MHA, multi_head_attention_forward
 from fastattn.sdpa import scaled_dot_product_attention
 
 NAN_ROWS = "a query that sees no key gives 0 where torch gives NaN"
 FAST_PATH = "mocks torch's C++ fast path and demands that it is taken; fastattn never takes it"
+DROPOUT = "expects the weights that torch's generator would drop, bit for bit; fastattn's dropout has bits of its own"
 EXPECTED = {
     "test_multihead_attention_average_attn_weights_*": NAN_ROWS,
     "test_multihead_self_attn_two_masks_fast_path_mock*": FAST_PATH,
+    "test_disable_fastpath*": FAST_PATH,
+    "test_mask_check_fastpath*": FAST_PATH,
+    "test_scaled_dot_product_attention_*_dropout_p_0_[25]*": DROPOUT,
 }
 """Pattern of a test's name -> why fastattn answers differently."""
 
@@ -35,8 +38,27 @@ def put_in_place() -> None:
     """What a user who replaces by assignment would have to assign."""
     for module in (torch.nn, torch.nn.modules, torch.nn.modules.activation, torch.nn.modules.transformer):
         module.MultiheadAttention = fastattn.nn.MultiheadAttention
+    for ours, torchs in ((scaled_dot_product_attention, scripted_sdpa), (multi_head_attention_forward, TORCH_MHA)):
+        # TorchScript compiles the source of what it finds under a name; as for a swapped module, it gets torch's.
+        ours.__script_if_tracing_wrapper = True
+        ours.__original_fn = torchs
     F.scaled_dot_product_attention = scaled_dot_product_attention
     F.multi_head_attention_forward = multi_head_attention_forward
+
+
+def scripted_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return torch._C._nn.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 class Expected:

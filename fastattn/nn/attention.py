@@ -62,12 +62,14 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """Whether the projections are packed; False to anybody who asks of a finished batch_first module.
+        """Whether the projections are packed; but False for a module that torch's encoder would pass by.
 
-        `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` take torch's C++ path in evaluation, past this module's
-        forward, if the module is batch_first and this attribute is true; nothing else about the module stops them.
+        In evaluation `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` take torch's C++ path, past this module's
+        forward, if it is batch_first with biases, an even number of heads and this attribute; only this one can be said
+        no to. Torch's constructor asks, too, before there are biases, and hears the truth.
         """
-        return self.__dict__["_qkv_same_embed_dim"] and not (self.batch_first and "out_proj" in self._modules)
+        passed_by = self.batch_first and self.num_heads % 2 == 0 and self._parameters.get("in_proj_bias") is not None
+        return self.__dict__["_qkv_same_embed_dim"] and not passed_by
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, same: bool) -> None:
