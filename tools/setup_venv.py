@@ -40,6 +40,7 @@ NO_TORCH_HINT = (
     "check the network, or name a Python that already has torch 2.11 or newer: make PYTHON=/path/to/python; "
     "another build of torch: make TORCH=torch==<version>"
 )
+NO_TRITON_HINT = "everything but the Triton room works without it; to try once more: make clean setup"
 NETWORK_HINT = "check the network and run make again: what is already installed stays"
 
 
@@ -127,10 +128,14 @@ def steps(base: dict, torch_here: str | None, own_torch: bool) -> list[str]:
     elif torch_here and not own_torch:
         torch = f"torch {torch_here} of this Python is older than 2.11, so {base['torch']} is installed beside it"
     else:
-        torch = f"{base['torch']} is installed"
-    triton = f"{base['triton']} is installed if it is missing" if on_linux() else "no Triton on this system"
-    version = platform.python_version()
-    return [f"Python {version} at {sys.executable}", torch, triton, f"fastattn, editable, with its extras {EXTRAS}"]
+        torch = f"{base['torch']} is installed (hundreds of MB, with CUDA some GB)"
+    asked_for = on_linux() and base["triton"]
+    return [
+        f"Python {platform.python_version()} at {sys.executable}",
+        torch,
+        f"{base['triton']} is installed if it is missing" if asked_for else "no Triton",
+        f"fastattn, editable, with its extras {EXTRAS} (numpy, transformers, matplotlib and others)",
+    ]
 
 
 def on_linux() -> bool:
@@ -158,13 +163,13 @@ def install(base: dict) -> None:
         if version("torch") is None:
             raise SystemExit(f"torch cannot be imported in .venv (see {LOG}); to install one: make TORCH=torch==2.13.0")
     else:
-        pip(f"{base['torch']} (hundreds of MB, with CUDA some GB)", shlex.split(base["torch"]), NO_TORCH_HINT)
-    if on_linux() and version("triton") is None:
-        pip(base["triton"], [*shlex.split(base["triton"]), NUMPY], "the Triton room will stay closed", optional=True)
+        pip(base["torch"], shlex.split(base["torch"]), NO_TORCH_HINT)
+    if on_linux() and base["triton"] and version("triton") is None:
+        pip(base["triton"], [*shlex.split(base["triton"]), NUMPY], NO_TRITON_HINT, optional=True)
     kept = [f"{name}=={found}" for name in ("torch", "triton") if (found := version(name))]
     CONSTRAINTS.write_text("\n".join(kept) + "\n")
     project = ["--no-build-isolation", "-c", str(CONSTRAINTS), "-e", f"{ROOT}[{EXTRAS}]"]
-    pip(f"fastattn with {EXTRAS} (numpy, transformers, matplotlib and others)", project, NETWORK_HINT)
+    pip("fastattn and what it is tested with", project, NETWORK_HINT)
 
 
 def version(package: str) -> str | None:
