@@ -19,10 +19,13 @@ COLORS = {
     "fastattn-triton": "#56B4E9",
     "fastattn-reference": "#88B8D8",
     "sdpa": "#8C8C8C",
-    "sdpa-math": "#C4C4C4",
+    "sdpa-math": "#CC79A7",
     "flex": "#E69F00",
 }
-SPARE = ("#009E73", "#CC79A7", "#D55E00", "#F0E442", "#000000")
+SPARE = ("#009E73", "#D55E00", "#F0E442", "#000000")
+NAME_HEIGHT = 0.075
+"""Of a panel of lines: the least distance between two names at its right edge."""
+
 MOST_BARS = 3
 """Panels with more cases than this are drawn as lines over the length."""
 
@@ -58,19 +61,19 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
                 shown = [row for row in of_op if row.mode == mode]
                 (_bars if bars else _lines)(panel, shown, providers, colors)
                 panel.set_title(f"{op}, {mode}", loc="left", fontweight="bold", pad=4)
+                if panel is not line[0] and _labels(panel) == _labels(line[0]):
+                    panel.set_yticklabels([])
         if bars:
             for panel in axes[-1]:
                 panel.set_xlabel("useful TFLOP/s (median and quartiles), longer is faster")
             for panel, mode in zip(axes[0], modes, strict=True):
                 most = max((row.tflops(row.quartiles_ms[0]) for row in timed if row.mode == mode), default=1.0)
                 panel.set_xlim(0, most * 1.42)
-        else:
-            handles = [pyplot.Line2D([], [], color=colors[name], marker="o", label=name) for name in providers]
-            figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
         where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
         baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""
-        title = f"Attention on {where}, {dtypes}: TFLOP/s, median time{baseline}"
+        figures = f"TFLOP/s, median time{baseline}" if bars else "median TFLOP/s, quartiles shaded"
+        title = f"Attention on {where}, {dtypes}: {figures}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         figure.text(0.99, 0.004, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
         figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
@@ -124,12 +127,14 @@ def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
 
 
 def _lines(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str, str]) -> None:
-    """TFLOP/s over the key length, a line a provider, quartiles shaded."""
+    """TFLOP/s over the key length, a line a provider with its name at the end, quartiles shaded."""
+    ends: list[tuple[float, Row]] = []
     for name in providers:
         timed = sorted((row for row in rows if row.provider == name and row.timed), key=lambda row: row.case.kv_len)
         if not timed:
             continue
         lengths = [row.case.kv_len for row in timed]
+        ends.append((timed[-1].tflops(), timed[-1]))
         panel.plot(
             lengths, [row.tflops() for row in timed], color=colors[name], marker="o", markersize=3.5, linewidth=1.6
         )
@@ -142,11 +147,35 @@ def _lines(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str,
     panel.set_xticks(lengths, [f"{each // 1024}k" if each % 1024 == 0 else str(each) for each in lengths])
     panel.minorticks_off()
     panel.set_ylim(bottom=0)
+    _name_ends(panel, ends, colors)
     panel.set_xlabel("keys")
     panel.set_ylabel("useful TFLOP/s")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#E4E4E4", linewidth=0.7)
     panel.set_axisbelow(True)
+
+
+def _name_ends(panel: Axes, ends: list[tuple[float, Row]], colors: dict[str, str]) -> None:
+    """Each line's name right of its last point, moved up where two would lie on each other."""
+    top = panel.get_ylim()[1]
+    last = -1.0
+    for rate, row in sorted(ends, key=lambda end: end[0]):
+        last = max(rate / top, last + NAME_HEIGHT)
+        panel.annotate(
+            row.who,
+            (1.0, last),
+            xycoords="axes fraction",
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colors[row.provider],
+            fontweight="bold" if row.provider.startswith("fastattn") else "normal",
+        )
+
+
+def _labels(panel: Axes) -> list[str]:
+    return [label.get_text() for label in panel.get_yticklabels()]
 
 
 def _colors(providers: list[str]) -> dict[str, str]:
