@@ -26,7 +26,10 @@ def attn_fwd_kernel(
     MASK: tl.constexpr,
     SCORE: tl.constexpr,
     NORMALIZER: tl.constexpr,
-    DIMS: tl.constexpr,  # head_dim, BLOCK_D, head_dim_v, BLOCK_DV
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -41,19 +44,18 @@ def attn_fwd_kernel(
     k_base = tile_base(tensors[1], strides[1], batch, head // group)
     v_base = tile_base(tensors[2], strides[2], batch, head // group)
     # [BLOCK_M, BLOCK_D]
-    q = load_tile(q_base, strides[0], offs_m, q_len, DIMS[0], DIMS[1], True)
+    q = load_tile(q_base, strides[0], offs_m, q_len, HEAD_DIM, BLOCK_D, True)
     row_max, row_sum = NORMALIZER.start(BLOCK_M)
-    acc = tl.zeros([BLOCK_M, DIMS[3]], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     bounds = walk(kv_span(MASK, q_lo, tl.minimum(q_lo + BLOCK_M, q_len), numbers), BLOCK_N)
-    for part in tl.static_range(3):
-        CHECK: tl.constexpr = part != 1
+    for part in tl.static_range(3):  # edge, full, edge: the full part needs no check
         for start_n in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = load_tile(k_base, strides[1], offs_n, kv_len, DIMS[0], DIMS[1], CHECK)
-            v = load_tile(v_base, strides[2], offs_n, kv_len, DIMS[2], DIMS[3], CHECK)
+            k = load_tile(k_base, strides[1], offs_n, kv_len, HEAD_DIM, BLOCK_D, part != 1)
+            v = load_tile(v_base, strides[2], offs_n, kv_len, HEAD_DIM_V, BLOCK_DV, part != 1)
             # [BLOCK_M, BLOCK_N]
-            scores = SCORE.value(dot(q, tl.trans(k), PRECISION, BF16_BY_HAND), scale_log2)
-            if CHECK:
+            scores = SCORE.score(dot(q, tl.trans(k), PRECISION, BF16_BY_HAND), scale_log2)
+            if part != 1:
                 kept = keep(MASK, offs_m[:, None], offs_n[None, :], numbers)
                 scores = tl.where(kept, scores, float("-inf"))
                 v = only_seen(v, kept, 0)
@@ -61,6 +63,6 @@ def attn_fwd_kernel(
             acc = acc * rescale[:, None] + dot(narrow(weights, v.dtype, BF16_BY_HAND), v, PRECISION, BF16_BY_HAND)
     divisor, lse = NORMALIZER.finish(row_max, row_sum)
     o_base = tile_base(tensors[3], strides[3], batch, head)
-    store_tile(o_base, strides[3], offs_m, q_len, acc / divisor[:, None], DIMS[2], DIMS[3], BF16_BY_HAND)
+    store_tile(o_base, strides[3], offs_m, q_len, acc / divisor[:, None], HEAD_DIM_V, BLOCK_DV, BF16_BY_HAND)
     rows = (batch.to(tl.int64) * num_heads + head) * q_len + offs_m
     tl.store(tensors[4] + rows, lse, mask=offs_m < q_len)

@@ -80,7 +80,12 @@ def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str)
         attn_delta_kernel,
         _tiles(spec.q_len, small.block_m) * heads,
         ((out, d_out, lse, d_lse, delta), _strides(out, d_out), (spec.num_heads, spec.q_len)),
-        {"DIMS": (spec.head_dim_v, _wide(spec.head_dim_v)), "BLOCK_M": small.block_m, "num_warps": small.num_warps},
+        {
+            "HEAD_DIM_V": spec.head_dim_v,
+            "BLOCK_DV": _wide(spec.head_dim_v),
+            "BLOCK_M": small.block_m,
+            "num_warps": small.num_warps,
+        },
     )
     of_dq = ((query, key, value, d_out, dq, lse, delta), _strides(query, key, value, d_out, dq), sizes, scales)
     of_dkv = (
@@ -105,7 +110,10 @@ def _launch(kernel: Any, programs: int, spec: AttnSpec, args: tuple, config: Til
         "MASK": rules,
         "SCORE": SCORES[type(spec.score).__name__],
         "NORMALIZER": NORMALIZERS[type(spec.normalizer).__name__],
-        "DIMS": (spec.head_dim, _wide(spec.head_dim), spec.head_dim_v, _wide(spec.head_dim_v)),
+        "HEAD_DIM": spec.head_dim,
+        "BLOCK_D": _wide(spec.head_dim),
+        "HEAD_DIM_V": spec.head_dim_v,
+        "BLOCK_DV": _wide(spec.head_dim_v),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if full else "tf32",

@@ -1,7 +1,7 @@
 """Score rules of the Triton room: raw score -> value, and its derivative.
 
 A score works on the raw product <q, k> in float32; its value is in units of log2, so that exp2 of it is the weight.
-    value(raw, scale_log2)    t * log2(e)
+    score(raw, scale_log2)    t * log2(e)
     slope(raw, scale)         dt / d raw
 Normalisers are in online.py.
 """
@@ -15,12 +15,12 @@ import triton.language as tl  # noqa: F401  (the interpreter wants it in every m
 class Score(NamedTuple):
     """The jit functions of one score."""
 
-    value: Any
+    score: Any
     slope: Any
 
 
 @triton.jit
-def _dot_product_value(raw, scale_log2):
+def _dot_product_score(raw, scale_log2):
     return raw * scale_log2
 
 
@@ -29,5 +29,5 @@ def _dot_product_slope(raw, scale):
     return scale
 
 
-SCORES = {"DotProduct": Score(_dot_product_value, _dot_product_slope)}
+SCORES = {"DotProduct": Score(_dot_product_score, _dot_product_slope)}
 """By the score's class name."""
