@@ -22,7 +22,7 @@ BANNED = re.compile(r"\b(seqlen_?[qk]|N_CTX|qo_len|kv_seq_?len|nheads|n_heads|he
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(root|tmp|work|mnt|opt|home/\w+|Users/\w+)/")
 
 TILES = {"configs.py", "compile.py"}
-LARGEST_LITERAL = 15
+TILE_SIZE = re.compile(r"BLOCK_\w+|num_warps|num_stages")
 
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
@@ -45,12 +45,27 @@ def asserts(source):
     return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
 
 
-def large_literals(source):
-    """Integers of 16 and more: tile sizes belong in the table."""
+def tile_sizes(source):
+    """Numbers given to a tile size by name: assigned, passed on, or a parameter's default."""
+
+    def given(node):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((ast.unparse(target), node.value) for target in targets)
+        elif isinstance(node, ast.keyword):
+            yield node.arg or "", node.value
+        elif isinstance(node, ast.arguments):
+            positional = [*node.posonlyargs, *node.args]
+            yield from (
+                (arg.arg, value) for arg, value in zip(reversed(positional), reversed(node.defaults), strict=False)
+            )
+            yield from ((arg.arg, value) for arg, value in zip(node.kwonlyargs, node.kw_defaults, strict=True))
+
     return [
-        f"line {node.lineno}: {node.value}"
+        f"{bound} = {value.value}"
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Constant) and type(node.value) is int and node.value > LARGEST_LITERAL
+        for bound, value in given(node)
+        if TILE_SIZE.match(bound) and isinstance(value, ast.Constant) and type(value.value) is int
     ]
 
 
@@ -87,7 +102,7 @@ def test_a_refusal_is_raised_never_asserted(path):
 
 @each([path for path in KERNELS if path.name not in TILES])
 def test_tile_sizes_stand_in_the_table(path):
-    assert large_literals(path.read_text()) == []
+    assert tile_sizes(path.read_text()) == []
 
 
 @each([path for path in CODE if name(path) not in ("fastattn/masks.py", "kernels/masks.py")])
@@ -100,5 +115,6 @@ def test_the_checks_see_what_they_look_for():
     assert not lines_with(BANNED, "kv_len = head_dim_v")
     assert lines_with(MACHINE_PATH, 'open("' + "/home/someone/" + 'x")') and not lines_with(MACHINE_PATH, "docs/work/x")
     assert asserts("def f(x):\n    assert x") == [2]
-    assert large_literals("BLOCK_M = 64") and not large_literals("half = 2\nname = 'sm_90'")
+    assert tile_sizes("BLOCK_M = 64") and tile_sizes("run(x, num_warps=4)") and tile_sizes("def f(q, BLOCK_N=32): pass")
+    assert not tile_sizes("BLOCK_M = config.block_m\nhalf = 2\nrun(num_warps=config.warps)")
     assert position_rules("keep = kv_idx[None, :] >= q_idx[:, None] - left") and not position_rules("kv_idx < kv_len")
