@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,9 +79,14 @@ class Problem:
             return lambda: torch.autograd.grad(out, qkv, d_out, retain_graph=True)
         return lambda: torch.autograd.grad(forward(*qkv), qkv, d_out)
 
-    def results(self, mode: str, forward: Forward) -> dict[str, Tensor]:
-        """What a mode computes, by name: out for `fwd`, the three gradients for `bwd`, all for `fwd+bwd`."""
-        with testing.poison():
+    def results(self, mode: str, forward: Forward, *, poisoned: bool = True) -> dict[str, Tensor]:
+        """What a mode computes, by name: out for `fwd`, the three gradients for `bwd`, all for `fwd+bwd`.
+
+        `poisoned`: on memory filled with NaN. It sets a global flag of PyTorch's, for which compiled code compiles anew.
+        """
+        with warnings.catch_warnings(), testing.poison() if poisoned else contextlib.nullcontext():
+            # Under that flag PyTorch warns of its own kernels that are not deterministic.
+            warnings.simplefilter("ignore")
             if mode == "fwd":
                 return {"out": _no_grad(forward, self.detached)}
             out = forward(*self.qkv)

@@ -98,6 +98,8 @@ class CaseRunner:
         self.progress = progress
         self.problem: Problem | None = None
         self.made: dict[str, Made] = {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the last case left in pieces
 
     def run(self, rows: list[Row]) -> None:
         """All providers of one mode: each made, checked and weighed by itself, then all timed in turns."""
@@ -148,7 +150,7 @@ class CaseRunner:
             return None
 
     def _right(self, row: Row, problem: Problem, made: Made) -> bool:
-        results = problem.results(row.mode, made.forward)
+        results = problem.results(row.mode, made.forward, poisoned=made.compile_s is None)
         try:
             verdict = problem.check(results)
         except Exception as failure:
