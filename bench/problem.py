@@ -82,7 +82,7 @@ class Problem:
     def results(self, mode: str, forward: Forward, *, poisoned: bool = True) -> dict[str, Tensor]:
         """What a mode computes, by name: out for `fwd`, the three gradients for `bwd`, all for `fwd+bwd`.
 
-        `poisoned`: on memory filled with NaN. It sets a global flag of PyTorch's, for which compiled code compiles anew.
+        `poisoned`: on memory filled with NaN. That is a global flag of PyTorch's, at which compiled code compiles anew.
         """
         with warnings.catch_warnings(), testing.poison() if poisoned else contextlib.nullcontext():
             # Under that flag PyTorch warns of its own kernels that are not deterministic.

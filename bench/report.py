@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 NARROW = 96
-"""Below this many columns the spread of the times is left out."""
+"""Below this many columns the spread of the times is left out, so that 80 are enough."""
 
 NOISY = 0.1
 """An interquartile range above this share of the median is shown in yellow."""
@@ -79,7 +79,7 @@ def _columns(width: int, baseline: str | None) -> list[tuple[str, int, str]]:
     """Name, width and meaning of each column; the last takes what is left."""
     columns = [
         ("mode", 10, "mode"),
-        ("provider", 23, "who"),
+        ("provider", 23 if width >= NARROW else 20, "who"),
         ("time", 8, "time"),
         ("IQR", 5, "spread"),
         (f"vs {baseline}" if baseline else "speed-up", 8, "speedup"),

@@ -40,6 +40,15 @@ def test_the_table_names_operation_provider_time_speedup_and_check(bench):
     assert len(report["rows"]) == 8
 
 
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_every_figure_fits_the_terminal(bench, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, text, report = bench("--op", "self", "--providers", "fastattn,sdpa", "--mode", "fwd+bwd")
+    for row in report["rows"]:
+        assert f"✓ {row['max_error']:.1e}" in text.out
+    assert max(map(len, text.out.split("written:")[0].splitlines())) <= width
+
+
 def test_no_colour_codes_where_the_output_is_not_a_terminal(bench):
     _, text, _ = bench("--op", "self", "--providers", "sdpa", "--mode", "fwd")
     assert "\x1b" not in text.out + text.err
