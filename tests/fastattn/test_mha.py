@@ -115,10 +115,6 @@ def test_separate_projections(dims, bias):
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_empty_and_short(sizes, need_weights):
     positional, keyword, leaves = problem(**sizes)
-    if "batch" in sizes and need_weights:
-        out, weights = multi_head_attention_forward(*positional, **keyword, need_weights=True)
-        assert out.shape == (QUERIES, 0, WIDTH) and weights.shape == (0, QUERIES, KEYS)
-        return
     both(positional, {**keyword, "need_weights": need_weights}, leaves)
 
 
