@@ -21,7 +21,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     The same constructor arguments, state_dict keys and, for a seed, the same initial parameters. There is one path, in
     training and in evaluation, so `is_causal` and masks mean the same in both; a query that sees no key gives weights 0
     where torch gives NaN. Nested tensors are torch's own format: torch's forward computes them. TorchScript cannot hold
-    fastattn's operators: `torch.jit.script` of a model compiles torch's module with the same parameters.
+    fastattn's operators: `torch.jit.script(model)` puts torch's module on the same parameters in its place.
     """
 
     # TorchScript would compile a property; the scripted module is torch's, see __prepare_scriptable__.
