@@ -341,7 +341,8 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
     console.print(table)
     console.print(
         f"On {device}. RMS, worst: error against float64 over the plain computation's own, the largest of all results. "
-        "Allowed: the part of the bound that is used up, lse's by itself; at most 1 is right.",
+        "Allowed: the share of the bound that is used up, lse's by itself; at most 1 is right. "
+        "The bound adds one ulp, so the ratios of tiny errors may be larger than its factor.",
         style="dim",
     )
     refused: dict[str, list[str]] = {}
