@@ -11,7 +11,7 @@ from fastattn.kernels import masks
 from fastattn.kernels.attn_bwd_dkv import attn_dkv_kernel
 from fastattn.kernels.attn_bwd_dq import attn_delta_kernel, attn_dq_kernel
 from fastattn.kernels.attn_fwd import attn_fwd_kernel
-from fastattn.kernels.configs import TileConfig, pick
+from fastattn.kernels.configs import TileConfig, pick, target_of
 from fastattn.kernels.online import NORMALIZERS
 from fastattn.kernels.scores import SCORES
 from fastattn.spec import AttnInputs, AttnSpec
@@ -37,8 +37,6 @@ class Launch(NamedTuple):
 
 def target_for(device: torch.device) -> str:
     """The tile table's name for a device."""
-    from fastattn.kernels.configs import target_of
-
     return target_of(None if INTERPRETED else torch.cuda.get_device_capability(device))
 
 
