@@ -12,8 +12,10 @@ ARGS ?=
 # Test processes; each computes with one thread.
 JOBS ?= 2
 
-# Always -m: what a torch's environment already has is used from there, and its scripts are not in .venv/bin.
-RUN := .venv/bin/python -m
+# Modules, not the scripts in .venv/bin: what a torch's environment already has is used from there. And without the
+# working folder on the path: transformers asks for a package `kernels`, and would get the folder of that name.
+RUN := .venv/bin/python -c 'import runpy, sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; \
+	runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)'
 OWN_TORCH := $(if $(filter file,$(origin TORCH)),,--own-torch)
 TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
@@ -37,12 +39,12 @@ bench: setup
 	@.venv/bin/fastattn bench $(ARGS)
 
 test: setup
-	$(RUN) pytest -n $(JOBS) $(ARGS)
+	@$(RUN) pytest -n $(JOBS) $(ARGS)
 
 lint: setup
-	$(RUN) ruff check .
-	$(RUN) ruff format --check .
-	$(RUN) mypy
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
 
 clean:
 	rm -rf .venv build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -10,6 +10,10 @@ import sys
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton runs in its interpreter then, and asks for it once, when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("local", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -18,6 +22,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+SEED = 0
+torch.manual_seed(SEED)  # processes that share the tests must draw the same names for them
 NO_GPU = "needs a CUDA device, and torch sees none"
 
 
@@ -27,6 +33,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_runtest_setup(item):
+    """A test draws the same numbers whichever came before it."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
