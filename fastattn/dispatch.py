@@ -64,12 +64,12 @@ def choose(spec: AttnSpec, asked: str | None) -> str:
     """
     if asked is None:
         for name in BACKENDS:
-            if _free_reason(name, spec) is None:
+            if free_reason(name, spec) is None:
                 return name
         raise BackendUnavailable("no backend can run this call")
     reason = room(asked).why_not(spec)
     if reason is not None:
-        others = [name for name in BACKENDS if name != asked and _free_reason(name, spec) is None]
+        others = [name for name in BACKENDS if name != asked and free_reason(name, spec) is None]
         raise BackendUnavailable(
             f"backend {asked!r} cannot run this call: {reason}. "
             f"What can: {', '.join(repr(name) for name in others)}; backend=None chooses"
@@ -81,11 +81,11 @@ def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
     """The choice with everybody's reasons; raises as `choose` does."""
     asked = requested(backend)
     name = choose(spec, asked)
-    reasons = {each: room(each).why_not(spec) if each == asked else _free_reason(each, spec) for each in BACKENDS}
+    reasons = {each: room(each).why_not(spec) if each == asked else free_reason(each, spec) for each in BACKENDS}
     return Verdict(name, room(name).kernel_name(spec), reasons, notes)
 
 
-def _free_reason(name: str, spec: AttnSpec) -> str | None:
+def free_reason(name: str, spec: AttnSpec) -> str | None:
     """Why a free choice would pass a room by: it cannot run the call, or runs only when asked for by name."""
     module = room(name)
     needs_asking = getattr(module, "needs_asking", None)
