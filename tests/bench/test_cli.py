@@ -175,12 +175,11 @@ def test_a_crash_of_fastattn_is_a_failure_of_others_a_cell(bench, monkeypatch):
     def make(self, problem):
         raise RuntimeError("boom\nand a long trace")
 
-    monkeypatch.setattr(Fastattn, "make", make)
-    code, text, _ = bench("--op", "self", "--providers", "fastattn,sdpa", "--mode", "fwd")
+    with monkeypatch.context() as patched:
+        patched.setattr(Fastattn, "make", make)
+        code, text, _ = bench("--op", "self", "--providers", "fastattn,sdpa", "--mode", "fwd")
     assert code == 1 and "✗ RuntimeError: boom" in text.out
-    monkeypatch.undo()
     monkeypatch.setattr(Sdpa, "make", make)
-    monkeypatch.setenv("COLUMNS", "120")
     assert bench("--op", "self", "--providers", "fastattn,sdpa", "--mode", "fwd")[0] == 0
 
 
