@@ -73,9 +73,9 @@ def test_every_row_compiles_for_its_target(compiled):
         assert row["shared_bytes"] <= SHARED_LIMIT[row["target"]], row
 
 
-def test_hopper_rows_use_its_tensor_cores_and_do_not_spill(compiled):
+def test_hopper_rows_use_its_tensor_cores_and_only_dkv_spills_a_little(compiled):
     for (target, kernel, _, dtype), row in compiled.items():
         if (target, dtype) != ("sm90", "bfloat16"):
             continue
         assert row["instructions"].get("HGMMA", 0) > 0, row
-        assert row["spilled_bytes"] <= (16 if kernel == "dkv" else 0), row
+        assert row["spilled_bytes"] <= (128 if kernel == "dkv" else 0), row
