@@ -8,12 +8,16 @@ if _find_spec("fastattn.kernels") is None:
         "run `make setup` or `pip install --no-build-isolation -e .` there, or leave this folder"
     )
 
-from fastattn import masks
+from fastattn import masks, nn
 from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
+from fastattn.integrations.torch import patch, replace_attention
+from fastattn.mha import multi_head_attention_forward
+from fastattn.sdpa import scaled_dot_product_attention
 
 __version__ = "0.1.0"
 __all__ = [
-    "attention", "attention_weights", "dropout_mask", "explain", "masks",
-    "BackendUnavailable", "Verdict",
+    "attention", "attention_weights", "dropout_mask", "explain",
+    "masks", "nn", "BackendUnavailable", "Verdict",
+    "scaled_dot_product_attention", "multi_head_attention_forward", "replace_attention", "patch",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The calls: attention, its weights, its explanation; and torch's own two functions on top of it."""
+"""The calls: attention, its weights, its explanation. torch's own functions on top of it are in sdpa.py and mha.py."""
 
 from __future__ import annotations
 
