@@ -133,7 +133,7 @@ def forward(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`multi_head_attention_forward` behind overrides; batch_first keeps [batch, length, embed_dim] as it is."""
-    batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)
+    batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[attr-defined]
     batch_first = batch_first and batched
     length_dim, batch_dim = (1, 0) if batch_first else (0, 1)
     if not batched:
@@ -254,7 +254,7 @@ def _project_separately(
         if weight is None:
             raise AssertionError(f"use_separate_proj_weight is True but {name}_proj_weight is None")
     biases = (None,) * 3 if bias is None else bias.chunk(3)
-    return F._in_projection(query, key, value, w_q, w_k, w_v, *biases)  # type: ignore[arg-type]
+    return F._in_projection(query, key, value, w_q, w_k, w_v, *biases)  # type: ignore[attr-defined]
 
 
 def _visibility(

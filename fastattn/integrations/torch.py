@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ContextDecorator
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -75,7 +76,7 @@ class Report:
                 "runs on fastattn inside fastattn.patch()"
             )
         head = Replacement("path", "module", False, "")
-        path, module = (max(len(row[column]) for row in (head, *self.rows)) for column in (0, 1))
+        path, module = (max(len(str(row[column])) for row in (head, *self.rows)) for column in (0, 1))
         lines = [f"{'path':<{path}}  {'module':<{module}}  changed  what"]
         for row in self.rows:
             lines.append(f"{row.path:<{path}}  {row.module:<{module}}  {'yes' if row.changed else 'no':<7}  {row.what}")
@@ -119,7 +120,7 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
         if any(isinstance(inner, MultiheadAttention) for inner in module.modules()):
             module.use_nested_tensor = False
             report.rows.append(Replacement(path, type(module).__name__, True, "no nested tensors for padding"))
-            report._undo.append(lambda module=module: setattr(module, "use_nested_tensor", True))
+            report._undo.append(partial(setattr, module, "use_nested_tensor", True))
     return report
 
 

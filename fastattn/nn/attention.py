@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         packed = self.in_proj_weight is not None
         weights = (self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v)
-        arguments = {
+        arguments: dict[str, Any] = {
             "training": self.training,
             "key_padding_mask": key_padding_mask,
             "need_weights": need_weights,
@@ -159,7 +160,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _torchs(self) -> nn.MultiheadAttention:
         """Torch's own module on the same parameters, buffers and hooks."""
         twin = copy.copy(self)
-        twin.__class__ = MultiheadAttention.__base__
+        twin.__class__ = MultiheadAttention.__base__  # type: ignore[assignment]
         return twin
 
     def __prepare_scriptable__(self) -> nn.MultiheadAttention:
