@@ -158,7 +158,6 @@ def attend(
     if head_dim == 0 or head_dim_v == 0:  # every score is 0; nothing comes out: one column of zeros stands in
         query, key = (F.pad(tensor, (0, 1)) if head_dim == 0 else tensor for tensor in (query, key))
         value = F.pad(value, (0, 1)) if head_dim_v == 0 else value
-        scale = 1.0 if head_dim == 0 else scale
     query, key, value, lead = _four_dimensions(query, key, value, enable_gqa)
     bias = None
     if is_causal:
@@ -193,6 +192,16 @@ def _causal_of(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> Mask:
 def _check_kinds(
     query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
 ) -> None:
+    if (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and (attn_mask is None or isinstance(attn_mask, Tensor))
+        and type(dropout_p) is float
+        and type(is_causal) is type(enable_gqa) is bool
+        and (scale is None or type(scale) is float)
+    ):
+        return  # nearly every call; what follows is for the others
     tensors = (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask))
     for position, (name, tensor) in enumerate(tensors, 1):
         if not isinstance(tensor, Tensor) and not (tensor is None and name == "attn_mask"):
@@ -290,6 +299,8 @@ def _room(device: torch.device, asked: str | None) -> str | None:
 def _autocast(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> list[Any]:
     """Torch's SDPA is on autocast's lower-precision list: floating tensors, the mask too, but float64 ones."""
     tensors = [query, key, value, attn_mask]
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     kind = query.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors

@@ -203,6 +203,9 @@ def test_broadcast_inputs_are_not_copied(monkeypatch):
     [((_, seen_key, _), arguments)] = seen
     assert seen_key.data_ptr() == key.data_ptr() and seen_key.stride(0) == 0
     assert arguments["mask"].shape == (1, 1, 1, 6)
+    (query,) = tensors((2, 2, 3, 4, 8))
+    scaled_dot_product_attention(query, query, query, torch.ones(1, 1, 3, 4, 4, dtype=torch.bool))
+    assert seen[1][0][0].data_ptr() == query.data_ptr() and seen[1][1]["mask"].shape == (1, 3, 4, 4)
 
 
 def test_autocast_casts_as_torch_does():
@@ -316,7 +319,7 @@ def test_what_torch_does_not_look_at():
         scaled_dot_product_attention(Q, K, K, torch.ones(5, 6, device="meta"))
 
 
-def test_tensor_subclasses_come_back_as_they_went_in():
+def test_tensor_subclasses_come_back_as_they_went_in(monkeypatch):
     class Plain(torch.Tensor):
         pass
 
@@ -327,7 +330,11 @@ def test_tensor_subclasses_come_back_as_they_went_in():
                 return "mine"
             return super().__torch_function__(func, types, args, kwargs or {})
 
+    seen = []
+    attention = module.attention
+    monkeypatch.setattr(module, "attention", lambda *args, **kwargs: seen.append(args) or attention(*args, **kwargs))
     assert type(scaled_dot_product_attention(Q.as_subclass(Plain), K, K)) is Plain
+    assert len(seen) == 1
     assert scaled_dot_product_attention(Q.as_subclass(Knowing), K, K) == "mine"
 
 
