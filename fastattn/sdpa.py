@@ -165,7 +165,9 @@ def attend(
     elif attn_mask is not None:
         table = _mask_of(attn_mask, (*lead, query.shape[2], key.shape[2]))
         mask, bias = (table, None) if attn_mask.dtype == torch.bool else (None, table)
-    out = attention(query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend)
+    out: Tensor = attention(  # type: ignore[assignment]
+        query, key, value, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p, backend=backend
+    )
     if head_dim_v == 0:
         out = out[..., :0]
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[2:])
