@@ -283,6 +283,18 @@ def test_fake_and_meta_tensors_give_shapes():
         assert attention(fake, fake, fake).shape == fake.shape
 
 
+def test_gradients_of_many_at_once():
+    """torch.autograd.grad(is_grads_batched=True) hands one tensor that holds a gradient for each."""
+    inputs = leaves()
+    out, lse = attention(*inputs, mask=Causal(), return_lse=True)
+    many = torch.randn(3, *out.shape, dtype=WIDE), torch.randn(3, *lse.shape, dtype=WIDE)
+    batched = torch.autograd.grad((out, lse), inputs, many, is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        alone = torch.autograd.grad((out, lse), inputs, (many[0][n], many[1][n]), retain_graph=True)
+        for got, want in zip(batched, alone, strict=True):
+            torch.testing.assert_close(got[n], want)
+
+
 def test_inference_mode_and_no_grad():
     inputs = leaves()
     want = attention(*inputs)
