@@ -8,12 +8,13 @@ launched. Registers, spills and instructions are read with the disassemblers tha
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +28,23 @@ from triton.runtime import driver
 
 from fastattn.kernels import launch
 from fastattn.kernels.configs import TABLE, TileConfig
+from fastattn.masks import Causal, Full, Lengths, Mask, Window
 from fastattn.spec import AttnInputs, AttnSpec
 
 CAPABILITIES = {"sm80": 80, "sm90": 90, "sm100": 100}
 SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
 """Bytes of shared memory that one program may have (CUDA C++ Programming Guide, compute capabilities)."""
+MASKS: dict[str, Callable[[], Mask]] = {
+    "none": Full,
+    "causal": Causal,
+    "every-rule": lambda: (
+        Causal(offset=torch.zeros(2, dtype=torch.int64))
+        & Window(8, None)
+        & Window(None, 8, offset=torch.zeros(2, dtype=torch.int32))
+        & Lengths(*(torch.zeros(2, dtype=torch.int32) for _ in range(3)))
+    ),
+}
+"""What rows are compiled with: nothing, the commonest, and each rule in each of its forms at once."""
 COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "MUFU.EX2", "LDL", "STL")
 
 
@@ -43,17 +56,18 @@ class Compiled:
     target: str
     head_dim: int
     dtype: str
+    mask: str
     registers: int
     spilled_bytes: int  # of the stack, per thread
     shared_bytes: int
     instructions: dict[str, int]
 
 
-def compile_row(row: TileConfig, mask: Any = None) -> Compiled:
-    """The row's kernel for the widest head it serves, compiled for the row's target."""
+def compile_row(row: TileConfig, mask: str = "none") -> Compiled:
+    """The row's kernel for the widest head it serves, compiled for the row's target, bare or with a mask of `MASKS`."""
     dtype = torch.bfloat16 if row.bits == 16 else torch.float32
     inputs = AttnInputs(*(torch.empty(2, 4, 512, row.head_dim, dtype=dtype) for _ in range(3)))
-    spec = AttnSpec.of(inputs, mask=mask)
+    spec = AttnSpec.of(inputs, mask=MASKS[mask]())
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     tensors = launch.Backward(out, lse, out, lse, lse, *inputs[:3])
     launches = [
@@ -63,7 +77,7 @@ def compile_row(row: TileConfig, mask: Any = None) -> Compiled:
     wanted = next(each for each in launches if each.kernel.fn.__name__ == f"attn_{row.kernel}_kernel")
     with pretending(GPUTarget("cuda", CAPABILITIES[row.target], 32)):
         binary = wanted.kernel.warmup(*wanted.args, grid=(wanted.programs,), **wanted.options)
-    return _read(binary, row, str(dtype).removeprefix("torch."))
+    return _read(binary, row, str(dtype).removeprefix("torch."), mask)
 
 
 @contextmanager
@@ -82,7 +96,7 @@ def pretending(target: GPUTarget) -> Iterator[None]:
         driver.set_active(None)
 
 
-def _read(binary: Any, row: TileConfig, dtype: str) -> Compiled:
+def _read(binary: Any, row: TileConfig, dtype: str, mask: str) -> Compiled:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
@@ -91,7 +105,8 @@ def _read(binary: Any, row: TileConfig, dtype: str) -> Compiled:
         listing = _output(tools / "nvdisasm", "-c", path)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     found = collections.Counter(re.findall("|".join(map(re.escape, COUNTED)), listing))
-    return Compiled(row.kernel, row.target, row.head_dim, dtype, registers, stack, binary.metadata.shared, dict(found))
+    shared = binary.metadata.shared
+    return Compiled(row.kernel, row.target, row.head_dim, dtype, mask, registers, stack, shared, dict(found))
 
 
 def _output(*command: Any) -> str:
@@ -105,15 +120,17 @@ def main() -> None:
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set; the interpreter's kernels cannot be compiled")
-    for row in TABLE:
-        if row.target in CAPABILITIES and options.target in (None, row.target):
-            result = compile_row(row)
+    for row, mask in itertools.product(TABLE, MASKS):
+        # Masks are alike on every target, so that one target's half-precision rows tell.
+        masked = row.target == "sm90" and row.kernel != "delta"
+        if row.target in CAPABILITIES and options.target in (None, row.target) and (mask == "none" or masked):
+            result = compile_row(row, mask)
             if options.json:
                 print(json.dumps(asdict(result)), flush=True)
             else:
                 counts = " ".join(f"{name} {count}" for name, count in result.instructions.items())
                 print(
-                    f"{result.target:6} {result.kernel:5} d{result.head_dim:<4} {result.dtype:9} "
+                    f"{result.target:6} {result.kernel:5} d{result.head_dim:<4} {result.dtype:9} {result.mask:10} "
                     f"{result.registers:3} registers {result.spilled_bytes:4} B stack "
                     f"{result.shared_bytes / 1024:6.1f} KiB shared  {counts}",
                     flush=True,

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from fastattn.spec import AttnSpec
 
-FAR = 2**30  # beyond every length; sums of two still fit an int32
+FAR = tl.constexpr(2**30 - 1)  # beyond every length; the sum of two and one more still fits an int32
 
 
 class Rule(NamedTuple):
@@ -89,25 +89,24 @@ def _intersect(lo, full_lo, full_hi, hi, span):
     )
 
 
-# Diagonals: a placed mask sees the keys with low <= kv_idx - q_idx <= high; None is no bound.
+# A placed mask sees the keys with low <= kv_idx - q_idx <= high. No bound is None on the host and FAR in a kernel.
 
 
 @triton.jit
-def _diagonal(bound, offsets, batch):
-    """A bound as an int32, moved by this batch item's offset where there is one."""
-    if bound is None or offsets is None:
+def _diagonal(bound, offsets, batch, OPEN: tl.constexpr):
+    """A bound as an int32, moved by this batch item's offset where there is one; OPEN where there is no bound."""
+    if bound is None:
+        return OPEN
+    elif offsets is None:
         return bound
     else:
         moved = tl.load(offsets + batch).to(tl.int64) + bound
-        return tl.minimum(tl.maximum(moved, -FAR_DIAGONAL), FAR_DIAGONAL).to(tl.int32)
-
-
-FAR_DIAGONAL = tl.constexpr(FAR)
+        return tl.minimum(tl.maximum(moved, -FAR), FAR).to(tl.int32)
 
 
 @triton.jit
 def _placed_numbers(args, batch, q_len, kv_len):
-    return _diagonal(args[0], args[2], batch), _diagonal(args[1], args[2], batch)
+    return _diagonal(args[0], args[2], batch, -FAR), _diagonal(args[1], args[2], batch, FAR)
 
 
 def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
@@ -132,40 +131,24 @@ def _causal_kv_span(q_lo, q_hi, numbers):
 
 @triton.jit
 def _causal_q_span(kv_lo, kv_hi, numbers):
-    return kv_lo - numbers[1], kv_hi - 1 - numbers[1], FAR_DIAGONAL, FAR_DIAGONAL
+    return kv_lo - numbers[1], kv_hi - 1 - numbers[1], FAR, FAR
 
 
 @triton.jit
 def _window_keep(q_idx, kv_idx, numbers):
-    low, high = numbers[0], numbers[1]
-    kept = kv_idx == kv_idx
-    if low is not None:
-        kept = kept & (kv_idx - q_idx >= low)
-    if high is not None:
-        kept = kept & (kv_idx - q_idx <= high)
-    return kept
+    return (kv_idx - q_idx >= numbers[0]) & (kv_idx - q_idx <= numbers[1])
 
 
 @triton.jit
 def _window_kv_span(q_lo, q_hi, numbers):
     low, high = numbers[0], numbers[1]
-    lo, full_lo, full_hi, hi = 0, 0, FAR_DIAGONAL, FAR_DIAGONAL
-    if low is not None:
-        lo, full_lo = q_lo + low, q_hi - 1 + low
-    if high is not None:
-        full_hi, hi = q_lo + high + 1, q_hi + high
-    return lo, full_lo, full_hi, hi
+    return q_lo + low, q_hi - 1 + low, q_lo + high + 1, q_hi + high
 
 
 @triton.jit
 def _window_q_span(kv_lo, kv_hi, numbers):
     low, high = numbers[0], numbers[1]
-    lo, full_lo, full_hi, hi = 0, 0, FAR_DIAGONAL, FAR_DIAGONAL
-    if high is not None:
-        lo, full_lo = kv_lo - high, kv_hi - 1 - high
-    if low is not None:
-        full_hi, hi = kv_lo - low + 1, kv_hi - low
-    return lo, full_lo, full_hi, hi
+    return kv_lo - high, kv_hi - 1 - high, kv_lo - low + 1, kv_hi - low
 
 
 @triton.jit
@@ -233,7 +216,7 @@ def lower(spec: AttnSpec) -> tuple[Mask, tuple]:
 
 
 def _near(bound: int | None) -> int | None:
-    return None if bound is None else max(-FAR, min(FAR, bound))
+    return None if bound is None else max(-FAR.value, min(FAR.value, bound))
 
 
 def _per_batch(tensor: torch.Tensor | None, spec: AttnSpec) -> torch.Tensor | None:
