@@ -317,7 +317,7 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
     for title in ("room", "case", ""):
         table.add_column(title, no_wrap=True)
-    for title in ("RMS", "worst", "lse", "allowed"):
+    for title in ("RMS", "worst", "lse", "used"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows if verbose else [row for row in rows if row.ok is False]:
         mark = {True: "[green]✓[/]", False: "[bold red]✗[/]", None: "[dim]-[/]"}[row.ok]
@@ -341,7 +341,7 @@ def _print_checked(console: Console, rows: list[Checked], rooms: list[str], devi
     console.print(table)
     console.print(
         f"On {device}. RMS, worst: error against float64 over the plain computation's own, the largest of all results. "
-        "Allowed: the share of the bound that is used up, lse's by itself; at most 1 is right. "
+        "Used: the share of the bound that is taken up, lse's by itself; at most 1 is right. "
         "The bound adds one ulp, so the ratios of tiny errors may be larger than its factor.",
         style="dim",
     )
