@@ -46,6 +46,7 @@ def dropout_mask(batch: int, num_heads: int, q_len: int, kv_len: int, *, p: floa
         bool [batch, num_heads, q_len, kv_len], True = kept.
 
     Raises:
+        TypeError: p is not a Python number.
         ValueError: p outside [0, 1], or a seed that is not an int64 tensor of shape [1].
     """
     check_dropout(p, seed)
@@ -66,7 +67,8 @@ def new_dropout_seed(device: torch.device | str) -> Tensor:
 
 
 def check_dropout(p: float, seed: Tensor | None) -> None:
-    """Raise ValueError unless p is in [0, 1] and the seed, where given, is an int64 tensor [1]."""
+    """Raise unless p is a number in [0, 1] and the seed, where given, is an int64 tensor [1]."""
+    check_number("dropout_p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout_p: a probability from 0 to 1 is needed, got {p}")
     if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or tuple(seed.shape) != (1,)):
@@ -75,3 +77,10 @@ def check_dropout(p: float, seed: Tensor | None) -> None:
             f"dropout_seed: an int64 tensor of shape [1] is needed, got {got}; "
             "fastattn.functional.new_dropout_seed makes one"
         )
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError for anything but a Python number: no derivative would reach a tensor here."""
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        hint = "; a learned factor goes into the query" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name}: a Python number is needed, got {type(value).__name__}{hint}")

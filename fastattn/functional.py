@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def attention(
     Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the
     backend. Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value, bias = _autocast(query, key, value, bias=bias)
     inputs = AttnInputs(query, key, value, bias, sinks, dropout_seed)
     spec = AttnSpec.of(
         inputs,
@@ -97,8 +98,9 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None = 
         As `attention` does.
     """
     arguments.pop("return_lse", None)
-    tensors = {name: arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed")}
-    inputs = AttnInputs(*_autocast(query, key, value), **tensors)  # type: ignore[arg-type]
+    bias, sinks, seed = (arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed"))
+    narrowed, key, value, bias = _autocast(query, key, value, bias=bias)
+    inputs = AttnInputs(narrowed, key, value, bias, sinks, seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(inputs, **arguments)  # type: ignore[arg-type]
     notes = ["second derivatives, forward-mode differentiation and functorch transforms run plain PyTorch"]
     if inputs.query.dtype != query.dtype:
@@ -136,14 +138,25 @@ def attention_weights(
     """
     if heads not in ("all", "mean"):
         raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
-    query, key = _autocast(query, key)
+    query, key, bias = _autocast(query, key, bias=bias)
     inputs = AttnInputs(query, key, key, bias, sinks)
     spec = AttnSpec.of(inputs, mask=mask, scale=scale, softcap=softcap)
-    if lse is not None and lse.shape != query.shape[:3]:
-        raise ValueError(f"lse: [batch, num_heads, q_len] = {list(query.shape[:3])} is needed, got {list(lse.shape)}")
+    if lse is not None:
+        _check_lse(lse, query)
     index = None if rows is None else _row_index(rows, spec)
     weights = reference.attention_weights(spec, inputs, lse, index)
-    return weights.mean(1) if heads == "mean" else weights
+    return weights.sum(1) / max(spec.num_heads, 1) if heads == "mean" else weights
+
+
+def _check_lse(lse: Tensor, query: Tensor) -> None:
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"lse: a tensor is needed, got {type(lse).__name__}")
+    want = query.shape[:3]
+    if lse.shape != want or lse.device != query.device or not lse.is_floating_point():
+        raise ValueError(
+            f"lse: floating [batch, num_heads, q_len] = {list(want)} on {query.device} is needed, as attention returns "
+            f"it, got {lse.dtype} {list(lse.shape)} on {lse.device}"
+        )
 
 
 def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
@@ -160,17 +173,17 @@ def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
     return torch.where(index < 0, index + spec.q_len, index).clamp(0, max(spec.q_len - 1, 0))
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast: floating tensors but float64 ones in its dtype, as torch's SDPA is on the lower-precision
-    list.
+def _autocast(*tensors: Tensor, bias: Any) -> tuple[Any, ...]:
+    """The tensors and the bias. Under autocast, floating tensors but float64 ones are in its dtype, as torch's SDPA is
+    on the lower-precision list; a float32 bias stays.
     """
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return tensors
+        return *tensors, bias
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        tensor.to(dtype)
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        else tensor
-        for tensor in tensors
-    )
+
+    def cast(tensor: Any, *kept: torch.dtype) -> Any:
+        floats = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(dtype) if floats and tensor.dtype not in (torch.float64, *kept) else tensor
+
+    return *map(cast, tensors), cast(bias, torch.float32)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastattn.tracing import functorch_active
+
 Length = int | Tensor  # one length for all rows, or one for each row
 Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
+FAR = 2**60  # sums of a few still fit an int64
 
 
 class Mask:
@@ -84,6 +88,9 @@ class And(Mask):
     left: Mask
     right: Mask
 
+    def __post_init__(self) -> None:
+        check_masks("And", left=self.left, right=self.right)
+
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         return intersect(self.left.interval(q_idx, q_len, kv_len), self.right.interval(q_idx, q_len, kv_len))
 
@@ -119,6 +126,9 @@ class Or(Mask):
     left: Mask
     right: Mask
 
+    def __post_init__(self) -> None:
+        check_masks("Or", left=self.left, right=self.right)
+
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
         left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
         return None if left is None or right is None or len(left) + len(right) > 2 else left + right
@@ -137,14 +147,14 @@ def visible_pairs(mask: Mask, batch: int, num_heads: int, q_len: int, kv_len: in
     intervals = mask.intervals(q_len, kv_len, mask.device)
     if intervals is None:
         table = mask.dense(q_len, kv_len)
-        return int(table.sum()) * (batch // table.shape[0]) * (num_heads // table.shape[1])
+        return int(table.sum()) * (batch // max(table.shape[0], 1)) * (num_heads // max(table.shape[1], 1))
     total = 0
     parts = [(1, part) for part in intervals]
     if len(intervals) == 2:
         parts.append((-1, intersect(*intervals)))
     for sign, (start, stop) in parts:
         rows = (stop.clamp(max=kv_len) - start.clamp(min=0)).clamp(min=0)
-        heads_and_batch = (batch // rows.shape[0] if rows.dim() == 3 else batch) * num_heads
+        heads_and_batch = (batch // max(rows.shape[0], 1) if rows.dim() == 3 else batch) * num_heads
         total += sign * int(rows.sum()) * heads_and_batch
     return total
 
@@ -170,24 +180,44 @@ def may_look(validate: bool | None, tensors: list[Tensor]) -> bool:
     """Whether values may be read: asked for, or on the CPU outside of tracing and transforms."""
     if validate is not None or torch.compiler.is_compiling():
         return bool(validate) and not torch.compiler.is_compiling()
-    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
+    return not functorch_active() and all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
 
 
-def check_sizes(name: str, least: int, **sizes: int | None) -> None:
+def check_masks(name: str, **parts: object) -> None:
+    for argument, part in parts.items():
+        if not isinstance(part, Mask):
+            raise TypeError(f"{name}: {argument} must be a mask, got {type(part).__name__}; Dense(table) is one")
+
+
+def check_sizes(name: str, least: int, **sizes: Any) -> None:
     for argument, size in sizes.items():
-        if size is not None and (not is_int(size) or size < least):
-            raise ValueError(f"{name}: {argument} must be an int of at least {least} or None (unbounded), got {size!r}")
+        if size is not None and not (is_int(size) and least <= size < 2**63):
+            raise ValueError(
+                f"{name}: {argument} must be an int of at least {least} and below 2**63, or None (unbounded), "
+                f"got {size!r}"
+            )
 
 
-def check_ints(name: str, rank: int = 1, **tensors: object) -> None:
+def near(number: int) -> int:
+    """A size or an offset no farther away than FAR, which is beyond every position."""
+    return max(-FAR, min(FAR, number))
+
+
+def check_ints(name: str, kind: str = "an int32 or int64 tensor", *, rank: int = 1, **tensors: object) -> None:
     for argument, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {argument} must be an int32 or int64 tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name}: {argument} must be {kind}, got {type(tensor).__name__}")
         if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() != rank:
             raise ValueError(
                 f"{name}: {argument} must be int32 or int64 with {rank} dimension{'s' * (rank > 1)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
+
+
+def check_not_negative(name: str, **tensors: Tensor | None) -> None:
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and tensor.min() < 0:
+            raise ValueError(f"{name}: {argument} must not be negative, got {tensor.min().item()}")
 
 
 def check_batch(mask: Mask, batch: int, **tensors: object) -> None:

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import InitVar, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn.mask import (
+    FAR,
     And,
     Interval,
     Length,
@@ -31,9 +33,12 @@ from fastattn.mask import (
     Or,
     check_batch,
     check_ints,
+    check_masks,
+    check_not_negative,
     check_sizes,
     is_int,
     may_look,
+    near,
     visible_pairs,
 )
 
@@ -70,14 +75,18 @@ class Placed(Mask):
         name = type(self).__name__
         if self.align not in ALIGNMENTS:
             raise ValueError(f"{name}: align must be one of {ALIGNMENTS}, got {self.align!r}")
-        if self.offset is not None and not is_int(self.offset):
-            check_ints(name, offset=self.offset)
+        if is_int(self.offset):
+            check_sizes(name, -(2**63), offset=self.offset)
+        elif self.offset is not None:
+            check_ints(name, "an int, or an int32 or int64 tensor", offset=self.offset)
 
     def position(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Tensor:
         """Where on the key axis each query sits."""
         if self.offset is None:
             return q_idx + (kv_len - q_len if self.align == "bottom-right" else 0)
-        return q_idx + (self.offset.long()[:, None, None] if isinstance(self.offset, Tensor) else self.offset)
+        if isinstance(self.offset, Tensor):
+            return q_idx + self.offset.long().clamp(-FAR, FAR)[:, None, None]
+        return q_idx + near(self.offset)
 
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
         check_batch(self, batch, offset=self.offset)
@@ -128,8 +137,8 @@ class Window(Placed):
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         position = self.position(q_idx, q_len, kv_len)
-        start = torch.zeros_like(position) if self.left is None else position - self.left
-        stop = torch.zeros_like(position) + kv_len if self.right is None else position + self.right + 1
+        start = torch.zeros_like(position) if self.left is None else position - near(self.left)
+        stop = torch.zeros_like(position) + kv_len if self.right is None else position + near(self.right) + 1
         return start, stop
 
 
@@ -153,15 +162,16 @@ class Chunked(Placed):
     def __post_init__(self, validate: bool | None) -> None:
         super().__post_init__(validate)
         check_sizes("Chunked", 0, left_chunks=self.left_chunks, right_chunks=self.right_chunks)
-        if not is_int(self.size) or self.size < 1:
-            raise ValueError(f"Chunked: size must be an int of at least 1, got {self.size!r}")
+        if not is_int(self.size) or not 1 <= self.size < 2**63:
+            raise ValueError(f"Chunked: size must be an int of at least 1 and below 2**63, got {self.size!r}")
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         position = self.position(q_idx, q_len, kv_len)
-        chunk = torch.div(position, self.size, rounding_mode="floor")
+        size = near(self.size)
+        chunk = torch.div(position, size, rounding_mode="floor")
         none = torch.zeros_like(position)
-        start = none if self.left_chunks is None else (chunk - self.left_chunks) * self.size
-        stop = none + kv_len if self.right_chunks is None else (chunk + self.right_chunks + 1) * self.size
+        start = none if self.left_chunks is None else (chunk - min(self.left_chunks, FAR // size)) * size
+        stop = none + kv_len if self.right_chunks is None else (chunk + min(self.right_chunks, FAR // size) + 1) * size
         return start, stop
 
 
@@ -185,14 +195,10 @@ class Lengths(Mask):
 
     def __post_init__(self, validate: bool | None) -> None:
         named = {"kv_lengths": self.kv_lengths, "q_lengths": self.q_lengths, "kv_starts": self.kv_starts}
-        given: dict[str, object] = {
-            name: each for name, each in named.items() if each is not None or name == "kv_lengths"
-        }
-        check_ints("Lengths", 1, **given)
+        given: dict[str, Any] = {name: each for name, each in named.items() if each is not None or name == "kv_lengths"}
+        check_ints("Lengths", **given)
         if may_look(validate, self.tensors):
-            for name, tensor in named.items():
-                if tensor is not None and tensor.numel() and tensor.min() < 0:
-                    raise ValueError(f"Lengths: {name} must not be negative, got {tensor.min().item()}")
+            check_not_negative("Lengths", **named)
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         stop = self.kv_lengths.long()[:, None, None].expand(-1, 1, q_idx.shape[-1])
@@ -223,6 +229,8 @@ class Prefix(Placed):
     def __post_init__(self, validate: bool | None) -> None:
         super().__post_init__(validate)
         check_ints("Prefix", lengths=self.lengths)
+        if may_look(validate, self.tensors):
+            check_not_negative("Prefix", lengths=self.lengths)
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         start, causal_stop = Causal(align=self.align, offset=self.offset, validate=False).interval(q_idx, q_len, kv_len)
@@ -318,6 +326,7 @@ class Packed(Mask):
                 "Packed: cu_q and cu_kv must both be [segments + 1], "
                 f"got {list(self.cu_q.shape)} and {list(self.cu_kv.shape)}"
             )
+        check_masks("Packed", inside=self.inside)
         for leaf in self.inside.leaves():
             if not isinstance(leaf, (Full, Causal, Window, Chunked)) or leaf.tensors:
                 raise ValueError(

@@ -11,6 +11,7 @@ passes through Python cost more than a small problem takes. Both ways end in the
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +79,7 @@ def _run_backward(
     d_out: Tensor,
     d_lse: Tensor | None,
 ) -> reference.Gradients:
-    if tracing.holds_many(d_out):
+    if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
     return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
 
@@ -97,7 +98,8 @@ class _Eager(torch.autograd.Function):
         inputs = AttnInputs(*tensors)
         out, lse = _run_forward(spec, inputs, backend)
         # The mask's tensors are saved too, so that torch notices when one is changed in between.
-        ctx.save_for_backward(*inputs, out, lse, *spec.mask.tensors)
+        # In the operator's order: a checkpoint may go the one way and come back the other.
+        ctx.save_for_backward(*inputs, *spec.mask.tensors, out, lse)
         ctx.spec, ctx.backend = spec, backend
         ctx.set_materialize_grads(False)
         return out, lse
@@ -106,10 +108,11 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
             return (None,) * (N_INPUTS + 2)
-        saved = ctx.saved_tensors
+        *saved, out, lse = ctx.saved_tensors
         inputs = AttnInputs(*saved[:N_INPUTS])
-        out, lse = saved[N_INPUTS : N_INPUTS + 2]
         d_out = torch.zeros_like(out) if d_out is None else d_out
+        if tracing.functorch_active():  # vmap over torch.autograd.grad
+            return (*reference.pull_back(ctx.spec, inputs, lse, d_out, d_lse), None, None, None)
         if torch.is_grad_enabled():
             grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
             return (*_present(inputs, grads), None, None, None)
@@ -187,21 +190,29 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.primitives = tuple(rest[N_INPUTS:])
 
 
+def _start(tensor: Tensor) -> Tensor:
+    """Where a derivative begins: apart from the other inputs, and still part of the graph that made the tensor."""
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
 def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Second derivatives: differentiate the plain formulation twice. `out` and `lse` count as functions of the
-    inputs.
+    inputs. Third and further ones differentiate this in turn.
     """
     *saved, d_out, d_lse = ctx.saved_tensors
     inputs, spec, _ = _unpack(_args(ctx, tuple(saved)))
+    further = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = inputs.detached()
+        leaves = inputs._over(_start)
         primals = leaves.differentiable
         results = reference.plain(spec, leaves)
         given = d_out, torch.zeros_like(results[1]) if d_lse is None else d_lse
-        cotangents = [each.detach().requires_grad_() for each in given]
+        cotangents = [_start(each) for each in given]
         first = torch.autograd.grad(results, primals, cotangents, create_graph=True, materialize_grads=True)
     weights = [grad for grad, leaf in zip(grads, leaves, strict=False) if leaf is not None]
-    *d_primals, dd_out, dd_lse = torch.autograd.grad(first, [*primals, *cotangents], weights, materialize_grads=True)
+    *d_primals, dd_out, dd_lse = torch.autograd.grad(
+        first, [*primals, *cotangents], weights, create_graph=further, materialize_grads=True
+    )
     return (dd_out, None if d_lse is None else dd_lse, None, None, *leaves.in_place_of(d_primals), *_no_grads(ctx))
 
 
@@ -230,18 +241,18 @@ class _AfterImport:
         self.module, self.then = module, then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """What the usual finder says; only a spec that is then imported, and not merely asked for, ends the wait."""
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
-        import importlib.util
-
-        found = importlib.util.find_spec(name)
+        found = importlib.machinery.PathFinder.find_spec(name, path, target)
         if found is not None and found.loader is not None:
             load = found.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 load(module)
-                self.then()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+                    self.then()
 
             found.loader.exec_module = exec_module  # type: ignore[method-assign]
         return found

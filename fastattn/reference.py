@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastattn.dropout import dropout_mask
 from fastattn.spec import AttnInputs, AttnSpec
-from fastattn.tracing import autograd_inside_operator, holds_many
+from fastattn.tracing import autograd_inside_operator, holds_many, without_autocast
 from fastattn.visible import visible_sum
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -46,13 +46,26 @@ def backward(
     spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> Gradients:
     """Gradients by differentiating the definition; `out` and `lse` are not needed."""
-    with autograd_inside_operator():
+    with autograd_inside_operator(), without_autocast(spec.device):
         leaves = inputs.detached()
         results = plain(spec, leaves)
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
         wanted = leaves.differentiable
         grads = torch.autograd.grad(results, wanted, (d_out, d_lse), materialize_grads=True)
     return inputs.in_place_of(map(like, grads, inputs.differentiable))  # type: ignore[return-value]
+
+
+def pull_back(
+    spec: AttnSpec, inputs: AttnInputs, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The same gradients in a way that functorch can transform."""
+
+    def outputs(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value, bias, sinks = inputs.in_place_of(tensors)
+        return plain(spec, AttnInputs(query, key, value, bias, sinks, inputs.dropout_seed))  # type: ignore[arg-type]
+
+    pull = torch.func.vjp(outputs, *inputs.differentiable)[1]
+    return inputs.in_place_of(pull((d_out, torch.zeros_like(lse) if d_lse is None else d_lse)))
 
 
 def like(grad: Tensor, tensor: Tensor) -> Tensor:
@@ -62,6 +75,11 @@ def like(grad: Tensor, tensor: Tensor) -> Tensor:
 
 def plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """The formulation itself: differentiable any number of times, in both modes, under functorch and compilers."""
+    with without_autocast(spec.device):
+        return _plain(spec, inputs)
+
+
+def _plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     query, key, value, bias, sinks, seed = inputs
     keep = visibility(spec, bias, query.device)
     if spec.kv_len == 0:
@@ -85,11 +103,13 @@ def attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, ro
     """weights [batch, num_heads, q_len or len(rows), kv_len], before dropout; from lse by one exponential each where
     given.
     """
+    with without_autocast(spec.device):
+        return _attention_weights(spec, inputs, lse, rows)
+
+
+def _attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None) -> Tensor:
     query, key, _, bias, sinks, _ = inputs
     keep = visibility(spec, bias, query.device)
-    if spec.kv_len == 0:
-        rows_len = spec.q_len if rows is None else rows.shape[0]
-        return widen(query).new_zeros(spec.batch, spec.num_heads, rows_len, 0)
     seen_by_head = keep.any(-2).unsqueeze(-1).expand(-1, spec.num_heads, -1, -1)
     if rows is not None:
         query, keep = query[:, :, rows], keep[:, :, rows]
@@ -98,6 +118,8 @@ def attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, ro
     query = torch.where(keep.any(-1, keepdim=True), widen(query), 0.0)
     key = torch.where(seen_by_head, per_query_head(spec, widen(key)), 0.0)
     scores = raw_scores(spec, query, key, bias, keep)
+    if spec.kv_len == 0:
+        return scores  # nothing, differentiably
     if lse is None:
         return spec.normalizer.eager(scores, keep, sinks)[0]
     return spec.normalizer.from_lse(scores, keep, sinks, lse)

@@ -47,4 +47,4 @@ class Softmax:
         total = torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
         if sinks is not None:
             total = torch.logaddexp(total, sinks.to(scores.dtype)[:, None, None])
-        return torch.where(keep, (torch.where(keep, scores, 0.0) - total).exp(), 0.0)
+        return torch.where(keep, scores - total, -torch.inf).exp()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import flat
-from fastattn.dropout import check_dropout
+from fastattn.dropout import check_dropout, check_number
 from fastattn.masks import Dense, Full, Mask, visible_pairs
 from fastattn.scores import DotProduct, Softmax
 
@@ -45,6 +45,10 @@ class AttnInputs(NamedTuple):
     def double(self) -> AttnInputs:
         """The same numbers in float64."""
         return self._over(lambda each: each.detach().double())
+
+    def resolved(self) -> AttnInputs:
+        """The same numbers for who reads memory: torch marks negated views and leaves their memory alone."""
+        return self._over(Tensor.resolve_neg)
 
     def _over(self, change: Callable[[Tensor], Tensor]) -> AttnInputs:
         query, key, value, bias, sinks = (None if each is None else change(each) for each in self[:5])
@@ -227,6 +231,8 @@ def _check_tensors(inputs: AttnInputs) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: a tensor is needed, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise ValueError(f"{name}: a dense tensor is needed, got {'nested' if tensor.is_nested else tensor.layout}")
         if tensor is not query and tensor.device != query.device:
             raise ValueError(
                 f"{name}: all tensors must be on one device; query is on {query.device}, {name} on {tensor.device}"
@@ -290,8 +296,11 @@ def _check_sizes(spec: AttnSpec, inputs: AttnInputs) -> None:
 
 def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:
     check_dropout(spec.dropout_p, inputs.dropout_seed)
-    if spec.softcap is not None and not spec.softcap > 0:
-        raise ValueError(f"softcap: a positive number or None is needed, got {spec.softcap}")
+    if spec.softcap is not None:
+        check_number("softcap", spec.softcap)
+        if not 0 < spec.softcap < math.inf:
+            raise ValueError(f"softcap: a positive finite number or None is needed, got {spec.softcap}")
+    check_number("scale", spec.scale)
     if not -math.inf < spec.scale < math.inf:
         raise ValueError(f"scale: a finite number is needed, got {spec.scale}")
     if not spec.deterministic and torch.are_deterministic_algorithms_enabled():

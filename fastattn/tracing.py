@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ def being_transformed() -> bool:
 def holds_many(tensor: Tensor) -> bool:
     """A gradient of torch.autograd.grad(is_grads_batched=True): many tensors in one, whose values cannot be read."""
     return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes that are written: an enabled autocast would narrow every matrix product."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 @contextmanager

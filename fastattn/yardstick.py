@@ -182,8 +182,8 @@ def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float,
     half = problem.case.dtype in (torch.float16, torch.bfloat16)
     rms_limit, max_limit = LIMITS[half and name != "lse"]
     trouble = None
-    if got.shape != golden.shape:
-        trouble = f"shape {list(got.shape)}, expected {list(golden.shape)}"
+    if got.shape != golden.shape or got.dtype != near.dtype:
+        trouble = f"{got.dtype} {list(got.shape)}, expected {near.dtype} {list(golden.shape)}"
     elif not torch.equal(got.isinf(), golden.isinf()) or not got[golden.isinf()].double().equal(golden[golden.isinf()]):
         trouble = "infinities in other places than the definition's"
     elif bool((got.isnan() & ~golden.isnan()).any()):

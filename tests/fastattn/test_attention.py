@@ -207,6 +207,30 @@ def test_weights_are_what_the_output_is_made_of():
     assert (weights[1] == 0).all()
 
 
+def test_weights_from_lse_have_finite_gradients_far_from_zero():
+    leaves = [torch.full((1, 1, 3, 8), value, requires_grad=True) for value in (-9.0, 9.0)]
+    keep = torch.tensor([True, True, False])
+    lse = attention(*leaves, leaves[1], mask=keep, return_lse=True)[1]
+    assert lse.max() < -200
+    grads = []
+    for given in (None, lse):
+        weights = attention_weights(*leaves, lse=given, mask=keep)
+        grads.append(torch.autograd.grad(weights.square().sum(), leaves, retain_graph=True))
+    for left, right in zip(*grads, strict=True):
+        assert right.isfinite().all()
+        torch.testing.assert_close(left, right)
+
+
+def test_weights_of_nothing():
+    query, key = tensors((1, 2, 3, 8), (1, 2, 0, 8))
+    weights = attention_weights(query, key, rows=[0, -1])
+    assert weights.shape == (1, 2, 2, 0)
+    weights.sum().backward()
+    assert (query.grad == 0).all()
+    none = torch.zeros(1, 0, 3, 8)
+    assert (attention_weights(none, none, heads="mean") == 0).all()
+
+
 @pytest.mark.parametrize(
     ("layout", "order"),
     [("bhld", (0, 1, 2, 3)), ("blhd", (0, 2, 1, 3))],
@@ -242,6 +266,27 @@ def test_autocast_casts_as_torchs_sdpa_does():
     torch.testing.assert_close(ours, theirs, atol=3e-2, rtol=3e-2)
     (grad,) = torch.autograd.grad(ours.float().sum(), query)
     assert grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        other = attention(query.half(), key.half(), value.half(), bias=bias.half())
+    assert other.dtype == torch.bfloat16
+
+
+def test_autocast_narrows_the_inputs_and_nothing_else():
+    """Sums stay float32, forward, backward, and in the weights."""
+    wide = tensors((1, 2, 20, 16), (1, 2, 30, 16), (1, 2, 30, 16), dtype=torch.float32)
+    half = [each.detach().bfloat16().requires_grad_() for each in wide]
+    want = attention(*half, return_lse=True)
+    want_grads = torch.autograd.grad(want[0].float().square().sum(), half)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention(*wide, return_lse=True)
+        got_grads = torch.autograd.grad(got[0].float().square().sum(), wide)
+        weights = attention_weights(*wide[:2])
+        transformed = torch.func.vmap(lambda each: attention(each, *wide[1:], return_lse=True)[1])(wide[0][None])
+    assert got[1].dtype == weights.dtype == torch.float32
+    for left, right in zip((*got, *got_grads), (*want, *want_grads), strict=True):
+        assert torch.equal(left, right.to(left.dtype))
+    assert torch.equal(weights, attention_weights(*half[:2]))
+    assert torch.equal(transformed[0], want[1])
 
 
 def test_tensor_masks_broadcast_and_mean_attend():

@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+import sys
 
 import pytest
 import torch
@@ -92,6 +93,47 @@ def test_windows_are_what_the_pictures_show(mask, picture):
     assert mask.draw(len(rows), len(rows[0].split())) == "\n".join(rows)
 
 
+@pytest.mark.parametrize(
+    ("mask", "same"),
+    [
+        pytest.param(Window(sys.maxsize, sys.maxsize), Full(), id="window"),
+        pytest.param(Window(sys.maxsize, 0), Causal(), id="window-left"),
+        pytest.param(Window(0, sys.maxsize, offset=torch.tensor([0, sys.maxsize - 1])), None, id="window-offsets"),
+        pytest.param(Chunked(3, sys.maxsize, sys.maxsize), Full(), id="chunks"),
+        pytest.param(Chunked(sys.maxsize, 1, 1), Full(), id="chunk-size"),
+        pytest.param(Causal(offset=sys.maxsize), Full(), id="offset"),
+    ],
+)
+def test_sizes_beyond_everything_do_not_wrap_around(mask, same):
+    for q_len, kv_len in SIZES:
+        table = mask.dense(q_len, kv_len)
+        if same is None:
+            same_row = torch.arange(kv_len) >= torch.arange(q_len)[:, None]
+            assert torch.equal(table, torch.stack([same_row, torch.zeros_like(same_row)])[:, None])
+        else:
+            assert torch.equal(table, same.dense(q_len, kv_len).expand_as(table))
+
+
+def test_nothing_is_counted_where_there_is_nothing():
+    for mask in (
+        Lengths(torch.zeros(0, dtype=torch.long)),
+        Segments(torch.zeros(0, 3, dtype=torch.long)),
+        Dense(torch.ones(0, 1, 3, 3) > 0),
+    ):
+        assert visible_pairs(mask, 0, 2, 3, 3) == 0
+    assert visible_pairs(Dense(torch.ones(2, 0, 3, 3) > 0), 2, 0, 3, 3) == 0
+
+
+def test_masks_are_made_of_mapped_tensors():
+    """Under vmap values cannot be looked at, so they are not."""
+    lengths = torch.tensor([[1, 2], [3, 0]])
+    tables = torch.vmap(lambda each: Lengths(each).dense(3, 4))(lengths)
+    for table, each in zip(tables, lengths, strict=True):
+        assert torch.equal(table, Lengths(each).dense(3, 4))
+    torch.vmap(lambda each: Segments(each[None], sorted=True).dense(2, 2))(torch.tensor([[0, 1], [1, 1]]))
+    torch.vmap(lambda each: Packed(each, each).dense(2, 2))(torch.tensor([[0, 1], [0, 2]]))
+
+
 def test_packed_equals_each_sequence_alone():
     cu_q, cu_kv = [0, 3, 3, 8], [0, 5, 7, 10]
     for inside in (Full(), Causal(), Window(1, 0), Chunked(2) & Causal(), Causal(align="top-left")):
@@ -180,12 +222,22 @@ def test_masks_are_frozen():
         pytest.param(lambda: Window(-1, 0), ValueError, "left must be an int of at least 0", id="negative-window"),
         pytest.param(lambda: Window(1.5, 0), ValueError, "left must be an int", id="fractional-window"),
         pytest.param(lambda: Causal(align="middle"), ValueError, "align must be one of", id="align"),
-        pytest.param(lambda: Causal(offset=1.0), TypeError, "offset must be an int32 or int64 tensor", id="offset"),
+        pytest.param(lambda: Window(2**63, 0), ValueError, r"below 2\*\*63, or None .unbounded", id="endless-window"),
+        pytest.param(lambda: Causal(offset=1.0), TypeError, "must be an int, or an int32 or int64 tensor", id="offset"),
+        pytest.param(lambda: Causal(offset=2**64), ValueError, "offset must be an int .* below", id="endless-offset"),
         pytest.param(lambda: Chunked(0), ValueError, "size must be an int of at least 1", id="chunk-size"),
         pytest.param(lambda: Lengths([1, 2]), TypeError, "kv_lengths must be an int32 or int64 tensor", id="list"),
         pytest.param(lambda: Lengths(torch.ones(2)), ValueError, "got torch.float32", id="float-lengths"),
         pytest.param(
             lambda: Lengths(torch.tensor([-1])), ValueError, "must not be negative, got -1", id="negative-length"
+        ),
+        pytest.param(
+            lambda: Prefix(torch.tensor([2, -1])), ValueError, "must not be negative, got -1", id="negative-prefix"
+        ),
+        pytest.param(lambda: masks.And(Causal(), torch.ones(2, 2) > 0), TypeError, "And: right must be", id="and"),
+        pytest.param(lambda: masks.Or(None, Causal()), TypeError, "Or: left must be a mask, got NoneType", id="or"),
+        pytest.param(
+            lambda: Packed(torch.tensor([0]), torch.tensor([0]), None), TypeError, "inside must be a", id="no-inside"
         ),
         pytest.param(lambda: Dense(torch.ones(2, 2)), ValueError, "go into bias=", id="float-table"),
         pytest.param(lambda: Segments(torch.zeros(3, dtype=torch.long)), ValueError, "2 dimensions", id="flat-ids"),

@@ -1,5 +1,6 @@
 """Composability: what torch's own subsystems may do to a call of attention, each compared with plain eager."""
 
+import contextlib
 import io
 import subprocess
 import sys
@@ -93,6 +94,26 @@ def test_second_derivative_of_one_input_alone():
     (first,) = torch.autograd.grad(out.sin().sum(), query, create_graph=True)
     (want,) = torch.autograd.grad(first.square().sum(), query)
     torch.testing.assert_close(second, want)
+
+
+def test_third_derivatives_are_whole():
+    """With a term of its own beside them, a missing part would not even be an error."""
+    query, key, value = leaves(q_len=3)
+
+    def third(function):
+        (first,) = torch.autograd.grad(function(query).sin().sum(), query, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(3).sum(), query, create_graph=True)
+        return torch.autograd.grad(second.square().sum() + query.square().sum(), query)[0]
+
+    inputs = AttnInputs(query, key, value)
+    got, want = (
+        third(function)
+        for function in (
+            lambda x: attention(x, key, value),
+            lambda x: plain(AttnSpec.of(inputs), inputs._replace(query=x))[0],
+        )
+    )
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -203,6 +224,24 @@ def test_checkpointing_redraws_the_same_dropout(reentrant):
         torch.testing.assert_close(each.grad, grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+def test_checkpointing_with_a_watcher_on_one_side(watched):
+    """The recomputation may take the other way through the operators than the first run did."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def watch(side):
+        return FlopCounterMode(display=False) if side == watched else contextlib.nullcontext()
+
+    query, key, value = leaves()
+    mask = Lengths(torch.tensor([5, 3]), kv_starts=torch.tensor([1, 0]))
+    with watch("forward"):
+        out = checkpoint(lambda x: attention(x, key, value, mask=mask), query, use_reentrant=False)
+    with watch("backward"):
+        (got,) = torch.autograd.grad(out.sin().sum(), query)
+    (want,) = torch.autograd.grad(attention(query, key, value, mask=mask).sin().sum(), query)
+    assert torch.equal(got, want)
+
+
 def test_saved_tensors_can_be_offloaded():
     inputs = leaves()
     want = grads(lambda *x: attention(*x), inputs)
@@ -248,6 +287,15 @@ def test_functorch_transforms_inside_compile(transform):
     fused, _, query = both_ways(Causal())
     compiled = torch.compile(lambda x: TRANSFORMS[transform](fused, x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query), TRANSFORMS[transform](fused, query))
+
+
+def test_vmap_over_a_gradient():
+    query, key, value = leaves()
+    out, lse = attention(query, key, value, mask=Causal(), return_lse=True)
+    for result in (out, lse):
+        above = torch.randn(3, *result.shape, dtype=WIDE)
+        grad = lambda each, r=result: torch.autograd.grad(r, query, each, retain_graph=True)[0]
+        torch.testing.assert_close(torch.vmap(grad)(above), torch.stack([grad(each) for each in above]))
 
 
 def test_forward_mode_differentiation():
@@ -310,9 +358,10 @@ def test_make_fx_traces_one_node():
 
 
 FLOPS = """
-import sys, torch
+import importlib.util, sys, torch
 {first}
 import fastattn
+importlib.util.find_spec("torch.utils.flop_counter")  # asking is not importing
 assert ({loaded} or "torch.utils.flop_counter" not in sys.modules)
 from torch.utils.flop_counter import FlopCounterMode
 q = torch.randn(2, 4, 8, 16, requires_grad=True); k = torch.randn(2, 2, 10, 16)
