@@ -20,7 +20,7 @@ from fastattn.kernels.tiles import dot, load_tile, narrow, only_seen, split_prog
 def attn_dkv_kernel(
     tensors,  # query, key, value, d_out, dk, dv, lse, delta
     strides,  # of query, key, value, d_out, dk, dv
-    sizes,  # num_heads, group, q_len, kv_len
+    sizes,  # num_kv_heads, group (query heads of a key head; may be 0), q_len, kv_len
     scales,  # scale_log2, scale
     mask_args,
     MASK: tl.constexpr,
@@ -35,8 +35,8 @@ def attn_dkv_kernel(
     PRECISION: tl.constexpr,
     BF16_BY_HAND: tl.constexpr,
 ):
-    num_heads, group, q_len, kv_len = sizes
-    tile, kv_head, batch = split_program(tl.cdiv(kv_len, BLOCK_N), num_heads // group)
+    num_kv_heads, group, q_len, kv_len = sizes
+    tile, kv_head, batch = split_program(tl.cdiv(kv_len, BLOCK_N), num_kv_heads)
     numbers = read_numbers(MASK, mask_args, batch, q_len, kv_len)
     kv_lo = tile * BLOCK_N
     offs_n = kv_lo + tl.arange(0, BLOCK_N)
@@ -51,7 +51,7 @@ def attn_dkv_kernel(
         head = kv_head * group + member
         q_base = tile_base(tensors[0], strides[0], batch, head)
         do_base = tile_base(tensors[3], strides[3], batch, head)
-        first_row = (batch.to(tl.int64) * num_heads + head) * q_len
+        first_row = (batch.to(tl.int64) * (num_kv_heads * group) + head) * q_len
         for part in tl.static_range(3):  # edge, full, edge: the full part needs no check
             for start_m in tl.range(bounds[part], bounds[part + 1], BLOCK_M):
                 offs_m = start_m + tl.arange(0, BLOCK_M)

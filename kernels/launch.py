@@ -89,7 +89,7 @@ def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str)
     of_dkv = (
         (query, key, value, d_out, dk, dv, lse, delta),
         _strides(query, key, value, d_out, dk, dv),
-        sizes,
+        (spec.num_kv_heads, *sizes[1:]),
         scales,
     )
     kv_programs = _tiles(spec.kv_len, for_dkv.block_n) * spec.num_kv_heads * spec.batch

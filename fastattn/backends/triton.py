@@ -18,6 +18,7 @@ OLDEST = (3, 6)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MASKS = ("Full", "Causal", "Window", "Lengths")
 MAX_HEAD_DIM = 256
+MAX_LEN = 2**29  # the sum of a position, an offset and a tile fits an int32
 SMALLEST_CAPABILITY = (8, 0)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -47,6 +48,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     from fastattn.kernels import launch
 
+    inputs = inputs.resolved()
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     with _on(spec.device):
         for each in launch.forward(spec, inputs, out, lse, launch.target_for(spec.device)):
@@ -60,7 +62,8 @@ def backward(
     """dq, dk, dv in their inputs' dtypes; there is no bias and no sink here."""
     from fastattn.kernels import launch
 
-    d_lse = None if d_lse is None else d_lse.contiguous()
+    inputs, d_out = inputs.resolved(), d_out.resolve_neg()
+    d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
     tensors = launch.Backward(out, lse, d_out, d_lse, torch.empty_like(lse), dq, dk, dv)
     with _on(spec.device):
@@ -124,6 +127,8 @@ def _feature_reason(spec: AttnSpec) -> str | None:
     ):
         if given:
             return f"no Triton kernel for {name} yet"
+    if max(spec.q_len, spec.kv_len) > MAX_LEN:
+        return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
     if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:
         return f"head_dim {max(spec.head_dim, spec.head_dim_v)} is above {MAX_HEAD_DIM}"
     return None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.fuzz import CLOSED_FORMS, cases
 from fastattn.masks import Causal, Chunked, Lengths, Window
-from fastattn.testing import CASES, Case, check_close, make_inputs, run
+from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOM = dispatch.room("triton")
@@ -81,6 +81,39 @@ def test_gradients_of_any_strides():
     assert out.stride() == problem.inputs.query.stride()
 
 
+def test_no_query_heads_leave_no_gradient():
+    query, key = torch.randn(2, 0, 5, 16, device=DEVICE), torch.randn(2, 2, 37, 16, device=DEVICE)
+    query, key = query.requires_grad_(), key.requires_grad_()
+    with poison():
+        attention(query, key, key, backend="triton").sum().backward()
+    assert (key.grad == 0).all()
+
+
+def test_negated_views_are_read_as_what_they_stand_for():
+    shape = (1, 2, 5, 16)
+    query, above = (torch.randn(shape, dtype=torch.complex64, device=DEVICE).conj().imag for _ in range(2))
+    assert query.is_neg()
+    results = []
+    for left, right in ((query, above), (query.resolve_neg(), above.resolve_neg())):
+        leaf = left.detach().requires_grad_()
+        out, lse = attention(leaf, leaf, leaf, backend="triton", return_lse=True)
+        results.append((out, lse, *torch.autograd.grad((out, lse), leaf, (right, right[..., 0]))))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_gradients_for_many_directions_at_once():
+    query = torch.randn(1, 2, 5, 16, device=DEVICE, requires_grad=True)
+    out, lse = attention(query, query, query, mask=Causal(), backend="triton", return_lse=True)
+    for result in (out, lse):
+        above = torch.randn(2, *result.shape, device=DEVICE)
+        grad = lambda each, r=result: torch.autograd.grad(r, query, each, retain_graph=True)[0]
+        want = torch.stack([grad(each) for each in above])
+        together = torch.autograd.grad(result, query, above, is_grads_batched=True, retain_graph=True)[0]
+        for got in (torch.vmap(grad)(above), together):
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -105,6 +138,7 @@ def test_other_dtypes_devices_and_widths_are_refused():
     for tensors, says in (
         (query.double(), "dtype torch.float64 has no kernel"),
         (torch.randn(1, 1, 4, 300, device=DEVICE), "head_dim 300 is above 256"),
+        (query[:1, :1, :1].expand(1, 1, 2**30, 16), "length 1073741824 is above 536870912"),
     ):
         with pytest.raises(BackendUnavailable, match=says):
             attention(tensors, tensors, tensors, backend="triton")
