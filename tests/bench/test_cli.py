@@ -96,7 +96,8 @@ def test_csv_and_markdown_have_a_line_a_row(bench, tmp_path):
     csv_lines = (tmp_path / "t.csv").read_text().splitlines()
     assert len(csv_lines) == 1 + len(report["rows"]) and "median_ms" in csv_lines[0]
     markdown = (tmp_path / "t.md").read_text()
-    assert "### self" in markdown and "no backward on CPU" in markdown and "✓" in markdown
+    assert "### self" in markdown and "✓" in markdown
+    assert "no backward on CPU" in markdown or "no C++ compiler" in markdown
 
 
 def test_an_earlier_run_is_shown_again_from_its_json(bench, tmp_path, capsys):
