@@ -7,6 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import sys
+from pathlib import Path
+
+# `python -m pytest` puts the checkout on the path, where transformers would take our kernels/ for the package it asks for.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
 
 import pytest
 import torch
