@@ -33,7 +33,7 @@ help:
 setup:
 	@command -v '$(PYTHON)' >/dev/null || { echo '$(PYTHON) is not found; name a Python: make PYTHON=/path/to/python3'; exit 1; }
 	@'$(PYTHON)' -c '$(CHECK)'
-	@'$(PYTHON)' tools/setup_venv.py --torch '$(TORCH)' --triton '$(TRITON)' $(OWN_TORCH)
+	@'$(PYTHON)' .ci/setup_venv.py --torch '$(TORCH)' --triton '$(TRITON)' $(OWN_TORCH)
 
 bench: setup
 	@.venv/bin/fastattn bench $(ARGS)

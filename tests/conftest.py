@@ -9,10 +9,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import sys
 from pathlib import Path
 
-# `python -m pytest` puts the checkout on the path, where transformers would take our kernels/ for the package it asks for.
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
-
 import pytest
 import torch
 
@@ -24,6 +20,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("local", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# `python -m pytest` puts the checkout on the path, where transformers finds our kernels/ for the package it asks for.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = [path for top in ("fastattn", "kernels", "bench", "tools") for path in sorted((ROOT / top).rglob("*.py"))]
+CODE = [path for top in ("fastattn", "kernels", "bench", ".ci") for path in sorted((ROOT / top).rglob("*.py"))]
 CODE.append(ROOT / "setup.py")
 TEXT = [
     path

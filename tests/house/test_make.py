@@ -32,7 +32,7 @@ def make(*arguments, **environment):
 
 def plan(*flags, **environment):
     """What the set-up would do."""
-    command = [sys.executable, ROOT / "tools" / "setup_venv.py", "--dry-run", *flags]
+    command = [sys.executable, ROOT / ".ci" / "setup_venv.py", "--dry-run", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=CLEAN | environment).stdout
 
 
@@ -59,15 +59,15 @@ def fake_torch(folder, version):
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with as much of the tree as the set-up reads."""
-    (tmp_path / "tools").mkdir()
-    for name in ("pyproject.toml", "setup.py", "tools/setup_venv.py"):
+    (tmp_path / ".ci").mkdir()
+    for name in ("pyproject.toml", "setup.py", ".ci/setup_venv.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
 def refusal(checkout, before="pass"):
     """What the set-up says when it stops, `before` having happened in its process."""
-    code = f"import sys, runpy; {before}; runpy.run_path('tools/setup_venv.py', run_name='__main__')"
+    code = f"import sys, runpy; {before}; runpy.run_path('.ci/setup_venv.py', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, env=CLEAN, timeout=60
     )
@@ -141,5 +141,5 @@ def test_an_environment_of_somebody_else_is_left_alone(checkout):
 def test_every_target_sets_up_first(target):
     _, said = make("-n", target)
     lines = said.splitlines()
-    setup = next(index for index, line in enumerate(lines) if "tools/setup_venv.py" in line)
+    setup = next(index for index, line in enumerate(lines) if ".ci/setup_venv.py" in line)
     assert any(".venv/bin/" in line for line in lines[setup + 1 :])

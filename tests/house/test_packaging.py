@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {"fastattn": "fastattn", "kernels": "fastattn/kernels", "bench": "fastattn/bench"}
-NOT_CODE = {".git", ".venv", ".ci", "build", "dist", "out"}
+NOT_CODE = {".git", ".venv", "build", "dist", "out"}
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{0}(sys.argv[1]))"
 
 TRY = """
@@ -26,7 +26,7 @@ import fastattn, fastattn.kernels, fastattn.bench
 got = metadata.metadata("fastattn")
 print(json.dumps({
     "files": [module.__file__ for module in (fastattn, fastattn.kernels, fastattn.bench)],
-    "bare": [name for name in ("kernels", "bench", "tests", "tools", "csrc") if util.find_spec(name)],
+    "bare": [name for name in ("kernels", "bench", "tests", "csrc") if util.find_spec(name)],
     "extras": got.get_all("Provides-Extra"),
     "requires": [line for line in got.get_all("Requires-Dist") if "extra" not in line],
     "version": [got["Version"], fastattn.__version__],
@@ -129,7 +129,7 @@ def test_the_wheel_holds_every_file_of_the_rooms_and_no_other(wheel):
 def test_the_sdist_holds_what_a_clone_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = ("Makefile", "LICENSE", "pyproject.toml", "setup.py", "tools/setup_venv.py", "tests/conftest.py")
+    needed = ("Makefile", "LICENSE", "pyproject.toml", "setup.py", ".ci/setup_venv.py", "tests/conftest.py")
     assert set(needed) <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".git", ".venv", "bench/out"))]
 
