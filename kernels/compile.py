@@ -32,8 +32,6 @@ from fastattn.masks import Causal, Full, Lengths, Mask, Window
 from fastattn.spec import AttnInputs, AttnSpec
 
 CAPABILITIES = {"sm80": 80, "sm90": 90, "sm100": 100}
-SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
-"""Bytes of shared memory that one program may have (CUDA C++ Programming Guide, compute capabilities)."""
 MASKS: dict[str, Callable[[], Mask]] = {
     "none": Full,
     "causal": Causal,

@@ -17,7 +17,7 @@ PASSES = ("fwd", "dq", "dkv", "delta")
 class TileConfig:
     """One row. Serves heads up to `head_dim` wide (the larger of the two) and dtypes up to `bits` wide."""
 
-    target: str  # sm80 (and newer until the next), sm90, sm100, interpreter
+    target: str  # sm80, sm90, sm100, interpreter: see target_of
     kernel: str
     head_dim: int
     bits: int
@@ -46,7 +46,7 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm80", "dkv", 256, 16, 32, 32, 8, 1),
     TileConfig("sm80", "dkv", 64, 32, 32, 64, 8, 1),
     TileConfig("sm80", "dkv", 128, 32, 32, 32, 8, 1),
-    TileConfig("sm80", "dkv", 256, 32, 16, 32, 8, 1),
+    TileConfig("sm80", "dkv", 256, 32, 16, 16, 8, 1),
     TileConfig("sm80", "delta", 256, 32, 64, 0, 4, 1),
     TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3),
     TileConfig("sm90", "fwd", 128, 16, 128, 64, 8, 3),
@@ -73,10 +73,14 @@ ANCESTORS = {
 
 
 def target_of(capability: tuple[int, int] | None) -> str:
-    """The table's name for a device of this compute capability; None is the interpreter."""
+    """The table's name for a device of this compute capability; None is the interpreter.
+
+    Consumer devices (8.6, 8.9, 12.x) have neither Hopper's nor Blackwell's instructions and 99 KiB of shared memory, which
+    every sm80 row fits into.
+    """
     if capability is None:
         return "interpreter"
-    return "sm100" if capability >= (10, 0) else "sm90" if capability >= (9, 0) else "sm80"
+    return {9: "sm90", 10: "sm100", 11: "sm100"}.get(capability[0], "sm80")
 
 
 def pick(spec: AttnSpec, kernel: str, target: str) -> TileConfig:

@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastattn.kernels.configs import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, pick, target_of
 from fastattn.spec import AttnInputs, AttnSpec
 
-SHARED_LIMIT = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}  # bytes a program may have
+SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+"""Bytes a program may have (CUDA C++ Programming Guide, compute capabilities); for sm80 what 8.6, 8.9 and 12.x leave."""
 
 
 def spec(head_dim, dtype, head_dim_v=None):
@@ -52,7 +53,7 @@ def test_every_problem_has_a_row(target, kernel, dtype):
 
 def test_targets_by_capability():
     capabilities = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-    assert [target_of(each) for each in capabilities] == ["sm80", "sm80", "sm80", "sm90", "sm100", "sm100"]
+    assert [target_of(each) for each in capabilities] == ["sm80", "sm80", "sm80", "sm90", "sm100", "sm80"]
     assert target_of(None) == "interpreter"
 
 
