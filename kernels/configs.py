@@ -75,8 +75,8 @@ ANCESTORS = {
 def target_of(capability: tuple[int, int] | None) -> str:
     """The table's name for a device of this compute capability; None is the interpreter.
 
-    Consumer devices (8.6, 8.9, 12.x) have neither Hopper's nor Blackwell's instructions and 99 KiB of shared memory, which
-    every sm80 row fits into.
+    Consumer devices (8.6, 8.9, 12.x) have neither Hopper's nor Blackwell's instructions and 99 KiB of shared memory,
+    which every sm80 row fits into.
     """
     if capability is None:
         return "interpreter"

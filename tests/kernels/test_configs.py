@@ -14,7 +14,7 @@ from fastattn.kernels.configs import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, pic
 from fastattn.spec import AttnInputs, AttnSpec
 
 SHARED_LIMIT = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
-"""Bytes a program may have (CUDA C++ Programming Guide, compute capabilities); for sm80 what 8.6, 8.9 and 12.x leave."""
+"""Bytes a program may have (CUDA C++ Programming Guide); for sm80 rows what 8.6, 8.9 and 12.x leave."""
 
 
 def spec(head_dim, dtype, head_dim_v=None):
