@@ -100,8 +100,8 @@ def _diagonal(bound, offsets, batch, OPEN: tl.constexpr):
     elif offsets is None:
         return bound
     else:
-        moved = tl.load(offsets + batch).to(tl.int64) + bound
-        return tl.minimum(tl.maximum(moved, -FAR), FAR).to(tl.int32)
+        moved = tl.minimum(tl.maximum(tl.load(offsets + batch), -FAR), FAR).to(tl.int32) + bound
+        return tl.minimum(tl.maximum(moved, -FAR), FAR)
 
 
 @triton.jit
@@ -199,12 +199,6 @@ RULES: dict[str, tuple[Callable[[Any, AttnSpec], tuple], Rule]] = {
     "Lengths": (_lengths, Rule(_lengths_numbers, _lengths_keep, _lengths_kv_span, _lengths_q_span)),
 }
 """By the mask's class name. `Full` hides nothing and needs none."""
-
-
-def without_rule(spec: AttnSpec) -> str | None:
-    """The first part of the spec's mask that has no rule here."""
-    names = (type(leaf).__name__ for leaf in spec.mask.leaves())
-    return next((name for name in names if name not in RULES and name != "Full"), None)
 
 
 def lower(spec: AttnSpec) -> tuple[Mask, tuple]:

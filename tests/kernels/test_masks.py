@@ -7,9 +7,10 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
+from fastattn import dispatch  # noqa: E402
 from fastattn.kernels import masks as rules  # noqa: E402
 from fastattn.kernels.tiles import walk  # noqa: E402
-from fastattn.masks import Causal, Chunked, Full, Lengths, Window  # noqa: E402
+from fastattn.masks import Causal, Full, Lengths, Window  # noqa: E402
 from fastattn.spec import AttnInputs, AttnSpec  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +47,7 @@ def zoo(q_len, kv_len):
         "window-far": Window(2**35, 3),
         "window-outside": Window(1, 1, offset=500),
         "window-offsets": Window(9, 1, offset=ints(20, -4)),
+        "window-offsets-far": Window(None, 2, offset=ints(2**63 - 1, -(2**63))),
         "lengths": Lengths(some(kv_len)),
         "lengths-32": Lengths(some(kv_len).int()),
         "lengths-0": Lengths(ints(0, 1)),
@@ -164,8 +166,6 @@ def _wrong_span(lo, hi, numbers):
 WRONG = {"keep": _wrong_keep, "kv_span": _wrong_span, "q_span": _wrong_span}
 
 
-def test_masks_without_a_rule_are_named():
-    query = torch.empty(1, 1, 8, 16, device=DEVICE)
-    spec = AttnSpec.of(AttnInputs(query, query, query), mask=Causal() & Chunked(2))
-    assert rules.without_rule(spec) == "Chunked"
-    assert rules.without_rule(AttnSpec.of(AttnInputs(query, query, query), mask=Causal() & Full())) is None
+def test_the_door_lets_in_what_has_a_rule():
+    """It names the masks itself, so that a refusal does not import triton."""
+    assert ("Full", *rules.RULES) == dispatch.room("triton").MASKS
