@@ -6,8 +6,8 @@ visible, and full if all are. "May": bounds over a tile can keep a tile that tur
 not.
 
     visit, full     bool [batch or 1, num_heads or 1, q_tiles, kv_tiles]
-    visits          int32 [..., q_tiles]             tiles to visit
-    tiles           int32 [..., q_tiles, kv_tiles]   their indices first, ascending; then the rest
+    checked, full   int32 [..., q_tiles]             how many tiles to visit: partly visible ones, full ones
+    tiles           int32 [..., q_tiles, kv_tiles]   their indices, checked ones first, each kind ascending; then the rest
 """
 
 from __future__ import annotations
@@ -61,18 +61,23 @@ class TileClasses(NamedTuple):
 class BlockList(NamedTuple):
     """What a kernel walks: see the head of this file."""
 
-    visits: Tensor
-    tiles: Tensor
+    checked: Tensor
     full: Tensor
+    tiles: Tensor
 
 
-def block_list(
-    mask: Mask, q_len: int, kv_len: int, *, block_m: int, block_n: int, device: torch.device | None = None
-) -> BlockList:
-    """The block list of a mask for one tiling, O(tiles) memory. `.full` is by tile index, like `visit`."""
-    visit, full = classify(mask, Grid(q_len, kv_len, block_m, block_n, device or mask.device))
-    tiles = torch.argsort(visit.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return BlockList(visit.sum(-1, dtype=torch.int32), tiles, full)
+def block_list(mask: Mask, grid: Grid, *, mirror: bool = False) -> BlockList:
+    """The block list of a mask for one tiling, O(tiles) memory; `mirror` lists tiles of queries for tiles of keys.
+
+    A listed tile that reaches over the end is never full here: whoever walks it must check.
+    """
+    visit, full = (each.mT if mirror else each for each in classify(mask, grid))
+    length, block = (grid.q_len, grid.block_m) if mirror else (grid.kv_len, grid.block_n)
+    whole = torch.arange(1, visit.shape[-1] + 1, device=visit.device) * block <= length
+    full = full & visit & whole
+    order = torch.where(visit, full.to(torch.int8), 2)
+    tiles = torch.argsort(order, dim=-1, stable=True).to(torch.int32).contiguous()
+    return BlockList((visit & ~full).sum(-1, dtype=torch.int32), full.sum(-1, dtype=torch.int32), tiles)
 
 
 def classify(mask: Mask, grid: Grid) -> TileClasses:

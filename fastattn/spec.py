@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastattn import flat
+from fastattn.blocks import BlockList, Grid, block_list
 from fastattn.dropout import check_dropout, check_number
 from fastattn.masks import Dense, Full, Mask, visible_pairs
 from fastattn.scores import DotProduct, Softmax
@@ -191,6 +192,11 @@ class AttnSpec:
     def empty_lse(self, query: Tensor) -> Tensor:
         """Uninitialised log-sum-exp [batch, num_heads, q_len]: float32, float64 for float64."""
         return query.new_empty(query.shape[:3], dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def block_list(self, block_m: int, block_n: int, *, mirror: bool = False) -> BlockList:
+        """The mask's block list for tiles of block_m queries by block_n keys, on the query's device (blocks.py)."""
+        grid = Grid(self.q_len, self.kv_len, block_m, block_n, self.device)
+        return block_list(self.mask, grid, mirror=mirror)
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that the mask shows, over batch and heads. Reads the mask's values: syncs a device."""

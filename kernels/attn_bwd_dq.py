@@ -1,96 +1,77 @@
-"""Attention, backward: delta, and the gradient of the queries.
+"""Attention, backward: the gradients of the queries, of a bias that does not vary over the keys, and of the sinks.
 
-    delta_i = sum_d do_id out_id - d_lse_i          0 where the row saw nothing
-    p_ij = exp2(t_ij - lse_i)
-    ds_ij = p_ij (<do_i, v_j> - delta_i) dt/d raw
-    dq_i = sum_j ds_ij k_j
+    dq_i = scale sum_j draw_ij k_j        dbias_i = sum_j ds_ij        (gradients.py)
+    dsink = -sum_i p_i,sink sum_j p_ij <do_i, v_j>                     one partial sum a program
 
-A program owns BLOCK_M queries of one head and walks the same keys as the forward. ds is rounded to the input's dtype
-before it meets the keys.
+A program owns BLOCK_M queries of one head and walks the same keys as the forward. draw is rounded to the input's dtype
+before it meets the keys. The sinks' inner sum is taken from ds, where it is exact: delta knows the output as it was rounded.
 """
 
 import triton
 import triton.language as tl
 
-from fastattn.kernels.masks import keep, kv_span, read_numbers
-from fastattn.kernels.tiles import dot, load_tile, narrow, only_seen, split_program, store_tile, tile_base, walk
+from fastattn.kernels.attn_fwd import FREE
+from fastattn.kernels.gradients import gradient_tile
+from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
+from fastattn.kernels.walk import CHECKED, FULL, query_tile, tile_start
 
 
-@triton.jit
-def attn_delta_kernel(
-    tensors,  # out, d_out, lse, d_lse or None, delta
-    strides,  # of out, d_out
-    sizes,  # num_heads, q_len
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    num_heads, q_len = sizes
-    tile, head, batch = split_program(tl.cdiv(q_len, BLOCK_M), num_heads)
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_base = tile_base(tensors[0], strides[0], batch, head)
-    do_base = tile_base(tensors[1], strides[1], batch, head)
-    o = load_tile(o_base, strides[0], offs_m, q_len, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)
-    do = load_tile(do_base, strides[1], offs_m, q_len, HEAD_DIM_V, BLOCK_DV, True).to(tl.float32)
-    rows = (batch.to(tl.int64) * num_heads + head) * q_len + offs_m
-    inside = offs_m < q_len
-    delta = tl.sum(o * do, 1)
-    if tensors[3] is not None:
-        delta -= tl.load(tensors[3] + rows, mask=inside, other=0.0)
-    lse = tl.load(tensors[2] + rows, mask=inside, other=0.0)
-    tl.store(tensors[4] + rows, tl.where(lse == float("-inf"), 0.0, delta), mask=inside)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=FREE)
 def attn_dq_kernel(
-    tensors,  # query, key, value, d_out, dq, lse, delta
-    strides,  # of query, key, value, d_out, dq
-    sizes,  # num_heads, group, q_len, kv_len
-    scales,  # scale_log2, scale
+    t,  # query, key, value, d_out, total, delta, bias, sinks, seed, dq; dbias [batch, num_heads, q_len] or None; dsinks
+    strides,  # of query, key, value, d_out, bias, dq
+    sizes,
+    scales,
     mask_args,
-    MASK: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZER: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    lists,
+    KIND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BF16_BY_HAND: tl.constexpr,
 ):
-    num_heads, group, q_len, kv_len = sizes
-    tile, head, batch = split_program(tl.cdiv(q_len, BLOCK_M), num_heads)
-    numbers = read_numbers(MASK, mask_args, batch, q_len, kv_len)
-    q_lo = tile * BLOCK_M
-    offs_m = q_lo + tl.arange(0, BLOCK_M)
-    k_base = tile_base(tensors[1], strides[1], batch, head // group)
-    v_base = tile_base(tensors[2], strides[2], batch, head // group)
-    q_base = tile_base(tensors[0], strides[0], batch, head)
-    do_base = tile_base(tensors[3], strides[3], batch, head)
-    q = load_tile(q_base, strides[0], offs_m, q_len, HEAD_DIM, BLOCK_D, True)
-    do = load_tile(do_base, strides[3], offs_m, q_len, HEAD_DIM_V, BLOCK_DV, True)
-    rows = (batch.to(tl.int64) * num_heads + head) * q_len + offs_m
-    lse = tl.load(tensors[5] + rows, mask=offs_m < q_len, other=float("-inf"))
-    delta = tl.load(tensors[6] + rows, mask=offs_m < q_len, other=0.0)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    bounds = walk(kv_span(MASK, q_lo, tl.minimum(q_lo + BLOCK_M, q_len), numbers), BLOCK_N)
-    for part in tl.static_range(3):  # edge, full, edge: the full part needs no check
-        for start_n in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = load_tile(k_base, strides[1], offs_n, kv_len, HEAD_DIM, BLOCK_D, part != 1)
-            v = load_tile(v_base, strides[2], offs_n, kv_len, HEAD_DIM_V, BLOCK_DV, part != 1)
-            # [BLOCK_M, BLOCK_N]
-            raw = dot(q, tl.trans(k), PRECISION, BF16_BY_HAND)
-            weights = NORMALIZER.weights(SCORE.score(raw, scales[0]), lse[:, None])
-            d_weights = dot(do, tl.trans(v), PRECISION, BF16_BY_HAND)
-            d_raw = weights * (d_weights - delta[:, None]) * SCORE.slope(raw, scales[1])
-            if part != 1:
-                kept = keep(MASK, offs_m[:, None], offs_n[None, :], numbers)
-                d_raw = tl.where(kept, d_raw, 0.0)
-                k = only_seen(k, kept, 0)
-            dq += dot(narrow(d_raw, k.dtype, BF16_BY_HAND), k, PRECISION, BF16_BY_HAND)
-    store_tile(
-        tile_base(tensors[4], strides[4], batch, head), strides[4], offs_m, q_len, dq, HEAD_DIM, BLOCK_D, BF16_BY_HAND
+    batch, head, kv_head, q_lo, q_idx, numbers, walk, _ = query_tile(
+        tl.program_id(0), sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
     )
+    q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)
+    do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, True)
+    rows = row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx)
+    inside = q_idx < sizes.q_len
+    total = tl.load(t.total + rows, mask=inside, other=float("inf"))
+    delta = tl.load(t.delta + rows, mask=inside, other=0.0)
+    own = batch, head, kv_head, q_idx, q, do, total, delta
+    sums = tl.zeros([BLOCK_M, KIND.BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    for n in tl.range(0, walk[0]):
+        kv_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_N)
+        sums = _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
+    for n in tl.range(0, walk[1], warp_specialize=KIND.WARP_SPECIALIZE):
+        kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
+        sums = _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
+    dq, d_rows = sums
+    store_tile(t.dq, strides.dq, batch, head, q_idx, q_lo, sizes.q_len, dq * scales.scale, KIND.HEAD_DIM, KIND.BLOCK_D,
+               KIND.BF16_BY_HAND)  # fmt: skip
+    if t.dbias is not None:
+        tl.store(t.dbias + rows, d_rows, mask=inside)
+    if KIND.SINKS:
+        share = KIND.sink_share(total, tl.load(t.sinks + head).to(tl.float32))
+        place = (batch.to(tl.int64) * sizes.num_heads + head) * tl.cdiv(sizes.q_len, BLOCK_M) + q_lo // BLOCK_M
+        tl.store(t.dsinks + place, -tl.sum(share * (d_rows + delta * (1.0 - share)), 0))
+
+
+@triton.jit
+def _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.constexpr, CHECK: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One tile of keys and values into dq [BLOCK_M, BLOCK_D] and the sum of ds, [BLOCK_M]."""
+    batch, head, kv_head, q_idx, q, do, total, delta = own
+    kv_idx = kv_lo + tl.arange(0, BLOCK_N)
+    k = load_tile(t.key, strides.key, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)
+    v = load_tile(t.value, strides.value, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
+                  CHECK)  # fmt: skip
+    # [BLOCK_M, BLOCK_N]
+    raw, d_weights = dot(q, tl.trans(k), KIND), dot(do, tl.trans(v), KIND)
+    _, d_scores, d_raw, kept = gradient_tile(raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx,
+                                             kv_lo, numbers, KIND, CHECK, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    if CHECK or KIND.BIAS != "":
+        k = only_seen(k, kept, 0)
+    dq, d_rows = sums
+    if t.dbias is not None or KIND.SINKS:
+        d_rows += tl.sum(d_scores, 1)
+    return add_dot(dq, d_raw, k, KIND), d_rows

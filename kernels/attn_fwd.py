@@ -1,68 +1,131 @@
 """Attention, forward.
 
-    t_ij = score(q_i, k_j)                          float32, in units of log2
-    out_i = sum_j exp2(t_ij - m_i) v_j / sum_j exp2(t_ij - m_i)
-    lse_i = ln sum_j exp(...)                       natural; -inf and out 0 where nothing is visible
+    t_ij = score(q_i, k_j) + bias_ij
+    out_i = sum_j exp(t_ij - m_i) v_j / (sum_j exp(t_ij - m_i) + exp(sink - m_i))
+    lse_i = ln sum_j exp(t_ij)                      natural; -inf and out 0 where nothing is visible
 
 query [batch, num_heads, q_len, head_dim], key, value [batch, num_kv_heads, kv_len, head_dim(_v)], any strides.
-A program owns BLOCK_M queries of one head and walks the keys that the mask's span names, BLOCK_N at a time. Saved for
-the backward: out and lse. Weights are rounded to the input's dtype before they meet the values; all sums are float32.
+A program owns BLOCK_M queries of one head, or all queries of a group of heads (PACKED), and walks the keys BLOCK_N at a
+time. With SPLIT several programs share a walk: out and lse are then partial ones, float32 [splits * batch, ...], which
+attn_merge_kernel puts together. Saved for the backward: out and lse. Weights are rounded to the input's dtype before
+they meet the values; all sums are float32.
 """
 
 import triton
 import triton.language as tl
 
-from fastattn.kernels.masks import keep, kv_span, read_numbers
-from fastattn.kernels.tiles import dot, load_tile, narrow, only_seen, split_program, store_tile, tile_base, walk
+from fastattn.kernels.dropout import kept_weights
+from fastattn.kernels.online import LOG2E
+from fastattn.kernels.scores import score_tile
+from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
+from fastattn.kernels.walk import CHECKED, FULL, owned, part, query_tile, tile_start
+
+FREE = ["sizes", "scales", "mask_args", "lists"]
+"""Arguments whose values make no other kernel: a new length does not compile."""
+
+
+@triton.jit(do_not_specialize=FREE)
+def attn_fwd_kernel(
+    t,  # query, key, value, out, lse, bias, sinks, seed
+    strides,  # of query, key, value, out, bias; None of a descriptor
+    sizes,  # walk.Sizes
+    scales,  # scores.Scales
+    mask_args,
+    lists,  # lower.Lists or None
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    if KIND.PERSISTENT:
+        for program in tl.range(tl.program_id(0), sizes.programs, tl.num_programs(0)):
+            _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
+    else:
+        _fwd_tile(tl.program_id(0), t, strides, sizes, scales, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def attn_fwd_kernel(
-    tensors,  # query, key, value, out, lse
-    strides,  # of query, key, value, out: a tuple of four each
-    sizes,  # num_heads, group, q_len, kv_len
-    scale_log2,
-    mask_args,
-    MASK: tl.constexpr,
-    SCORE: tl.constexpr,
-    NORMALIZER: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BF16_BY_HAND: tl.constexpr,
-):
-    num_heads, group, q_len, kv_len = sizes
-    tile, head, batch = split_program(tl.cdiv(q_len, BLOCK_M), num_heads)
-    numbers = read_numbers(MASK, mask_args, batch, q_len, kv_len)
-    q_lo = tile * BLOCK_M
-    offs_m = q_lo + tl.arange(0, BLOCK_M)
-    q_base = tile_base(tensors[0], strides[0], batch, head)
-    k_base = tile_base(tensors[1], strides[1], batch, head // group)
-    v_base = tile_base(tensors[2], strides[2], batch, head // group)
+def _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    batch, head, kv_head, q_lo, q_idx, numbers, walk, split = query_tile(
+        program, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
+    )
+    at = batch, head, kv_head, q_idx
     # [BLOCK_M, BLOCK_D]
-    q = load_tile(q_base, strides[0], offs_m, q_len, HEAD_DIM, BLOCK_D, True)
-    row_max, row_sum = NORMALIZER.start(BLOCK_M)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    bounds = walk(kv_span(MASK, q_lo, tl.minimum(q_lo + BLOCK_M, q_len), numbers), BLOCK_N)
-    for part in tl.static_range(3):  # edge, full, edge: the full part needs no check
-        for start_n in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = load_tile(k_base, strides[1], offs_n, kv_len, HEAD_DIM, BLOCK_D, part != 1)
-            v = load_tile(v_base, strides[2], offs_n, kv_len, HEAD_DIM_V, BLOCK_DV, part != 1)
-            # [BLOCK_M, BLOCK_N]
-            scores = SCORE.score(dot(q, tl.trans(k), PRECISION, BF16_BY_HAND), scale_log2)
-            if part != 1:
-                kept = keep(MASK, offs_m[:, None], offs_n[None, :], numbers)
-                scores = tl.where(kept, scores, float("-inf"))
-                v = only_seen(v, kept, 0)
-            weights, rescale, row_max, row_sum = NORMALIZER.step(scores, row_max, row_sum)
-            acc = acc * rescale[:, None] + dot(narrow(weights, v.dtype, BF16_BY_HAND), v, PRECISION, BF16_BY_HAND)
-    divisor, lse = NORMALIZER.finish(row_max, row_sum)
-    o_base = tile_base(tensors[3], strides[3], batch, head)
-    store_tile(o_base, strides[3], offs_m, q_len, acc / divisor[:, None], HEAD_DIM_V, BLOCK_DV, BF16_BY_HAND)
-    rows = (batch.to(tl.int64) * num_heads + head) * q_len + offs_m
-    tl.store(tensors[4] + rows, lse, mask=offs_m < q_len)
+    q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)
+    row_max, row_sum = KIND.start(BLOCK_M)
+    state = tl.zeros([BLOCK_M, KIND.BLOCK_DV], tl.float32), row_max, row_sum
+    begin, end = part(walk, CHECKED, split, sizes.splits, KIND)
+    for n in tl.range(begin, end):
+        kv_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_N)
+        state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
+    begin, end = part(walk, FULL, split, sizes.splits, KIND)
+    for n in tl.range(begin, end, warp_specialize=KIND.WARP_SPECIALIZE):
+        kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
+        state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
+    acc, row_max, row_sum = state
+    sink = None
+    if KIND.SINKS and not KIND.SPLIT:  # else they enter once, when the parts are merged
+        sink = tl.load(t.sinks + head).to(tl.float32)
+    divisor, lse = KIND.finish(scales.factor, row_max, row_sum, sink)
+    if KIND.DROPOUT:
+        acc *= scales.gain
+    place = split * sizes.batch + batch
+    tl.store(t.lse + row_places(place, sizes.num_heads, head, sizes.q_len, q_idx), lse, mask=q_idx < sizes.q_len)
+    store_tile(t.out, strides.out, place, head, q_idx, q_lo, sizes.q_len, acc / divisor[:, None], KIND.HEAD_DIM_V,
+               KIND.BLOCK_DV, KIND.BF16_BY_HAND)  # fmt: skip
+
+
+@triton.jit
+def _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND: tl.constexpr, CHECK: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One tile of keys and values into the running sums: acc [BLOCK_M, BLOCK_DV], row_max, row_sum."""
+    batch, head, kv_head, q_idx = at
+    acc, row_max, row_sum = state
+    kv_idx = kv_lo + tl.arange(0, BLOCK_N)
+    k = load_tile(t.key, strides.key, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)
+    v = load_tile(t.value, strides.value, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
+                  CHECK)  # fmt: skip
+    # [BLOCK_M, BLOCK_N]
+    raw = dot(q, tl.trans(k), KIND)
+    rows_head = head[:, None] if KIND.PACKED else head
+    scores, kept = score_tile(raw, scales, t.bias, strides.bias, batch, rows_head, q_idx[:, None], kv_idx[None, :],
+                              numbers, KIND, CHECK)  # fmt: skip
+    if CHECK or KIND.BIAS != "":
+        v = only_seen(v, kept, 0)
+    weights, rescale, row_max, row_sum = KIND.step(scores, scales.factor, row_max, row_sum)
+    if KIND.DROPOUT:
+        bits = kept_weights(t.seed, scales.threshold, batch, head, q_idx, kv_lo, BLOCK_M, BLOCK_N)
+        weights = tl.where(bits, weights, 0.0)
+    return add_dot(acc * rescale[:, None], weights, v, KIND), row_max, row_sum
+
+
+@triton.jit(do_not_specialize=FREE)
+def attn_merge_kernel(
+    t,  # out and lse of the splits; out, lse; sinks
+    strides,  # of the parts' out, of out
+    sizes,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Partial results over disjoint keys, each with its lse, into one: weighted by exp(lse - total)."""
+    tile, head, batch, _ = owned(tl.program_id(0), tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads, sizes, KIND)
+    q_lo = tile * BLOCK_M
+    q_idx = q_lo + tl.arange(0, BLOCK_M)
+    inside = q_idx < sizes.q_len
+    row_max, row_sum = KIND.start(BLOCK_M)
+    acc = tl.zeros([BLOCK_M, KIND.BLOCK_DV], tl.float32)
+    for split in tl.range(0, sizes.splits):
+        place = split * sizes.batch + batch
+        rows = row_places(place, sizes.num_heads, head, sizes.q_len, q_idx)
+        lse = tl.load(t.part_lse + rows, mask=inside, other=float("-inf"))
+        part_out = load_tile(t.part_out, strides.part_out, place, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM_V,
+                             KIND.BLOCK_DV, True)  # fmt: skip
+        weights, rescale, row_max, row_sum = KIND.step(lse[:, None], LOG2E, row_max, row_sum)
+        acc = acc * rescale[:, None] + weights * part_out
+    sink = None
+    if KIND.SINKS:
+        sink = tl.load(t.sinks + head).to(tl.float32)
+    divisor, lse = KIND.finish(LOG2E, row_max, row_sum, sink)
+    tl.store(t.lse + row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx), lse, mask=inside)
+    store_tile(t.out, strides.out, batch, head, q_idx, q_lo, sizes.q_len, acc / divisor[:, None], KIND.HEAD_DIM_V,
+               KIND.BLOCK_DV, KIND.BF16_BY_HAND)  # fmt: skip

@@ -1,24 +1,19 @@
 """Compile kernels for GPUs that are not here, and read what the compiler made of them.
 
-    python -m fastattn.kernels.compile [--target sm90] [--json]     every row of the tile table
-
 The launches are the ones that would run: a stand-in driver answers Triton's question for a device and nothing is
-launched. Registers, spills and instructions are read with the disassemblers that come with triton.
+launched. `fastattn inspect` starts this file as a process of its own, which reads problems and answers with figures,
+a line of JSON each: a compiler that dies takes one problem with it, and Triton's interpreter is never in the way.
 """
 
-import argparse
-import collections
-import itertools
 import json
 import os
 import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, field
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,17 +21,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastattn.kernels import launch
-from fastattn.kernels.configs import TABLE, TileConfig
+from fastattn.kernels import amdgcn, launch, sass
+from fastattn.kernels.budget import RATES, Parts, budget, flop, gather
+from fastattn.kernels.configs import ANCESTORS, TABLE
+from fastattn.kernels.listing import Instruction, innermost
 from fastattn.masks import Causal, Full, Lengths, Mask, Window
 from fastattn.spec import AttnInputs, AttnSpec
 
-CAPABILITIES = {"sm80": 80, "sm90": 90, "sm100": 100}
+GPUS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TILES_OF = {"gfx942": "sm80"}
+"""Whose tiles a target takes that has none in the table."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Form:
-    """A problem that a row is compiled with."""
+    """A call that a kernel is compiled for."""
 
     mask: Callable[[], Mask] = Full
     batch: int = 2
@@ -46,7 +51,7 @@ class Form:
 
 
 FORMS = {
-    "none": Form(),
+    "bare": Form(),
     "causal": Form(Causal),
     "every-rule": Form(
         lambda: (
@@ -61,44 +66,169 @@ FORMS = {
 }
 """Nothing hidden, the commonest mask, each rule in each of its forms at once, sizes of 1 (Triton makes constants of
 them, which its interpreter does not), and the other way to multiply float32."""
-COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "MUFU.EX2", "LDL", "STL")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel's binary in figures."""
+class Problem:
+    """One kernel to compile."""
 
-    kernel: str
     target: str
+    kernel: str  # fwd of attn_fwd_kernel
     head_dim: int
     dtype: str
     form: str
-    registers: int
-    spilled_bytes: int  # of the stack, per thread
-    shared_bytes: int
-    instructions: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.kernel} d{self.head_dim} {self.dtype} {self.form}"
 
 
-def compile_row(row: TileConfig, name: str = "none") -> Compiled:
-    """The row's kernel for the widest head it serves, compiled for the row's target with one of `FORMS`."""
-    form = FORMS[name]
-    dtype = torch.bfloat16 if row.bits == 16 else torch.float32
-    shape = (form.batch, form.heads, form.length, row.head_dim)
-    inputs = AttnInputs(*(torch.empty(shape, dtype=dtype) for _ in range(3)))
-    spec = AttnSpec.of(inputs, mask=form.mask())
+@dataclass
+class Loop:
+    """One iteration of an innermost loop that multiplies matrices; of several such, where roles of a program differ."""
+
+    warps: int
+    issued: int  # instructions, by each warp
+    counts: dict[str, int]  # by name
+    parts: Parts
+    flop: float
+    clocks: dict[str, float] | None  # None: an instruction does not say how much it multiplies
+
+
+@dataclass
+class Compiled:
+    """A problem's binary in figures, or why there is none. Registers and spilled bytes are a thread's."""
+
+    problem: Problem
+    triton: str = triton.__version__
+    error: str | None = None
+    warps: int = 0
+    tile: dict[str, int] = field(default_factory=dict)
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    shared_limit: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    loops: list[Loop] = field(default_factory=list)  # the main loop first
+
+    @property
+    def main(self) -> Loop | None:
+        """The loop with the fewest instructions for its multiplications: the one that checks no mask."""
+        return self.loops[0] if self.loops else None
+
+
+def plan(
+    targets: Iterable[str] = tuple(GPUS),
+    kernels: Sequence[str] | None = None,
+    head_dims: Sequence[int] | None = None,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    forms: Iterable[str] = tuple(FORMS),
+) -> list[Problem]:
+    """The product; None stands for everything there is. A form that makes no difference to a kernel is left out."""
+    dims = head_dims or sorted({row.head_dim for row in TABLE if row.kernel != "delta"})
+    problems, seen = [], set()
+    for target in targets:
+        for head_dim in dims:
+            for dtype in dtypes:
+                for form in forms:
+                    for kernel, each in launches(target, head_dim, dtype, form).items():
+                        key = (target, head_dim, dtype, kernel, repr((_kinds(each.args), each.options)))
+                        if (kernels is None or kernel in kernels) and key not in seen:
+                            problems.append(Problem(target, kernel, head_dim, dtype, form))
+                        seen.add(key)
+    return problems
+
+
+def table_plan() -> list[Problem]:
+    """Each row of the tile table for its own target, bare and with every rule; for Hopper's in the other forms too."""
+    problems = []
+    for row in TABLE:
+        if row.target in GPUS:
+            forms = ["bare"] if row.kernel == "delta" else ["bare", "every-rule"]
+            if row.kernel != "delta":
+                forms += ["tf32"] if row.bits == 32 else ["causal", "one-token"] if row.target == "sm90" else []
+            dtype = "bf16" if row.bits == 16 else "fp32"
+            problems += [Problem(row.target, row.kernel, row.head_dim, dtype, form) for form in forms]
+    return problems
+
+
+def launches(target: str, head_dim: int, dtype: str, form: str) -> dict[str, launch.Launch]:
+    """What the forward and the backward pass launch, by the kernel's short name."""
+    made = FORMS[form]
+    shape = (made.batch, made.heads, made.length, head_dim)
+    inputs = AttnInputs(*(torch.empty(shape, dtype=DTYPES[dtype]) for _ in range(3)))
+    spec = AttnSpec.of(inputs, mask=made.mask())
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     tensors = launch.Backward(out, lse, out, lse, lse, *inputs[:3])
+    tiles = target if target in ANCESTORS else TILES_OF[target]
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(form.float32)
-    launches = [
-        *launch.forward(spec, inputs, out, lse, row.target),
-        *launch.backward(spec, inputs, tensors, row.target),
-    ]
-    torch.set_float32_matmul_precision(before)
-    wanted = next(each for each in launches if each.kernel.fn.__name__ == f"attn_{row.kernel}_kernel")
-    with pretending(GPUTarget("cuda", CAPABILITIES[row.target], 32)):
+    torch.set_float32_matmul_precision(made.float32)
+    try:
+        listed = [
+            *launch.forward(spec, inputs, out, lse, tiles),
+            *launch.backward(spec, inputs, tensors, tiles),
+        ]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return {each.kernel.fn.__name__.removeprefix("attn_").removesuffix("_kernel"): each for each in listed}
+
+
+def _kinds(value: Any) -> Any:
+    """What of an argument Triton compiles for."""
+    if isinstance(value, tuple):
+        return tuple(map(_kinds, value))
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype)
+    if isinstance(value, int):
+        return "1" if value == 1 else f"{value % 16 == 0} {abs(value) >= 2**31}"
+    return type(value).__name__, getattr(value, "block_shape", None)
+
+
+def compile_problem(problem: Problem) -> Compiled:
+    """Compiles one kernel and reads it. KeyError where the call launches no such kernel."""
+    wanted = launches(problem.target, problem.head_dim, problem.dtype, problem.form)[problem.kernel]
+    with pretending(GPUS[problem.target]):
         binary = wanted.kernel.warmup(*wanted.args, grid=(wanted.programs,), **wanted.options)
-    return _read(binary, row, str(dtype).removeprefix("torch."), name)
+    reader: ModuleType
+    if "cubin" in binary.asm:
+        reader, read = sass, sass.read(binary.asm["cubin"])
+    else:
+        reader, read = amdgcn, amdgcn.read(binary.asm["amdgcn"])
+    warps = binary.metadata.num_warps
+    return Compiled(
+        problem,
+        warps=warps,
+        tile={name: size for name, size in wanted.options.items() if name.startswith(("BLOCK_", "num_"))},
+        registers=read.registers,
+        spilled_bytes=read.spilled_bytes,
+        shared_bytes=binary.metadata.shared,
+        shared_limit=RATES[problem.target].shared_limit,
+        counts=_counted(read.code),
+        loops=_loops(reader, read.code, warps, binary.asm["ttgir"], problem.target),
+    )
+
+
+def _counted(code: Iterable[Instruction]) -> dict[str, int]:
+    """By name; exp2 among the special functions by its own name too."""
+    counts = Counter(each.name for each in code)
+    counts["MUFU.EX2"] = sum(each.opcode.startswith("MUFU.EX2") for each in code)
+    return {name: count for name, count in sorted(counts.items()) if count}
+
+
+def _loops(reader: ModuleType, code: list[Instruction], warps: int, ttgir: str, target: str) -> list[Loop]:
+    """The main loop, then the others. Where warps are specialised, roles with equal loops are one loop of more warps."""
+
+    def loop(body: list[Instruction], by: int) -> Loop:
+        parts = gather(asked for each in body for asked in reader.asks(each, by))
+        clocks = budget(parts, RATES[target])
+        return Loop(by, len(body), _counted(body), parts, flop(parts), clocks and clocks._asdict())
+
+    roles = [int(count) for count in re.findall(r"^\s*partition\d+\(.*\bnum_warps\((\d+)\)", ttgir, re.MULTILINE)]
+    found = [(loop(body, roles[0] if roles else warps), body) for body in innermost(code, reader.is_tensor)]
+    found.sort(key=lambda pair: (pair[0].issued / pair[0].flop if pair[0].flop else float("inf"), pair[0].issued))
+    if not roles or not found:
+        return [each for each, _ in found]
+    others = [each for each, _ in found if each.flop != found[0][0].flop]
+    return [loop(found[0][1], roles[0] * (len(found) - len(others))), *others]
 
 
 @contextmanager
@@ -117,50 +247,25 @@ def pretending(target: GPUTarget) -> Iterator[None]:
         driver.set_active(None)
 
 
-def _read(binary: Any, row: TileConfig, dtype: str, form: str) -> Compiled:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(binary.asm["cubin"])
-        usage = _output(tools / "cuobjdump", "-res-usage", path)
-        listing = _output(tools / "nvdisasm", "-c", path)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    found = collections.Counter(re.findall("|".join(map(re.escape, COUNTED)), listing))
-    shared = binary.metadata.shared
-    return Compiled(row.kernel, row.target, row.head_dim, dtype, form, registers, stack, shared, dict(found))
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
-
-
-def _compiled_with(row: TileConfig, form: str) -> bool:
-    """Masks and sizes are alike on every target, so that one target's half-precision rows tell."""
-    if form == "none" or row.kernel == "delta":
-        return form == "none"
-    return row.bits == 32 if form == "tf32" else row.target == "sm90"
+def read_compiled(answer: dict[str, Any]) -> Compiled:
+    """The reverse of `dataclasses.asdict`."""
+    loops = [Loop(**loop) for loop in answer["loops"]]
+    return Compiled(**{**answer, "problem": Problem(**answer["problem"]), "loops": loops})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=list(CAPABILITIES), help="only the rows of this target")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    options = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set; the interpreter's kernels cannot be compiled")
-    for row, form in itertools.product(TABLE, FORMS):
-        if row.target in CAPABILITIES and options.target in (None, row.target) and _compiled_with(row, form):
-            result = compile_row(row, form)
-            if options.json:
-                print(json.dumps(asdict(result)), flush=True)
-            else:
-                counts = " ".join(f"{name} {count}" for name, count in result.instructions.items())
-                print(
-                    f"{result.target:6} {result.kernel:5} d{result.head_dim:<4} {result.dtype:9} {result.form:10} "
-                    f"{result.registers:3} registers {result.spilled_bytes:4} B stack "
-                    f"{result.shared_bytes / 1024:6.1f} KiB shared  {counts}",
-                    flush=True,
-                )
+    """Answers problems from standard input, one a line, until it ends."""
+    if launch.INTERPRETED:
+        raise SystemExit("TRITON_INTERPRET=1 is set; the interpreter's kernels cannot be compiled")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # compilers print, too
+    for line in sys.stdin:
+        problem = Problem(**json.loads(line))
+        try:
+            compiled = compile_problem(problem)
+        except Exception as failure:
+            compiled = Compiled(problem, error=f"{type(failure).__name__}: {failure}")
+        print(json.dumps(asdict(compiled)), file=answers)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Tile tables: how large a tile each kernel works on, by target, pass, width of the head and of the dtype.
 
 A row serves every problem whose sizes it covers; the first that does is taken. Nothing is tuned at run time.
-Provenance of all rows: the shared memory and registers they compile to (2026-11-21, Triton 3.6); not timed yet.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ import torch
 
 from fastattn.spec import AttnSpec
 
-PASSES = ("fwd", "dq", "dkv", "delta")
+PASSES = ("fwd", "short", "decode", "merge", "delta", "dq", "dkv", "dbias")
+"""`short` and `decode` are the forward for few queries: those of a whole group of heads fit one tile."""
 
 
 @dataclass(frozen=True)
@@ -25,42 +25,76 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # load and store by tensor descriptors where the tensors allow
+    persistent: bool = False  # as many programs as fit the device, each taking tile after tile
+    warp_specialize: bool = False
 
+
+TMA = {"descriptors": True}
 
 TABLE: tuple[TileConfig, ...] = (
     # target        kernel  dim  bits   M    N  warps stages
     TileConfig("sm80", "fwd", 64, 16, 128, 64, 4, 3),
     TileConfig("sm80", "fwd", 128, 16, 128, 64, 8, 3),
     TileConfig("sm80", "fwd", 256, 16, 64, 32, 4, 2),
+    TileConfig("sm80", "fwd", 512, 16, 32, 32, 8, 1),
     TileConfig("sm80", "fwd", 64, 32, 64, 32, 8, 2),
     TileConfig("sm80", "fwd", 128, 32, 32, 32, 4, 2),
     TileConfig("sm80", "fwd", 256, 32, 32, 16, 4, 1),
+    TileConfig("sm80", "fwd", 512, 32, 16, 16, 8, 1),
+    TileConfig("sm80", "short", 64, 16, 64, 64, 4, 3),
+    TileConfig("sm80", "short", 128, 16, 64, 64, 4, 2),
+    TileConfig("sm80", "decode", 64, 16, 16, 128, 4, 3),
+    TileConfig("sm80", "decode", 128, 16, 16, 64, 4, 3),
+    TileConfig("sm80", "decode", 256, 16, 16, 32, 4, 2),
+    TileConfig("sm80", "decode", 128, 32, 16, 32, 4, 2),
+    TileConfig("sm80", "decode", 256, 32, 16, 16, 4, 2),
+    TileConfig("sm80", "merge", 512, 32, 16, 0, 4, 1),
+    TileConfig("sm80", "delta", 256, 32, 64, 0, 4, 1),
+    TileConfig("sm80", "delta", 512, 32, 32, 0, 4, 1),
     TileConfig("sm80", "dq", 64, 16, 64, 64, 8, 2),
     TileConfig("sm80", "dq", 128, 16, 64, 64, 8, 2),
     TileConfig("sm80", "dq", 256, 16, 64, 32, 8, 1),
+    TileConfig("sm80", "dq", 512, 16, 16, 16, 8, 1),
     TileConfig("sm80", "dq", 64, 32, 64, 32, 8, 1),
     TileConfig("sm80", "dq", 128, 32, 32, 32, 8, 1),
     TileConfig("sm80", "dq", 256, 32, 32, 16, 8, 1),
+    TileConfig("sm80", "dq", 512, 32, 16, 16, 8, 1),
     TileConfig("sm80", "dkv", 64, 16, 32, 64, 4, 2),
     TileConfig("sm80", "dkv", 128, 16, 64, 64, 8, 2),
     TileConfig("sm80", "dkv", 256, 16, 32, 32, 8, 1),
+    TileConfig("sm80", "dkv", 512, 16, 16, 16, 8, 1),
     TileConfig("sm80", "dkv", 64, 32, 32, 64, 8, 1),
     TileConfig("sm80", "dkv", 128, 32, 32, 32, 8, 1),
     TileConfig("sm80", "dkv", 256, 32, 16, 16, 8, 1),
-    TileConfig("sm80", "delta", 256, 32, 64, 0, 4, 1),
-    TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3),
-    TileConfig("sm90", "fwd", 128, 16, 128, 64, 8, 3),
-    TileConfig("sm90", "dq", 64, 16, 128, 64, 8, 2),
-    TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 2),
-    TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 2),
-    TileConfig("sm90", "dkv", 128, 16, 64, 64, 8, 2),
-    TileConfig("sm100", "fwd", 64, 16, 128, 128, 8, 3),
-    TileConfig("sm100", "fwd", 128, 16, 128, 64, 8, 3),
-    # Small uneven tiles: several of them in a test's short sequences.
-    TileConfig("interpreter", "fwd", 256, 32, 32, 16, 1, 1),
-    TileConfig("interpreter", "dq", 256, 32, 16, 32, 1, 1),
-    TileConfig("interpreter", "dkv", 256, 32, 32, 16, 1, 1),
-    TileConfig("interpreter", "delta", 256, 32, 32, 0, 1, 1),
+    TileConfig("sm80", "dkv", 512, 32, 16, 16, 8, 1),
+    TileConfig("sm80", "dbias", 128, 16, 64, 64, 8, 1),
+    TileConfig("sm80", "dbias", 256, 16, 32, 32, 8, 1),
+    TileConfig("sm80", "dbias", 512, 16, 16, 16, 8, 1),
+    TileConfig("sm80", "dbias", 128, 32, 32, 32, 8, 1),
+    TileConfig("sm80", "dbias", 512, 32, 16, 16, 8, 1),
+    TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
+    TileConfig("sm90", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
+    TileConfig("sm90", "fwd", 256, 16, 64, 64, 4, 2, **TMA),
+    TileConfig("sm90", "short", 128, 16, 64, 64, 4, 3, **TMA),
+    TileConfig("sm90", "dq", 64, 16, 128, 64, 8, 2, **TMA),
+    TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 2, **TMA),
+    TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 2, **TMA),
+    TileConfig("sm90", "dkv", 128, 16, 64, 64, 8, 2, **TMA),
+    TileConfig("sm100", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
+    TileConfig("sm100", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
+    # Small uneven tiles: several of them in a test's short sequences. Half precision by descriptors, float32 without.
+    TileConfig("interpreter", "fwd", 512, 16, 32, 16, 1, 1, **TMA, persistent=True),
+    TileConfig("interpreter", "fwd", 512, 32, 32, 16, 1, 1),
+    TileConfig("interpreter", "decode", 512, 16, 16, 16, 1, 1, **TMA),
+    TileConfig("interpreter", "decode", 512, 32, 16, 16, 1, 1),
+    TileConfig("interpreter", "merge", 512, 32, 16, 0, 1, 1),
+    TileConfig("interpreter", "delta", 512, 32, 32, 0, 1, 1),
+    TileConfig("interpreter", "dq", 512, 16, 16, 32, 1, 1, **TMA),
+    TileConfig("interpreter", "dq", 512, 32, 16, 32, 1, 1),
+    TileConfig("interpreter", "dkv", 512, 16, 32, 16, 1, 1, **TMA),
+    TileConfig("interpreter", "dkv", 512, 32, 32, 16, 1, 1),
+    TileConfig("interpreter", "dbias", 512, 32, 32, 16, 1, 1),
 )
 
 ANCESTORS = {
@@ -70,6 +104,14 @@ ANCESTORS = {
     "interpreter": ("interpreter",),
 }
 """Where a target without a row of its own looks next."""
+
+PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "interpreter": 6}
+"""Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what a launch tries to fill. One
+number a target, so that every device of it sums in the same order."""
+
+L2_BYTES = 32 * 2**20
+"""What the keys and values of the heads that run side by side may fill of the second-level cache (40 MB on an A100, 50
+on an H200)."""
 
 
 def target_of(capability: tuple[int, int] | None) -> str:
@@ -85,12 +127,47 @@ def target_of(capability: tuple[int, int] | None) -> str:
 
 def pick(spec: AttnSpec, kernel: str, target: str) -> TileConfig:
     """The row for one kernel of a problem. Pure; ValueError where the table ends."""
-    dim, bits = max(spec.head_dim, spec.head_dim_v), torch.finfo(spec.dtype).bits
+    row = _find(spec, kernel, target)
+    if row is None:
+        wide, bits = _width(spec)
+        raise ValueError(f"no tile for {kernel} on {target} at head_dim {wide} and {bits}-bit elements")
+    return row
+
+
+def pick_forward(spec: AttnSpec, target: str) -> TileConfig:
+    """The forward's row: the smallest one that holds all queries of a group of heads, else the general one. Pure."""
+    for kernel in ("decode", "short"):
+        row = _find(spec, kernel, target)
+        if row is not None and spec.q_len * spec.group <= row.block_m:
+            return row
+    return pick(spec, "fwd", target)
+
+
+def splits_of(spec: AttnSpec, row: TileConfig, target: str, programs: int) -> int:
+    """Over how many programs the keys of a tile are split: two waves of programs at most, and two tiles of keys each
+    at least. Pure.
+    """
+    room = 2 * PROCESSORS[target] // max(programs, 1)
+    return max(1, min(room, spec.kv_len // (2 * row.block_n)))
+
+
+def section_of(spec: AttnSpec, length: int) -> int:
+    """How many heads run side by side, tile by tile: as many as share the cache with `length` tokens of theirs. Pure."""
+    bytes_of_head = length * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
+    return max(1, L2_BYTES // max(bytes_of_head, 1))
+
+
+def _find(spec: AttnSpec, kernel: str, target: str) -> TileConfig | None:
+    dim, bits = _width(spec)
     for name in ANCESTORS[target]:
         for row in TABLE:
             if (row.target, row.kernel) == (name, kernel) and dim <= row.head_dim and bits <= row.bits:
                 return row
-    raise ValueError(f"no tile for {kernel} on {target} at head_dim {dim} and {bits}-bit elements")
+    return None
+
+
+def _width(spec: AttnSpec) -> tuple[int, int]:
+    return max(spec.head_dim, spec.head_dim_v), torch.finfo(spec.dtype).bits
 
 
 MAX_HEAD_DIM = max(row.head_dim for row in TABLE)

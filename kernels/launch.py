@@ -5,29 +5,37 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastattn.kernels import masks
+from fastattn.kernels import lower
+from fastattn.kernels.attn_bwd_dbias import attn_dbias_kernel
+from fastattn.kernels.attn_bwd_delta import attn_delta_kernel
 from fastattn.kernels.attn_bwd_dkv import attn_dkv_kernel
-from fastattn.kernels.attn_bwd_dq import attn_delta_kernel, attn_dq_kernel
-from fastattn.kernels.attn_fwd import attn_fwd_kernel
-from fastattn.kernels.configs import TileConfig, pick, target_of
-from fastattn.kernels.online import NORMALIZERS
-from fastattn.kernels.scores import SCORES
+from fastattn.kernels.attn_bwd_dq import attn_dq_kernel
+from fastattn.kernels.attn_fwd import attn_fwd_kernel, attn_merge_kernel
+from fastattn.kernels.configs import PROCESSORS, TileConfig, pick, pick_forward, section_of, splits_of, target_of
+from fastattn.kernels.kind import Kind, bias_axes, kind_of
+from fastattn.kernels.operands import named, operands
+from fastattn.kernels.scores import Scales, score_of
+from fastattn.kernels.walk import Sizes
 from fastattn.spec import AttnInputs, AttnSpec
 
-LOG2E = 1.4426950408889634
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels above were made for Triton's interpreter: it reads the variable when a kernel is defined."""
 
+YES = tl.constexpr(True)
+WORDS = 2**32
+
 
 class Launch(NamedTuple):
-    """One kernel with all it is launched with."""
+    """One kernel with all it is launched with, and the row of the tile table behind it."""
 
     kernel: Any
     programs: int
     args: tuple
     options: dict[str, Any]
+    row: TileConfig
 
     def run(self) -> None:
         """An empty grid is an error in CUDA and nothing to do here."""
@@ -40,99 +48,184 @@ def target_for(device: torch.device) -> str:
     return target_of(None if INTERPRETED else torch.cuda.get_device_capability(device))
 
 
+class Problem:
+    """What the launches of one pass share: the mask's lowering, the kind, scales, sizes."""
+
+    def __init__(self, spec: AttnSpec, inputs: AttnInputs, target: str) -> None:
+        self.spec, self.inputs, self.target = spec, inputs, target
+        self.mask = lower.lower(spec)
+        self.kind = kind_of(spec, self.mask, interpreted=INTERPRETED)
+        kept = 1.0 - spec.dropout_p
+        self.scales = Scales(
+            score_of(spec)[1],
+            float(spec.scale),
+            1.0 if spec.softcap is None else float(spec.softcap),
+            int(spec.dropout_p * WORDS),
+            1.0 / kept if kept else 0.0,
+        )
+        bias = inputs.bias
+        # [batch, num_heads, q_len, kv_len] without a copy
+        self.bias = None if bias is None else bias.expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len)
+
+    def sizes(self, programs: int, section: int, splits: int = 1) -> Sizes:
+        spec = self.spec
+        heads = spec.num_heads, spec.num_kv_heads, spec.group
+        return Sizes(spec.batch, *heads, spec.q_len, spec.kv_len, programs, section, splits)
+
+    def walking(
+        self, kernel: Any, row: TileConfig, sizes: Sizes, inputs: tuple, kind: Kind, *, mirror: bool = False
+    ) -> Launch:
+        """A kernel whose programs own tiles and walk the other side."""
+        lists = None if self.mask.terms else lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
+        kind = kind._replace(WARP_SPECIALIZE=tl.constexpr(row.warp_specialize))
+        args = (*inputs, sizes, self.scales, self.mask.args, lists)
+        return _launch(kernel, row, sizes.programs, args, kind, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
+
+    def resting(self, kernel: Any, row: TileConfig, inputs: tuple, kind: Kind, splits: int = 1) -> Launch:
+        """A kernel whose programs own rows of queries and walk nothing."""
+        programs = triton.cdiv(self.spec.q_len, row.block_m) * self.spec.num_heads * self.spec.batch
+        args = (*inputs, self.sizes(programs, 1, splits))
+        return _launch(kernel, row, programs, args, kind, BLOCK_M=row.block_m)
+
+
+def _launch(kernel: Any, row: TileConfig, programs: int, args: tuple, kind: Kind, **blocks: int) -> Launch:
+    options = {"KIND": kind, **blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
+    return Launch(kernel, programs, args, options, row)
+
+
 def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target: str) -> list[Launch]:
     """Writes out and lse."""
-    config = pick(spec, "fwd", target)
-    args = (
-        (*inputs[:3], out, lse),
-        _strides(*inputs[:3], out),
-        (spec.num_heads, spec.group, spec.q_len, spec.kv_len),
-        spec.scale * LOG2E,
+    problem, row = Problem(spec, inputs, target), pick_forward(spec, target)
+    packed = spec.group > 1 and spec.q_len * spec.group <= row.block_m and row.kernel != "fwd"
+    heads, tiles = (spec.num_kv_heads, 1) if packed else (spec.num_heads, triton.cdiv(spec.q_len, row.block_m))
+    programs = tiles * heads * spec.batch
+    splits = splits_of(spec, row, target, programs)
+    part_out, part_lse = out, lse
+    if splits > 1:
+        part_out = torch.empty(splits * spec.batch, *out.shape[1:], dtype=torch.float32, device=out.device)
+        part_lse = torch.empty(part_out.shape[:3], dtype=torch.float32, device=out.device)
+    # A packed tile's queries lie in several heads, which no descriptor spans.
+    whole = {"query": (inputs.query, row.block_m), "out": (part_out, row.block_m)}
+    tiled = {"key": (inputs.key, row.block_n), "value": (inputs.value, row.block_n)}
+    tensors = operands(
+        row.descriptors,
+        tiled if packed else tiled | whole,
+        {name: tensor for name, (tensor, _) in whole.items()} if packed else {},
+        {"bias": problem.bias},
+        lse=part_lse,
+        sinks=inputs.sinks,
+        seed=inputs.dropout_seed,
     )
-    programs = _tiles(spec.q_len, config.block_m) * spec.num_heads * spec.batch
-    return [_launch(attn_fwd_kernel, programs, spec, args, config)]
+    kind = problem.kind._replace(PACKED=tl.constexpr(packed), SPLIT=tl.constexpr(splits > 1))
+    section = section_of(spec, spec.kv_len) * (1 if packed else spec.group)
+    sizes = problem.sizes(programs * splits, section, splits)
+    first = problem.walking(attn_fwd_kernel, row, sizes, tensors, kind)
+    if row.persistent:
+        at_once = min(first.programs, PROCESSORS[target])
+        first = first._replace(programs=at_once, options=first.options | {"KIND": kind._replace(PERSISTENT=YES)})
+    if splits == 1:
+        return [first]
+    merged = operands(
+        False, {}, {"part_out": part_out, "out": out}, {}, part_lse=part_lse, lse=lse, sinks=inputs.sinks
+    )
+    return [first, problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, problem.kind, splits)]
 
 
 class Backward(NamedTuple):
-    """The tensors of a backward pass: saved, incoming, to be written."""
+    """The tensors of a backward pass: saved, incoming, to be written.
+
+    total and delta are float32 [batch, num_heads, q_len] for the kernels alone. `dbias` is the table's gradient, or a
+    float32 part of it: [batch, num_heads, q_len, 1] where it varies over queries or neither, [..., 1, kv_len] where
+    over keys. `dsinks` float32 [batch, num_heads, tiles].
+    """
 
     out: Tensor
     lse: Tensor
     d_out: Tensor
     d_lse: Tensor | None
+    total: Tensor
     delta: Tensor
     dq: Tensor
     dk: Tensor
     dv: Tensor
+    dbias: Tensor | None
+    dsinks: Tensor | None
+
+
+def empty_dbias(spec: AttnSpec, bias: Tensor) -> Tensor:
+    """Where the kernels leave a bias's gradient: see Backward."""
+    axes = bias_axes(spec)
+    if axes == "qk":
+        return torch.empty_like(bias)
+    rest = (1, spec.kv_len) if axes == "k" else (spec.q_len, 1)
+    return bias.new_empty(spec.batch, spec.num_heads, *rest, dtype=torch.float32)
+
+
+def empty_dsinks(spec: AttnSpec, sinks: Tensor, target: str) -> Tensor:
+    """Where the kernels leave the sinks' gradients, tile by tile."""
+    tiles = triton.cdiv(spec.q_len, pick(spec, "dq", target).block_m)
+    return sinks.new_empty(spec.batch, spec.num_heads, tiles, dtype=torch.float32)
 
 
 def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str) -> list[Launch]:
-    """Writes delta, then dq, dk and dv."""
-    query, key, value = inputs[:3]
-    out, lse, d_out, d_lse, delta, dq, dk, dv = tensors
-    sizes = (spec.num_heads, spec.group, spec.q_len, spec.kv_len)
-    scales = (spec.scale * LOG2E, spec.scale)
-    heads = spec.num_heads * spec.batch
-    small, for_dq, for_dkv = (pick(spec, kernel, target) for kernel in ("delta", "dq", "dkv"))
-    first = Launch(
-        attn_delta_kernel,
-        _tiles(spec.q_len, small.block_m) * heads,
-        ((out, d_out, lse, d_lse, delta), _strides(out, d_out), (spec.num_heads, spec.q_len)),
-        {
-            "HEAD_DIM_V": spec.head_dim_v,
-            "BLOCK_DV": _wide(spec.head_dim_v),
-            "BLOCK_M": small.block_m,
-            "num_warps": small.num_warps,
-        },
+    """Writes total and delta, then the gradients."""
+    problem = Problem(spec, inputs, target)
+    kind, grads = problem.kind, tensors
+    axes = bias_axes(spec)
+    small = operands(
+        False,
+        {},
+        {"out": grads.out, "d_out": grads.d_out},
+        {},
+        lse=grads.lse,
+        d_lse=grads.d_lse,
+        sinks=inputs.sinks,
+        total=grads.total,
+        delta=grads.delta,
     )
-    of_dq = ((query, key, value, d_out, dq, lse, delta), _strides(query, key, value, d_out, dq), sizes, scales)
-    of_dkv = (
-        (query, key, value, d_out, dk, dv, lse, delta),
-        _strides(query, key, value, d_out, dk, dv),
-        (spec.num_kv_heads, *sizes[1:]),
-        scales,
-    )
-    kv_programs = _tiles(spec.kv_len, for_dkv.block_n) * spec.num_kv_heads * spec.batch
-    return [
-        first,
-        _launch(attn_dq_kernel, _tiles(spec.q_len, for_dq.block_m) * heads, spec, of_dq, for_dq),
-        _launch(attn_dkv_kernel, kv_programs, spec, of_dkv, for_dkv),
-    ]
+    launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), small, kind)]
+    scratch = {"total": grads.total, "delta": grads.delta, "seed": inputs.dropout_seed}
+    q_side = {"query": inputs.query, "d_out": grads.d_out}
+    kv_side = {"key": inputs.key, "value": inputs.value}
+
+    row = pick(spec, "dq", target)
+    tiled = _tiled(row.block_m, **q_side, dq=grads.dq) | _tiled(row.block_n, **kv_side)
+    by_rows = grads.dbias if axes in ("q", "1") else None
+    sinks = {"sinks": inputs.sinks, "dsinks": grads.dsinks}
+    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, **sinks, dbias=by_rows)
+    programs = triton.cdiv(spec.q_len, row.block_m) * spec.num_heads * spec.batch
+    sizes = problem.sizes(programs, section_of(spec, spec.kv_len) * spec.group)
+    launches.append(problem.walking(attn_dq_kernel, row, sizes, given, kind))
+
+    row = pick(spec, "dkv", target)
+    tiled = _tiled(row.block_m, **q_side) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
+    by_keys = grads.dbias if axes == "k" else None
+    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, dbias=by_keys)
+    programs = triton.cdiv(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
+    sizes = problem.sizes(programs, section_of(spec, spec.q_len * spec.group))
+    launches.append(problem.walking(attn_dkv_kernel, row, sizes, given, kind, mirror=True))
+
+    if axes == "qk":
+        launches.append(_dbias(problem, grads, q_side | kv_side, scratch))
+    return launches
 
 
-def _launch(kernel: Any, programs: int, spec: AttnSpec, args: tuple, config: TileConfig) -> Launch:
-    """What the attention kernels share: mask, score, normaliser, widths, tiles, precision."""
-    rules, mask_args = masks.lower(spec)
-    full = spec.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    options = {
-        "MASK": rules,
-        "SCORE": SCORES[type(spec.score).__name__],
-        "NORMALIZER": NORMALIZERS[type(spec.normalizer).__name__],
-        "HEAD_DIM": spec.head_dim,
-        "BLOCK_D": _wide(spec.head_dim),
-        "HEAD_DIM_V": spec.head_dim_v,
-        "BLOCK_DV": _wide(spec.head_dim_v),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": "ieee" if full else "tf32",
-        "BF16_BY_HAND": INTERPRETED and spec.dtype == torch.bfloat16,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-    return Launch(kernel, programs, (*args, mask_args), options)
+def _dbias(problem: Problem, grads: Backward, tiled: dict[str, Tensor], scratch: dict[str, Tensor | None]) -> Launch:
+    """The gradient of a bias that varies over queries and keys, for one table or several."""
+    spec, row = problem.spec, pick(problem.spec, "dbias", problem.target)
+    table = _four_dims(grads.dbias)
+    batch, heads, q_len, kv_len = table.shape
+    given = operands(False, {}, tiled | {"dbias": table}, {"bias": problem.bias}, **scratch)
+    programs = triton.cdiv(q_len, row.block_m) * triton.cdiv(kv_len, row.block_n) * heads * batch
+    shared = named(own_heads=heads, heads=spec.num_heads // max(heads, 1), batches=spec.batch // max(batch, 1))
+    args = (*given, problem.sizes(programs, 1), problem.scales, problem.mask.args, shared)
+    blocks = {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n}
+    return _launch(attn_dbias_kernel, row, programs, args, problem.kind, **blocks)
 
 
-def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(tensor.stride() for tensor in tensors)
+def _four_dims(tensor: Any) -> Tensor:
+    return tensor[(None,) * (4 - tensor.dim())]
 
 
-def _tiles(length: int, block: int) -> int:
-    return triton.cdiv(length, block)
-
-
-def _wide(dim: int) -> int:
-    """The tile's width for a head: a power of two, and what a matrix product needs at least."""
-    return max(triton.next_power_of_2(dim), MIN_DOT)
-
-
-MIN_DOT = 16
+def _tiled(rows: int, **tensors: Tensor) -> dict[str, tuple[Tensor, int]]:
+    return {name: (tensor, rows) for name, tensor in tensors.items()}

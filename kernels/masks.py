@@ -1,28 +1,27 @@
 """Mask rules of the Triton room: which tiles to visit, and which elements of a tile to keep.
 
-A rule is five functions. `arguments` runs on the host; the others are jit functions, handed to a kernel as constexprs:
+A rule is a few jit functions, handed to a kernel as constexprs:
 
-    arguments(mask, spec)                 what the kernel gets: ints, tensors, None, as one tuple
-    numbers(args, batch, q_len, kv_len)   read once per program: this batch item's numbers, int32
-    keep(q_idx, kv_idx, numbers)          bool, broadcast: may query q_idx see key kv_idx
-    kv_span(q_lo, q_hi, numbers)          for queries q_lo ... q_hi - 1: lo, full_lo, full_hi, hi
-    q_span(kv_lo, kv_hi, numbers)         the mirror, for keys kv_lo ... kv_hi - 1
+    numbers(args, batch, head, q_len, kv_len)   read once per program: this batch item's numbers
+    keep(q_idx, kv_idx, numbers)                bool, broadcast: may query q_idx see key kv_idx
+    kv_span(q_lo, q_hi, numbers, BLOCK)         for queries q_lo ... q_hi - 1, BLOCK at most: lo, full_lo, full_hi, hi
+    q_span(kv_lo, kv_hi, numbers, BLOCK)        the mirror, for keys kv_lo ... kv_hi - 1
 
 A span says: everything that some of them sees lies in [lo, hi), and all of them see everything in [full_lo, full_hi).
-Bounds may lie outside the problem. A `Mask` is several rules that must all agree: it keeps what all keep and intersects
-their spans. Each rule is held against the mask's own table by one test.
+Bounds may lie outside the problem. A rule without spans (None) is walked by block lists. Each rule is held against the
+mask's own table by one test; `args` are made in lower.py, which also says how rules combine:
+
+    KIND.PROGRAM   the mask in postfix: a rule's place, or AND or OR of the two before
+    KIND.TERMS     the mask as an OR of ANDs of rules, for the spans: at most two terms; none where lists are walked
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from fastattn.spec import AttnSpec
-
 FAR = tl.constexpr(2**30 - 1)  # beyond every length; the sum of two and one more still fits an int32
+AND, OR = tl.constexpr(-1), tl.constexpr(-2)
 
 
 class Rule(NamedTuple):
@@ -30,63 +29,57 @@ class Rule(NamedTuple):
 
     numbers: Any
     keep: Any
-    kv_span: Any
-    q_span: Any
-
-
-class Mask(NamedTuple):
-    """The rules that must all agree, function by function: Triton keeps the names of one level of tuples only."""
-
-    numbers: tuple
-    keep: tuple
-    kv_span: tuple
-    q_span: tuple
+    kv_span: Any = None
+    q_span: Any = None
 
 
 @triton.jit
-def read_numbers(MASK: tl.constexpr, args, batch, q_len, kv_len):
-    """Every rule's numbers for one batch item, after the lengths."""
+def read_numbers(KIND: tl.constexpr, args, batch, head, q_len, kv_len):
+    """Every rule's numbers for one batch item and head, after the lengths. `head` may be as wide as the queries."""
     numbers = ((q_len, kv_len),)
-    for n in tl.static_range(len(MASK.numbers)):
-        numbers = numbers + (MASK.numbers[n](args[n], batch, q_len, kv_len),)
+    for n in tl.static_range(len(KIND.numbers)):
+        numbers = numbers + (KIND.numbers[n](args[n], batch, head, q_len, kv_len),)
     return numbers
 
 
 @triton.jit
-def keep(MASK: tl.constexpr, q_idx, kv_idx, numbers):
-    """What all rules keep within the problem. q_idx and kv_idx broadcast against each other, in either order."""
-    kept = (q_idx < numbers[0][0]) & (kv_idx < numbers[0][1])
-    for n in tl.static_range(len(MASK.keep)):
-        kept = kept & MASK.keep[n](q_idx, kv_idx, numbers[n + 1])
-    return kept
+def keep(KIND: tl.constexpr, q_idx, kv_idx, numbers):
+    """What the mask keeps within the problem. q_idx and kv_idx broadcast against each other, in either order."""
+    inside = (q_idx < numbers[0][0]) & (kv_idx < numbers[0][1])
+    stack = (inside, None)  # top, rest
+    for n in tl.static_range(len(KIND.PROGRAM)):
+        if KIND.PROGRAM[n] == AND:
+            stack = (stack[0] & stack[1][0], stack[1][1])
+        elif KIND.PROGRAM[n] == OR:
+            stack = (stack[0] | stack[1][0], stack[1][1])
+        else:
+            stack = (KIND.keep[KIND.PROGRAM[n]](q_idx, kv_idx, numbers[KIND.PROGRAM[n] + 1]), stack)
+    return stack[0] & inside
 
 
 @triton.jit
-def kv_span(MASK: tl.constexpr, q_lo, q_hi, numbers):
-    """The keys to visit for queries q_lo ... q_hi - 1, within the problem."""
-    lo, full_lo, full_hi, hi = 0, 0, numbers[0][1], numbers[0][1]
-    for n in tl.static_range(len(MASK.kv_span)):
-        lo, full_lo, full_hi, hi = _intersect(lo, full_lo, full_hi, hi, MASK.kv_span[n](q_lo, q_hi, numbers[n + 1]))
-    return lo, full_lo, full_hi, hi
+def kv_span(KIND: tl.constexpr, TERM: tl.constexpr, q_lo, q_hi, numbers, BLOCK: tl.constexpr):
+    """The keys that one term shows to queries q_lo ... q_hi - 1, within the problem."""
+    span = (0, 0, numbers[0][1], numbers[0][1])
+    for n in tl.static_range(len(KIND.TERMS[TERM])):
+        shown = KIND.kv_span[KIND.TERMS[TERM][n]](q_lo, q_hi, numbers[KIND.TERMS[TERM][n] + 1], BLOCK)
+        span = _intersect(span, shown)
+    return span
 
 
 @triton.jit
-def q_span(MASK: tl.constexpr, kv_lo, kv_hi, numbers):
-    """The queries to visit for keys kv_lo ... kv_hi - 1, within the problem."""
-    lo, full_lo, full_hi, hi = 0, 0, numbers[0][0], numbers[0][0]
-    for n in tl.static_range(len(MASK.q_span)):
-        lo, full_lo, full_hi, hi = _intersect(lo, full_lo, full_hi, hi, MASK.q_span[n](kv_lo, kv_hi, numbers[n + 1]))
-    return lo, full_lo, full_hi, hi
+def q_span(KIND: tl.constexpr, TERM: tl.constexpr, kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
+    """The queries that one term shows keys kv_lo ... kv_hi - 1 to, within the problem."""
+    span = (0, 0, numbers[0][0], numbers[0][0])
+    for n in tl.static_range(len(KIND.TERMS[TERM])):
+        shown = KIND.q_span[KIND.TERMS[TERM][n]](kv_lo, kv_hi, numbers[KIND.TERMS[TERM][n] + 1], BLOCK)
+        span = _intersect(span, shown)
+    return span
 
 
 @triton.jit
-def _intersect(lo, full_lo, full_hi, hi, span):
-    return (
-        tl.maximum(lo, span[0]),
-        tl.maximum(full_lo, span[1]),
-        tl.minimum(full_hi, span[2]),
-        tl.minimum(hi, span[3]),
-    )
+def _intersect(a, b):
+    return tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1]), tl.minimum(a[2], b[2]), tl.minimum(a[3], b[3])
 
 
 # A placed mask sees the keys with low <= kv_idx - q_idx <= high. No bound is None on the host and FAR in a kernel.
@@ -105,18 +98,8 @@ def _diagonal(bound, offsets, batch, OPEN: tl.constexpr):
 
 
 @triton.jit
-def _placed_numbers(args, batch, q_len, kv_len):
+def _placed_numbers(args, batch, head, q_len, kv_len):
     return _diagonal(args[0], args[2], batch, -FAR), _diagonal(args[1], args[2], batch, FAR)
-
-
-def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
-    """low, high, offsets [batch] or None. A fixed offset is in the bounds already."""
-    offsets = mask.offset if isinstance(mask.offset, torch.Tensor) else None
-    at = 0 if offsets is not None else mask.offset
-    if at is None:
-        at = spec.kv_len - spec.q_len if mask.align == "bottom-right" else 0
-    low, high = None if left is None else at - left, None if right is None else at + right
-    return _near(low), _near(high), _per_batch(offsets, spec)
 
 
 @triton.jit
@@ -125,12 +108,12 @@ def _causal_keep(q_idx, kv_idx, numbers):
 
 
 @triton.jit
-def _causal_kv_span(q_lo, q_hi, numbers):
+def _causal_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
     return 0, 0, q_lo + numbers[1] + 1, q_hi + numbers[1]
 
 
 @triton.jit
-def _causal_q_span(kv_lo, kv_hi, numbers):
+def _causal_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
     return kv_lo - numbers[1], kv_hi - 1 - numbers[1], FAR, FAR
 
 
@@ -140,27 +123,31 @@ def _window_keep(q_idx, kv_idx, numbers):
 
 
 @triton.jit
-def _window_kv_span(q_lo, q_hi, numbers):
+def _window_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
     low, high = numbers[0], numbers[1]
     return q_lo + low, q_hi - 1 + low, q_lo + high + 1, q_hi + high
 
 
 @triton.jit
-def _window_q_span(kv_lo, kv_hi, numbers):
+def _window_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
     low, high = numbers[0], numbers[1]
     return kv_lo - high, kv_hi - 1 - high, kv_lo - low + 1, kv_hi - low
 
 
 @triton.jit
-def _lengths_numbers(args, batch, q_len, kv_len):
+def _lengths_numbers(args, batch, head, q_len, kv_len):
     """kv_start, kv_stop, q_stop, clamped to the problem."""
-    kv_stop = tl.minimum(tl.maximum(tl.load(args[0] + batch), 0), kv_len).to(tl.int32)
     kv_start, q_stop = 0, q_len
     if args[1] is not None:
-        q_stop = tl.minimum(tl.maximum(tl.load(args[1] + batch), 0), q_len).to(tl.int32)
+        q_stop = _length(args[1], batch, q_len)
     if args[2] is not None:
-        kv_start = tl.minimum(tl.maximum(tl.load(args[2] + batch), 0), kv_len).to(tl.int32)
-    return kv_start, kv_stop, q_stop
+        kv_start = _length(args[2], batch, kv_len)
+    return kv_start, _length(args[0], batch, kv_len), q_stop
+
+
+@triton.jit
+def _length(lengths, batch, most):
+    return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), most).to(tl.int32)
 
 
 @triton.jit
@@ -169,50 +156,161 @@ def _lengths_keep(q_idx, kv_idx, numbers):
 
 
 @triton.jit
-def _lengths_kv_span(q_lo, q_hi, numbers):
+def _lengths_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
     kv_start, kv_stop, q_stop = numbers[0], numbers[1], numbers[2]
     full_hi = tl.where(q_hi <= q_stop, kv_stop, kv_start)
     return kv_start, kv_start, full_hi, tl.where(q_lo < q_stop, kv_stop, kv_start)
 
 
 @triton.jit
-def _lengths_q_span(kv_lo, kv_hi, numbers):
+def _lengths_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
     kv_start, kv_stop, q_stop = numbers[0], numbers[1], numbers[2]
     meets = (kv_lo < kv_stop) & (kv_hi > kv_start)
     inside = (kv_lo >= kv_start) & (kv_hi <= kv_stop)
     return 0, 0, tl.where(inside, q_stop, 0), tl.where(meets, q_stop, 0)
 
 
-def _lengths(mask: Any, spec: AttnSpec) -> tuple:
-    return tuple(_per_batch(each, spec) for each in (mask.kv_lengths, mask.q_lengths, mask.kv_starts))
+# Chunk c holds the positions c * size ... c * size + size - 1. Queries sit offset further on than they count.
 
 
-RULES: dict[str, tuple[Callable[[Any, AttnSpec], tuple], Rule]] = {
-    "Causal": (
-        lambda mask, spec: _placed(mask, spec, None, 0),
-        Rule(_placed_numbers, _causal_keep, _causal_kv_span, _causal_q_span),
-    ),
-    "Window": (
-        lambda mask, spec: _placed(mask, spec, mask.left, mask.right),
-        Rule(_placed_numbers, _window_keep, _window_kv_span, _window_q_span),
-    ),
-    "Lengths": (_lengths, Rule(_lengths_numbers, _lengths_keep, _lengths_kv_span, _lengths_q_span)),
+@triton.jit
+def _chunk(position, size):
+    """floor(position / size), which C++ and Python disagree about below 0."""
+    chunk = position // size
+    return chunk - (position - chunk * size < 0).to(chunk.dtype)
+
+
+@triton.jit
+def _chunked_numbers(args, batch, head, q_len, kv_len):
+    """size, chunks back, chunks ahead, offset; none back or ahead is FAR."""
+    return args[0], args[1], args[2], _diagonal(args[3], args[4], batch, 0)
+
+
+@triton.jit
+def _chunked_keep(q_idx, kv_idx, numbers):
+    ahead = _chunk(kv_idx, numbers[0]) - _chunk(q_idx + numbers[3], numbers[0])
+    return (ahead <= numbers[2]) & (ahead >= -numbers[1])
+
+
+@triton.jit
+def _chunked_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
+    return _chunk_span(q_lo + numbers[3], q_hi + numbers[3], 0, numbers[0], numbers[1], numbers[2])
+
+
+@triton.jit
+def _chunked_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
+    return _chunk_span(kv_lo, kv_hi, numbers[3], numbers[0], numbers[2], numbers[1])
+
+
+@triton.jit
+def _chunk_span(lo, hi, offset, size, back, ahead):
+    """The positions within reach of lo ... hi - 1, less the offset. Products need 64 bits before they are clamped."""
+    wide = size.to(tl.int64)
+    first, last = _chunk(lo, size).to(tl.int64), _chunk(hi - 1, size).to(tl.int64)
+    return (
+        _near((first - back) * wide - offset),
+        _near((last - back) * wide - offset),
+        _near((first + ahead + 1) * wide - offset),
+        _near((last + ahead + 1) * wide - offset),
+    )
+
+
+@triton.jit
+def _near(position):
+    return tl.minimum(tl.maximum(position, -FAR), FAR).to(tl.int32)
+
+
+# Prefix: causal, and the first keys for all.
+
+
+@triton.jit
+def _prefix_numbers(args, batch, head, q_len, kv_len):
+    return 0, _diagonal(args[1], args[2], batch, FAR), _length(args[3], batch, kv_len)
+
+
+@triton.jit
+def _prefix_keep(q_idx, kv_idx, numbers):
+    return _causal_keep(q_idx, kv_idx, numbers) | (kv_idx < numbers[2])
+
+
+@triton.jit
+def _prefix_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
+    span = _causal_kv_span(q_lo, q_hi, numbers, BLOCK)
+    return 0, 0, tl.maximum(span[2], numbers[2]), tl.maximum(span[3], numbers[2])
+
+
+@triton.jit
+def _prefix_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
+    span = _causal_q_span(kv_lo, kv_hi, numbers, BLOCK)
+    return tl.where(kv_lo < numbers[2], 0, span[0]), tl.where(kv_hi <= numbers[2], 0, span[1]), FAR, FAR
+
+
+# Row tables: any mask that shows each query one interval of keys, [start, stop) read from a table. A query that sees
+# nothing has start kv_len and stop 0, so that least and most over a tile of rows are right as they come.
+
+
+@triton.jit
+def _rows_numbers(args, batch, head, q_len, kv_len):
+    """Where this batch item's rows begin: starts, stops (a number a query); bounds (four a key, see lower.py)."""
+    rows, bounds = batch.to(tl.int64) * args[3], batch.to(tl.int64) * args[4]
+    return args[0] + rows, args[1] + rows, args[2] + bounds, q_len, kv_len
+
+
+@triton.jit
+def _rows_keep(q_idx, kv_idx, numbers):
+    inside = q_idx < numbers[3]
+    start = tl.load(numbers[0] + q_idx, mask=inside, other=0)
+    return (kv_idx >= start) & (kv_idx < tl.load(numbers[1] + q_idx, mask=inside, other=0))
+
+
+@triton.jit
+def _rows_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
+    rows = tl.minimum(q_lo + tl.arange(0, BLOCK), q_hi - 1)
+    start, stop = tl.load(numbers[0] + rows), tl.load(numbers[1] + rows)
+    return tl.min(start, 0), tl.max(start, 0), tl.min(stop, 0), tl.max(stop, 0)
+
+
+@triton.jit
+def _rows_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
+    first, last, kv_len = numbers[2] + kv_lo, numbers[2] + kv_hi - 1, numbers[4]
+    return tl.load(first), tl.load(last + kv_len), tl.load(first + 2 * kv_len), tl.load(last + 3 * kv_len)
+
+
+# Scattered segments and tables have no span.
+
+
+@triton.jit
+def _segments_numbers(args, batch, head, q_len, kv_len):
+    return args[0] + batch.to(tl.int64) * args[2], args[1] + batch.to(tl.int64) * args[3], q_len, kv_len
+
+
+@triton.jit
+def _segments_keep(q_idx, kv_idx, numbers):
+    q_id = tl.load(numbers[0] + q_idx, mask=q_idx < numbers[2], other=-1)
+    return (q_id == tl.load(numbers[1] + kv_idx, mask=kv_idx < numbers[3], other=-1)) & (q_id >= 0)
+
+
+@triton.jit
+def _dense_numbers(args, batch, head, q_len, kv_len):
+    """The first byte of the table; the strides of its queries and keys."""
+    table = args[0] + batch.to(tl.int64) * args[1][0] + head.to(tl.int64) * args[1][1]
+    return table, args[1][2], args[1][3], q_len, kv_len
+
+
+@triton.jit
+def _dense_keep(q_idx, kv_idx, numbers):
+    at = numbers[0] + q_idx.to(tl.int64) * numbers[1] + kv_idx.to(tl.int64) * numbers[2]
+    return tl.load(at, mask=(q_idx < numbers[3]) & (kv_idx < numbers[4]), other=0) != 0
+
+
+RULES: dict[str, Rule] = {
+    "Causal": Rule(_placed_numbers, _causal_keep, _causal_kv_span, _causal_q_span),
+    "Window": Rule(_placed_numbers, _window_keep, _window_kv_span, _window_q_span),
+    "Chunked": Rule(_chunked_numbers, _chunked_keep, _chunked_kv_span, _chunked_q_span),
+    "Lengths": Rule(_lengths_numbers, _lengths_keep, _lengths_kv_span, _lengths_q_span),
+    "Prefix": Rule(_prefix_numbers, _prefix_keep, _prefix_kv_span, _prefix_q_span),
+    "Rows": Rule(_rows_numbers, _rows_keep, _rows_kv_span, _rows_q_span),
+    "Segments": Rule(_segments_numbers, _segments_keep),
+    "Dense": Rule(_dense_numbers, _dense_keep),
 }
-"""By the mask's class name. `Full` hides nothing and needs none."""
-
-
-def lower(spec: AttnSpec) -> tuple[Mask, tuple]:
-    """The spec's mask as a kernel takes it: the constexpr, and the arguments."""
-    leaves = [leaf for leaf in spec.mask.leaves() if type(leaf).__name__ != "Full"]
-    rules = [RULES[type(leaf).__name__] for leaf in leaves]
-    functions = zip(*(rule for _, rule in rules), strict=True) if rules else ((), (), (), ())
-    return Mask(*functions), tuple(arguments(leaf, spec) for leaf, (arguments, _) in zip(leaves, rules, strict=True))
-
-
-def _near(bound: int | None) -> int | None:
-    return None if bound is None else max(-FAR.value, min(FAR.value, bound))
-
-
-def _per_batch(tensor: torch.Tensor | None, spec: AttnSpec) -> torch.Tensor | None:
-    """[batch] with stride 1; a single entry serves all."""
-    return None if tensor is None else tensor.expand(spec.batch).contiguous()
+"""By the mask's class name; `Full` hides nothing and needs none. "Rows" serves every other mask that has an interval."""

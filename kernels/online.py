@@ -1,6 +1,9 @@
 """The running softmax of a tile of rows (Milakov and Gimelshein 2018): its state, one step, its end.
 
-Scores come in units of log2. row_max and row_sum are float32 [BLOCK_M]; a row that has seen nothing has row_max -inf.
+Scores times `factor`, which is positive, are in units of log2: the factor meets the running maximum before it is
+subtracted, so that one multiply-add an element prepares its exponential. row_max (in the scores' units) and row_sum
+are float32 [BLOCK_M]; a row that has seen nothing has row_max -inf. A sink is one more logit in the denominator
+(scores.Softmax): natural, a scalar or one a row, None where there is none.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +13,7 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+MOST_LOG2 = tl.constexpr(120.0)  # exp2 of it is finite, with room for a product
 
 
 class Normalizer(NamedTuple):
@@ -18,7 +22,10 @@ class Normalizer(NamedTuple):
     start: Any
     step: Any
     finish: Any
+    total: Any
     weights: Any
+    sink_share: Any
+    lse_slope: Any
 
 
 @triton.jit
@@ -27,29 +34,65 @@ def _softmax_start(BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(scores, row_max, row_sum):
+def _softmax_step(scores, factor, row_max, row_sum):
     """scores [BLOCK_M, BLOCK_N] -> unnormalised weights, the factor for what was accumulated before, the new state."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # Where nothing has been seen yet, subtracting 0 instead of -inf leaves exp2(-inf) = 0.
-    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores - reference[:, None])
-    rescale = tl.exp2(row_max - reference)
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max * factor)
+    weights = tl.exp2(scores * factor - reference[:, None])
+    rescale = tl.exp2(row_max * factor - reference)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
 @triton.jit
-def _softmax_finish(row_max, row_sum):
-    """What to divide the accumulated sum by, and lse (natural). A row that saw nothing: 1 and -inf."""
+def _softmax_finish(factor, row_max, row_sum, sink):
+    """What to divide the accumulated sum by, and lse (natural, without the sink). A row that saw nothing: 1 and -inf."""
     nothing = row_sum == 0.0
-    divisor = tl.where(nothing, 1.0, row_sum)
-    return divisor, tl.where(nothing, float("-inf"), (row_max + tl.log2(divisor)) * LN2)
+    log2_max = row_max * factor
+    lse = tl.where(nothing, float("-inf"), (log2_max + tl.log2(tl.where(nothing, 1.0, row_sum))) * LN2)
+    divisor = row_sum
+    if sink is not None:
+        divisor += tl.exp2(sink * LOG2E - log2_max)
+    return tl.where(nothing, 1.0, divisor), lse
 
 
 @triton.jit
-def _softmax_weights(scores, lse):
-    """Normalised weights again, for the backward; lse broadcast to the scores. A row that saw nothing has weights 0."""
-    return tl.exp2(scores - tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
+def _softmax_total(lse, sink):
+    """The log2 of a row's whole denominator, which turns scores into weights; inf where it saw nothing: weights 0."""
+    total = lse * LOG2E
+    if sink is not None:
+        most = tl.maximum(total, sink * LOG2E)
+        total = most + tl.log2(tl.exp2(total - most) + tl.exp2(sink * LOG2E - most))
+    return tl.where(lse == float("-inf"), float("inf"), total)
 
 
-NORMALIZERS = {"Softmax": Normalizer(_softmax_start, _softmax_step, _softmax_finish, _softmax_weights)}
+@triton.jit
+def _softmax_weights(scores, factor, total):
+    """Normalised weights again, for the backward; `total` broadcast to the scores."""
+    return tl.exp2(scores * factor - total)
+
+
+@triton.jit
+def _softmax_sink_share(total, sink):
+    """The sink's own weight in each row."""
+    return tl.exp2(sink * LOG2E - total)
+
+
+@triton.jit
+def _softmax_lse_slope(lse, total):
+    """d lse / d score over the weight: 1, or more where a sink takes a share."""
+    return tl.exp2(tl.minimum(total - lse * LOG2E, MOST_LOG2))
+
+
+NORMALIZERS = {
+    "Softmax": Normalizer(
+        _softmax_start,
+        _softmax_step,
+        _softmax_finish,
+        _softmax_total,
+        _softmax_weights,
+        _softmax_sink_share,
+        _softmax_lse_slope,
+    )
+}
 """By the normaliser's class name."""

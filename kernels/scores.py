@@ -1,33 +1,114 @@
 """Score rules of the Triton room: raw score -> value, and its derivative.
 
-A score works on the raw product <q, k> in float32; its value is in units of log2, so that exp2 of it is the weight.
-    score(raw, scale_log2)    t * log2(e)
-    slope(raw, scale)         dt / d raw
-Normalisers are in online.py.
+A score works on the raw product <q, k> in float32. `factor` turns its values into units of log2:
+
+    value(raw, scales)    t / log2(e) / factor              in units of its own
+    gain(raw, scales)     dt / d raw / scale                where it is not 1
+
+Then the bias is added and what nobody sees is hidden. Normalisers are in online.py.
 """
 
 from typing import Any, NamedTuple
 
 import triton
-import triton.language as tl  # noqa: F401  (the interpreter wants it in every module with jit functions)
+import triton.language as tl
+
+from fastattn.kernels.masks import keep
+from fastattn.kernels.online import LOG2E
+
+
+class Scales(NamedTuple):
+    """The numbers of a launch: the score's unit in log2, the scale, the soft cap, and dropout's threshold and gain."""
+
+    factor: Any
+    scale: Any
+    softcap: Any
+    threshold: Any  # Philox words below it are dropped
+    gain: Any  # 1 / (1 - p)
 
 
 class Score(NamedTuple):
-    """The jit functions of one score."""
+    """The jit functions of one score; `gain` is None where it is 1."""
 
-    score: Any
-    slope: Any
-
-
-@triton.jit
-def _dot_product_score(raw, scale_log2):
-    return raw * scale_log2
+    value: Any
+    gain: Any
 
 
 @triton.jit
-def _dot_product_slope(raw, scale):
-    return scale
+def _raw_value(raw, scales):
+    return raw
 
 
-SCORES = {"DotProduct": Score(_dot_product_score, _dot_product_slope)}
-"""By the score's class name."""
+@triton.jit
+def _scaled_value(raw, scales):
+    return raw * scales.scale
+
+
+@triton.jit
+def _capped_value(raw, scales):
+    return scales.softcap * _tanh(raw * (scales.scale / scales.softcap))
+
+
+@triton.jit
+def _capped_gain(raw, scales):
+    tanh = _tanh(raw * (scales.scale / scales.softcap))
+    return 1.0 - tanh * tanh
+
+
+@triton.jit
+def _tanh(x):
+    """By its series near 0, where a quotient of exponentials cancels; the two meet at 1/4, 2e-8 apart."""
+    square = x * x
+    near = x * (1.0 - square * (1.0 / 3 - square * (2.0 / 15 - square * (17.0 / 315 - square * (62.0 / 2835)))))
+    small = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    far = (1.0 - small) / (1.0 + small)
+    return tl.where(square < 0.0625, near, tl.where(x < 0, -far, far))
+
+
+SCORES = {
+    "raw": Score(_raw_value, None),
+    "scaled": Score(_scaled_value, None),
+    "capped": Score(_capped_value, _capped_gain),
+}
+"""By what is done to a raw product: nothing (its scale is in the factor), scaled, scaled and soft-capped."""
+
+
+def score_of(spec: Any) -> tuple[str, float]:
+    """The rule for a spec, and its factor: a running maximum needs a positive one, and a bias the natural unit."""
+    if spec.softcap is not None:
+        return "capped", LOG2E.value
+    if spec.bias_shape is not None or spec.scale <= 0:
+        return "scaled", LOG2E.value
+    return "raw", spec.scale * LOG2E.value
+
+
+@triton.jit
+def score_tile(
+    raw, scales, bias, bias_strides, batch, head, q_idx, kv_idx, numbers, KIND: tl.constexpr, CHECK: tl.constexpr
+):
+    """raw products of queries and keys, in either order -> scores, -inf where hidden, and what is kept.
+
+    q_idx, kv_idx and head broadcast to the tile. KIND.BIAS says over which axes a bias varies: "" (none), "k", "q",
+    "qk" or "1".
+    """
+    scores = KIND.value(raw, scales)
+    kept = kv_idx >= 0
+    if CHECK:
+        kept = keep(KIND, q_idx, kv_idx, numbers)
+    if KIND.BIAS != "":
+        at = bias + batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+        inside = (q_idx < numbers[0][0]) & (kv_idx < numbers[0][1])
+        if KIND.BIAS == "k":
+            inside = kv_idx < numbers[0][1]
+            at += kv_idx.to(tl.int64) * bias_strides[3]
+        elif KIND.BIAS == "q":
+            inside = q_idx < numbers[0][0]
+            at += q_idx.to(tl.int64) * bias_strides[2]
+        else:
+            at += q_idx.to(tl.int64) * bias_strides[2] + kv_idx.to(tl.int64) * bias_strides[3]
+        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        kept = kept & (added != float("-inf"))
+        scores += added
+    if CHECK or KIND.BIAS != "":
+        scores = tl.where(kept, scores, float("-inf"))
+    return scores, kept

@@ -1,49 +1,64 @@
-"""Tiles: how they are walked, loaded, multiplied and stored."""
+"""Tiles: how they are loaded, multiplied and stored.
+
+A tensor is a pointer with its four strides, or a tensor descriptor, which has none: Hopper's copy engine (TMA) then
+moves whole tiles, [1, 1, rows, BLOCK_D] of [batch, heads, length, DIM], fills what lies outside with 0 and leaves out
+what may not be written. Addresses are 64 bits wide.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def walk(span, BLOCK: tl.constexpr):
-    """A span in tiles: four bounds that cut it into edge, full, edge. Only the middle part needs no check."""
-    lo, full_lo, full_hi, hi = span
-    lo = lo // BLOCK * BLOCK
-    full_lo = tl.maximum(tl.minimum(tl.cdiv(full_lo, BLOCK) * BLOCK, hi), lo)
-    full_hi = tl.maximum(tl.minimum(full_hi, hi) // BLOCK * BLOCK, full_lo)
-    return lo, full_lo, full_hi, hi
-
-
-@triton.jit
-def tile_base(pointer, strides, batch, head):
-    """The first element of one batch item and head, addressed in 64 bits."""
-    return pointer + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-
-
-@triton.jit
-def load_tile(base, strides, rows, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """Rows of [length, DIM] as [len(rows), BLOCK_D]; 0 beyond DIM and, with CHECK, beyond the length."""
-    offs_d = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * strides[2] + offs_d.to(tl.int64)[None, :] * strides[3]
-    if CHECK and DIM != BLOCK_D:
-        return tl.load(pointers, mask=(rows < length)[:, None] & (offs_d < DIM)[None, :], other=0.0)
-    elif CHECK:
-        return tl.load(pointers, mask=(rows < length)[:, None], other=0.0)
-    elif DIM != BLOCK_D:
-        return tl.load(pointers, mask=(offs_d < DIM)[None, :], other=0.0)
+def load_tile(
+    tensor, strides, batch, head, rows, start, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr
+):
+    """Rows of [length, DIM] as [len(rows), BLOCK_D]; 0 beyond DIM and, with CHECK, beyond length. `rows` begin at
+    `start` and follow each other where the tensor is a descriptor. `head` may be a vector, one for each row.
+    """
+    if strides is None:
+        tile = tensor.load([batch, head, start, 0])
+        return tl.reshape(tile, [tile.shape[2], BLOCK_D])
     else:
-        return tl.load(pointers)
+        pointers, inside = _pointers(tensor, strides, batch, head, rows, length, DIM, BLOCK_D)
+        if CHECK:
+            return tl.load(pointers, mask=inside, other=0.0)
+        elif DIM != BLOCK_D:
+            return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
 
 
 @triton.jit
 def store_tile(
-    base, strides, rows, length, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BF16_BY_HAND: tl.constexpr
-):
-    """The reverse, always checked, in the pointer's dtype."""
+    tensor, strides, batch, head, rows, start, length, tile, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BF16_BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """The reverse of load_tile, rounded to the tensor's dtype."""
+    if strides is None:
+        tile = narrow(tile, tensor.dtype, BF16_BY_HAND)
+        tensor.store([batch, head, start, 0], tl.reshape(tile, [1, 1, tile.shape[0], BLOCK_D]))
+    else:
+        pointers, inside = _pointers(tensor, strides, batch, head, rows, length, DIM, BLOCK_D)
+        tl.store(pointers, narrow(tile, tensor.dtype.element_ty, BF16_BY_HAND), mask=inside)
+
+
+@triton.jit
+def _pointers(tensor, strides, batch, head, rows, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[len(rows), BLOCK_D], and which of them lie inside."""
     offs_d = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * strides[2] + offs_d.to(tl.int64)[None, :] * strides[3]
-    inside = (rows < length)[:, None] & (offs_d < DIM)[None, :]
-    tl.store(pointers, narrow(values, base.dtype.element_ty, BF16_BY_HAND), mask=inside)
+    base = tensor + batch.to(tl.int64) * strides[0]
+    offs_row = head.to(tl.int64) * strides[1] + rows.to(tl.int64) * strides[2]
+    inside = (rows < length)[:, None]
+    if DIM != BLOCK_D:
+        inside = inside & (offs_d < DIM)[None, :]
+    return base + offs_row[:, None] + offs_d.to(tl.int64)[None, :] * strides[3], inside
+
+
+@triton.jit
+def row_places(batch, num_heads, head, q_len, q_idx):
+    """Where rows lie in a contiguous [batch, num_heads, q_len], 64 bits wide."""
+    return (batch.to(tl.int64) * num_heads + head) * q_len + q_idx
 
 
 @triton.jit
@@ -58,27 +73,29 @@ def only_seen(tile, kept, AXIS: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr, BF16_BY_HAND: tl.constexpr):
+def dot(a, b, KIND: tl.constexpr):
     """a @ b in float32."""
-    if BF16_BY_HAND:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    if KIND.BF16_BY_HAND:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=KIND.PRECISION)
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a, b, input_precision=KIND.PRECISION)
+
+
+@triton.jit
+def add_dot(sum, a, b, KIND: tl.constexpr):
+    """sum + round(a) @ b in float32; `a`, float32, is rounded to b's dtype."""
+    a = narrow(a, b.dtype, KIND.BF16_BY_HAND)
+    if KIND.BF16_BY_HAND:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=KIND.PRECISION)
+    else:
+        return tl.dot(a, b, sum, input_precision=KIND.PRECISION)
 
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr, BF16_BY_HAND: tl.constexpr):
     """float32 rounded to the dtype of a factor or an output."""
-    if BF16_BY_HAND:
+    if BF16_BY_HAND and dtype == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         values = bits.to(tl.float32, bitcast=True)
     return values.to(dtype)
-
-
-@triton.jit
-def split_program(tiles, heads):
-    """program_id(0) -> tile, head, batch; tiles run fastest. One axis, as the others end at 65,535."""
-    program = tl.program_id(0)
-    rest = program // tiles
-    return program % tiles, rest % heads, rest // heads

@@ -16,8 +16,7 @@ from fastattn.spec import AttnInputs, AttnSpec
 
 OLDEST = (3, 6)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MASKS = ("Full", "Causal", "Window", "Lengths")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_LEN = 2**29  # the sum of a position, an offset and a tile fits an int32
 SMALLEST_CAPABILITY = (8, 0)
 
@@ -41,7 +40,8 @@ def needs_asking(spec: AttnSpec) -> str | None:
 
 def kernel_name(spec: AttnSpec) -> str:
     """The kernels that run the call."""
-    return "attn_fwd" + (", attn_delta, attn_dq, attn_dkv" if spec.needs_grad else "")
+    backward = ", attn_delta, attn_dq, attn_dkv" + (", attn_dbias" if spec.bias_shape is not None else "")
+    return "attn_fwd" + (backward if spec.needs_grad else "")
 
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
@@ -59,17 +59,26 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 def backward(
     spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
 ) -> Gradients:
-    """dq, dk, dv in their inputs' dtypes; there is no bias and no sink here."""
+    """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes."""
     from fastattn.kernels import launch
 
     inputs, d_out = inputs.resolved(), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
-    tensors = launch.Backward(out, lse, d_out, d_lse, torch.empty_like(lse), dq, dk, dv)
+    target = launch.target_for(spec.device)
+    dbias = None if inputs.bias is None else launch.empty_dbias(spec, inputs.bias)
+    dsinks = None if inputs.sinks is None else launch.empty_dsinks(spec, inputs.sinks, target)
+    scratch = torch.empty_like(lse), torch.empty_like(lse)
+    tensors = launch.Backward(out, lse, d_out, d_lse, *scratch, dq, dk, dv, dbias, dsinks)
     with _on(spec.device):
-        for each in launch.backward(spec, inputs, tensors, launch.target_for(spec.device)):
+        for each in launch.backward(spec, inputs, tensors, target):
             each.run()
-    return dq, dk, dv, None, None
+    if inputs.sinks is not None and dsinks is not None:
+        dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
+    if inputs.bias is not None and dbias is not None and dbias.shape != inputs.bias.shape:
+        dbias = dbias.sum_to_size((1,) * (4 - inputs.bias.dim()) + inputs.bias.shape).reshape(inputs.bias.shape)
+        dbias = dbias.to(inputs.bias.dtype)
+    return dq, dk, dv, dbias, dsinks
 
 
 def _interpreting() -> bool:
@@ -116,17 +125,6 @@ def _capability(index: int | None) -> tuple[int, int]:
 def _feature_reason(spec: AttnSpec) -> str | None:
     if spec.dtype not in DTYPES:
         return f"dtype {spec.dtype} has no kernel; float16, bfloat16 and float32 have"
-    for leaf in spec.mask.leaves():
-        if type(leaf).__name__ not in MASKS:
-            return f"no Triton rule for mask {type(leaf).__name__}; there are rules for {', '.join(MASKS)} and their &"
-    for name, given in (
-        ("bias", spec.bias_shape is not None),
-        ("sinks", spec.has_sinks),
-        ("softcap", spec.softcap is not None),
-        ("dropout", spec.dropout_p > 0),
-    ):
-        if given:
-            return f"no Triton kernel for {name} yet"
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
     if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:

@@ -172,19 +172,30 @@ def test_every_mask_is_consistent_with_its_table(name, q_len, kv_len):
         assert torch.equal(union, table)
     # block lists: nothing visible is lost, full means full, the list holds exactly the tiles to visit
     for block_m, block_n in ((2, 3), (4, 4), (64, 64)):
-        visit, full = (
-            each.expand(2, 3, -1, -1) for each in classify(mask, Grid(q_len, kv_len, block_m, block_n, table.device))
-        )
-        listed = block_list(mask, q_len, kv_len, block_m=block_m, block_n=block_n)
+        grid = Grid(q_len, kv_len, block_m, block_n, table.device)
+        visit, full = (each.expand(2, 3, -1, -1) for each in classify(mask, grid))
         assert visit.shape[2:] == (-(-q_len // block_m), -(-kv_len // block_n))
         for m, n in itertools.product(range(visit.shape[2]), range(visit.shape[3])):
             tile = table[:, :, m * block_m : (m + 1) * block_m, n * block_n : (n + 1) * block_n].flatten(2)
             assert not (tile.any(-1) & ~visit[:, :, m, n]).any()
             assert not (full[:, :, m, n] & ~tile.all(-1)).any()
-        count, tiles = listed.visits.expand(2, 3, -1), listed.tiles.expand(2, 3, -1, -1)
-        for b, h, m in itertools.product(range(2), range(3), range(visit.shape[2])):
-            want = visit[b, h, m].nonzero().flatten().tolist()
-            assert tiles[b, h, m, : count[b, h, m]].tolist() == want
+        for mirror in (False, True):
+            hold_list(block_list(mask, grid, mirror=mirror), visit, full, mirror, (kv_len, block_n, q_len, block_m))
+
+
+def hold_list(listed, visit, full, mirror, sizes):
+    """The list holds the tiles to visit, first those to check, then the full ones; one that reaches over is checked."""
+    length, block = sizes[2:] if mirror else sizes[:2]
+    if mirror:
+        visit, full = visit.mT, full.mT
+    whole = torch.tensor([(n + 1) * block <= length for n in range(visit.shape[3])], dtype=torch.bool)
+    checked, sure = (count.expand(*visit.shape[:2], -1) for count in (listed.checked, listed.full))
+    tiles = listed.tiles.expand(*visit.shape[:2], -1, -1)
+    for b, h, m in itertools.product(*map(range, visit.shape[:3])):
+        free = visit[b, h, m] & full[b, h, m] & whole
+        want = [(visit[b, h, m] & ~free).nonzero().flatten().tolist(), free.nonzero().flatten().tolist()]
+        cut = [0, int(checked[b, h, m]), int(checked[b, h, m] + sure[b, h, m])]
+        assert [tiles[b, h, m, cut[n] : cut[n + 1]].tolist() for n in range(2)] == want
 
 
 def test_closed_forms_keep_only_tiles_that_show_something():

@@ -1,0 +1,45 @@
+"""What one tile of scores contributes to the gradients, the same in every backward pass.
+
+    p_ij = exp2(t_ij - total_i)                     the weights again, from the saved lse
+    ds_ij = p_ij (<do_i, v_j> - delta_i)            the gradient of t: the bias's
+    draw_ij = ds_ij dt/d raw / scale                the gradient of <q_i, k_j>, before the scale
+
+With dropout <do_i, v_j> and the weights that met the values are 0 where dropped and times 1 / (1 - p) elsewhere.
+"""
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.dropout import kept_weights
+from fastattn.kernels.scores import score_tile
+
+
+@triton.jit
+def gradient_tile(
+    raw, d_weights, total, delta, scales, t, bias_strides, batch, head, q_rows, kv_lo, numbers, KIND: tl.constexpr,
+    CHECK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIRROR: tl.constexpr,
+):  # fmt: skip
+    """raw <q, k> and d_weights <do, v>, [BLOCK_M, BLOCK_N] or with MIRROR [BLOCK_N, BLOCK_M]; total and delta
+    [BLOCK_M]; q_rows [BLOCK_M], keys from kv_lo on -> dropped p, ds, draw, and what is kept.
+    """
+    kv_rows = kv_lo + tl.arange(0, BLOCK_N)
+    if MIRROR:
+        q_idx, kv_idx, total, delta = q_rows[None, :], kv_rows[:, None], total[None, :], delta[None, :]
+    else:
+        q_idx, kv_idx, total, delta = q_rows[:, None], kv_rows[None, :], total[:, None], delta[:, None]
+    scores, kept = score_tile(raw, scales, t.bias, bias_strides, batch, head, q_idx, kv_idx, numbers, KIND, CHECK)
+    weights = KIND.weights(scores, scales.factor, total)
+    dropped = weights
+    if KIND.DROPOUT:
+        bits = kept_weights(t.seed, scales.threshold, batch, head, q_rows, kv_lo, BLOCK_M, BLOCK_N)
+        if MIRROR:
+            bits = tl.trans(bits)
+        dropped = tl.where(bits, weights * scales.gain, 0.0)
+        d_weights = tl.where(bits, d_weights * scales.gain, 0.0)
+    d_scores = weights * (d_weights - delta)
+    if CHECK or KIND.BIAS != "":
+        dropped, d_scores = tl.where(kept, dropped, 0.0), tl.where(kept, d_scores, 0.0)
+    d_raw = d_scores
+    if KIND.gain is not None:
+        d_raw = tl.where(d_scores == 0.0, 0.0, d_scores * KIND.gain(raw, scales))
+    return dropped, d_scores, d_raw, kept

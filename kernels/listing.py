@@ -1,0 +1,101 @@
+"""A disassembled kernel: its instructions, its control flow, its loops.
+
+Disassemblies are read by sass.py and amdgcn.py; here is what they have in common. A loop is a natural loop: a block
+that dominates one of its predecessors, and all that reaches this predecessor without passing the block (Aho, Lam,
+Sethi and Ullman, 9.6). Text between a label and a backward branch would not do, as compilers put rare paths elsewhere.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    """One line of a disassembly."""
+
+    opcode: str  # HGMMA.64x128x16.F32.BF16
+    operands: str
+    labels: tuple[str, ...] = ()  # that stand before it
+    jumps: tuple[str, ...] = ()  # labels that may come next
+    falls: bool = True  # whether the instruction below may come next
+
+    @property
+    def name(self) -> str:
+        """The opcode without what refines it."""
+        return self.opcode.split(".")[0]
+
+
+Code = Sequence[Instruction]
+
+
+def innermost(code: Code, marks: Callable[[Instruction], bool]) -> list[list[Instruction]]:
+    """The loops that hold a marked instruction and no smaller loop that does, in the order of the text.
+
+    What waits in a small loop of its own (for a barrier, say) counts as one round of that.
+    """
+    blocks, after = _blocks(code)
+    bodies = [body for body in _natural_loops(after) if any(marks(code[n]) for block in body for n in blocks[block])]
+    smallest = [body for body in bodies if not any(other < body for other in bodies)]
+    return [[code[n] for block in sorted(body) for n in blocks[block]] for body in sorted(smallest, key=min)]
+
+
+def _blocks(code: Code) -> tuple[list[range], list[list[int]]]:
+    """Straight runs of instructions, and which may follow which."""
+    starts = {0, len(code)}
+    at = {label: n for n, each in enumerate(code) for label in each.labels}
+    for n, each in enumerate(code):
+        if each.labels:
+            starts.add(n)
+        if each.jumps or not each.falls:
+            starts.add(n + 1)
+    edges = sorted(starts)
+    blocks = [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    number = {block.start: n for n, block in enumerate(blocks)}
+    after = []
+    for n, block in enumerate(blocks):
+        last = code[block[-1]]
+        follows = [number[at[label]] for label in last.jumps if label in at]
+        after.append(follows + ([n + 1] if last.falls and n + 1 < len(blocks) else []))
+    return blocks, after
+
+
+def _natural_loops(after: list[list[int]]) -> list[set[int]]:
+    """The blocks of each loop; loops with one head are one."""
+    before: list[list[int]] = [[] for _ in after]
+    for block, follows in enumerate(after):
+        for each in follows:
+            before[each].append(block)
+    dominators = _dominators(after, before)
+    loops: dict[int, set[int]] = {}
+    for tail, follows in enumerate(after):
+        for head in follows:
+            if tail in dominators and head in dominators[tail]:
+                body = loops.setdefault(head, {head})
+                reached = [tail]
+                while reached:
+                    block = reached.pop()
+                    if block not in body:
+                        body.add(block)
+                        reached += [each for each in before[block] if each in dominators]
+    return list(loops.values())
+
+
+def _dominators(after: list[list[int]], before: list[list[int]]) -> dict[int, set[int]]:
+    """For each block that can be reached, the blocks on every way to it, itself among them."""
+    reachable = {0} if after else set()
+    front = list(reachable)
+    while front:
+        for each in after[front.pop()]:
+            if each not in reachable:
+                reachable.add(each)
+                front.append(each)
+    dominators = {block: {0} if block == 0 else reachable for block in sorted(reachable)}
+    changed = True
+    while changed:
+        changed = False
+        for block in dominators:
+            if block:
+                ways = [dominators[each] for each in before[block] if each in dominators]
+                through = set.intersection(*ways) | {block}
+                changed |= through != dominators[block]
+                dominators[block] = through
+    return dominators

@@ -1,0 +1,182 @@
+"""The spec's mask as a kernel takes it: which rules, how they combine, what they read, and what is walked.
+
+A mask is a tree of leaves under `&` and `|`. Its leaves become rules (masks.RULES), the tree a postfix program over
+them. For the walk the tree is also written as an OR of ANDs: where that has at most two terms and every rule has spans,
+kernels walk the terms' spans, in closed form; else block lists, made on the tensors' device, without a host sync.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.kernels.masks import AND, FAR, OR, RULES
+from fastattn.spec import AttnSpec
+
+MOST_TERMS = 2
+
+
+class Lowered(NamedTuple):
+    """A mask's part of a kernel's kind, and its arguments."""
+
+    rules: tuple  # masks.Rule
+    program: tuple[tl.constexpr, ...]
+    terms: tuple[tuple[tl.constexpr, ...], ...]  # none: block lists are walked
+    args: tuple
+
+
+def lower(spec: AttnSpec) -> Lowered:
+    """The rules, program, terms and arguments of the spec's mask."""
+    names: list[str] = []
+    args: list[tuple] = []
+    program: list[tl.constexpr] = []
+
+    def visit(mask: Any) -> list[tuple[int, ...]]:
+        """The terms of a subtree; its program is appended."""
+        name = type(mask).__name__
+        if name in ("And", "Or"):
+            left, right = visit(mask.left), visit(mask.right)
+            program.append(AND if name == "And" else OR)
+            terms = [a + b for a in left for b in right] if name == "And" else left + right
+            return terms[: MOST_TERMS + 1]  # one too many already says: lists
+        if name in ARGUMENTS and not (name == "Segments" and mask.sorted):
+            args.append(ARGUMENTS[name](mask, spec))
+        else:
+            name = "Rows"
+            args.append(_rows(mask, spec))
+        names.append(name)
+        program.append(tl.constexpr(len(names) - 1))
+        return [(len(names) - 1,)]
+
+    mask = _without_full(spec.mask)
+    terms = [()] if _is_full(mask) else visit(mask)
+    rules = tuple(RULES[name] for name in names)
+    spans = len(terms) <= MOST_TERMS and all(rule.kv_span is not None for rule in rules)
+    numbered = tuple(tuple(map(tl.constexpr, term)) for term in terms) if spans else ()
+    return Lowered(rules, tuple(program), numbered, tuple(args))
+
+
+def _without_full(mask: Any) -> Any:
+    """The same mask without Full below an And or an Or."""
+    name = type(mask).__name__
+    if name not in ("And", "Or"):
+        return mask
+    left, right = _without_full(mask.left), _without_full(mask.right)
+    for one, other in ((left, right), (right, left)):
+        if _is_full(one):
+            return other if name == "And" else one
+    return type(mask)(left, right)
+
+
+def _is_full(mask: Any) -> bool:
+    return type(mask).__name__ == "Full"
+
+
+class Lists(NamedTuple):
+    """Block lists as a kernel walks them, int32: `counts` [2, batch, heads, tiles] checked and full tiles, `tiles`
+    [batch, heads, tiles, others] those tiles, the checked ones first. Strides of batch and heads are 0 where one
+    serves all.
+    """
+
+    counts: Tensor
+    tiles: Tensor
+    count_strides: tuple[int, int, int]  # of batch, heads, and from the checked to the full ones
+    tile_strides: tuple[int, int]
+
+
+def block_lists(spec: AttnSpec, block_m: int, block_n: int, *, mirror: bool) -> Lists:
+    """For each tile of queries the tiles of keys to visit; with `mirror` for each tile of keys those of queries."""
+    lists = spec.block_list(block_m, block_n, mirror=mirror)
+    counts = torch.stack([lists.checked, lists.full])
+    batch, heads, rows, others = lists.tiles.shape
+    steps = int(batch > 1), int(heads > 1)
+    return Lists(
+        counts,
+        lists.tiles,
+        (steps[0] * heads * rows, steps[1] * rows, batch * heads * rows),
+        (steps[0] * heads * rows * others, steps[1] * rows * others),
+    )
+
+
+def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
+    """low, high, offsets [batch] or None. A fixed offset is in the bounds already."""
+    at, offsets = _offset(mask, spec)
+    return None if left is None else near(at - left), None if right is None else near(at + right), offsets
+
+
+def _offset(mask: Any, spec: AttnSpec) -> tuple[int, Tensor | None]:
+    """A placed mask's offset as a number (0 where it is a tensor) and as a tensor [batch]."""
+    if isinstance(mask.offset, Tensor):
+        return 0, _per_batch(mask.offset, spec)
+    if mask.offset is None:
+        return spec.kv_len - spec.q_len if mask.align == "bottom-right" else 0, None
+    return mask.offset, None
+
+
+def _chunked(mask: Any, spec: AttnSpec) -> tuple:
+    """size, chunks back and ahead, offset, offsets."""
+    at, offsets = _offset(mask, spec)
+    back, ahead = (FAR.value if chunks is None else near(chunks) for chunks in (mask.left_chunks, mask.right_chunks))
+    return near(mask.size), back, ahead, near(at), offsets
+
+
+def _rows(mask: Any, spec: AttnSpec) -> tuple:
+    """starts and stops [batch, q_len], bounds [batch, 4, kv_len], their batch strides.
+
+    The bounds mirror the table: for key j, the first query that may see it, the first from which on all see beyond it,
+    the first that no longer starts at it or before, and the first from which on none does. In a table whose starts and
+    stops never decrease they are exact; in any other one they show too much and call too little full.
+    """
+    [(start, stop)] = mask.intervals(spec.q_len, spec.kv_len, spec.device)
+    start, stop = (each.expand(*each.shape[:-1], spec.q_len).clamp(0, spec.kv_len)[:, 0] for each in (start, stop))
+    start, stop = torch.broadcast_tensors(start, stop)
+    nothing = start >= stop
+    start, stop = start.masked_fill(nothing, spec.kv_len), stop.masked_fill(nothing, 0)
+    keys = torch.arange(spec.kv_len, device=spec.device).expand(start.shape[0], -1).contiguous()
+    beyond = _least_after(stop.masked_fill(nothing, spec.kv_len))
+    edges = (stop.cummax(-1)[0], beyond, start.cummax(-1)[0], _least_after(start)) if spec.q_len else (stop,) * 4
+    bounds = torch.stack([torch.searchsorted(edge.contiguous(), keys, right=True) for edge in edges], 1)
+    start, stop, bounds = (each.to(torch.int32).contiguous() for each in (start, stop, bounds))
+    one = start.shape[0] == 1
+    return start, stop, bounds, 0 if one else spec.q_len, 0 if one else 4 * spec.kv_len
+
+
+def _least_after(rows: Tensor) -> Tensor:
+    return rows.flip(-1).cummin(-1)[0].flip(-1) if rows.shape[-1] else rows
+
+
+def _segments(mask: Any, spec: AttnSpec) -> tuple:
+    """ids of queries and keys, their batch strides."""
+    queries, keys = mask.q_ids.contiguous(), mask.key_ids.contiguous()
+    return queries, keys, *(0 if each.shape[0] == 1 else each.shape[1] for each in (queries, keys))
+
+
+def _dense(mask: Any, spec: AttnSpec) -> tuple:
+    """The table's bytes; its strides over [batch, num_heads, q_len, kv_len]."""
+    table = mask.table.expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len).view(torch.uint8)
+    return table, table.stride()
+
+
+ARGUMENTS = {
+    "Causal": lambda mask, spec: _placed(mask, spec, None, 0),
+    "Window": lambda mask, spec: _placed(mask, spec, mask.left, mask.right),
+    "Chunked": _chunked,
+    "Lengths": lambda mask, spec: tuple(
+        _per_batch(each, spec) for each in (mask.kv_lengths, mask.q_lengths, mask.kv_starts)
+    ),
+    "Prefix": lambda mask, spec: (*_placed(mask, spec, None, 0), _per_batch(mask.lengths, spec)),
+    "Segments": _segments,
+    "Dense": _dense,
+}
+"""What each rule reads, by the mask's class name; other masks are read as row tables."""
+
+
+def near(number: int) -> int:
+    """A position or size no farther away than FAR, which is beyond every length."""
+    return max(-FAR.value, min(FAR.value, number))
+
+
+def _per_batch(tensor: Tensor | None, spec: AttnSpec) -> Tensor | None:
+    """[batch] with stride 1; a single entry serves all."""
+    return None if tensor is None else tensor.expand(spec.batch).contiguous()

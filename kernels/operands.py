@@ -1,0 +1,70 @@
+"""Tensors as kernels take them: a pointer with strides, or a tensor descriptor where the copy engine can read it."""
+
+import collections
+import functools
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastattn.kernels.kind import wide
+
+TMA_BYTES = 16
+"""What the copy engine wants addresses and strides to be multiples of (CUDA driver API, cuTensorMapEncodeTiled)."""
+
+
+def operands(
+    descriptors: bool,
+    tiled: dict[str, tuple[Tensor, int]],
+    strided: dict[str, Tensor],
+    tables: dict[str, Tensor | None],
+    **plain: Tensor | None,
+) -> tuple[Any, Any]:
+    """The tensors of a kernel by name, and their strides.
+
+    Args:
+        descriptors: whether the target has a copy engine.
+        tiled: [batch, heads, length, dim] tensors with how many rows are moved at a time.
+        strided: such tensors whose rows are addressed one by one.
+        tables: others that need strides, or None.
+        plain: contiguous tensors, or None.
+    """
+    tensors: dict[str, Any] = {}
+    strides: dict[str, Any] = {}
+    for name, (tensor, rows) in tiled.items():
+        described = descriptors and movable(tensor)
+        tensors[name] = _descriptor(tensor, rows) if described else tensor
+        strides[name] = None if described else tensor.stride()
+    for name, table in (strided | tables).items():
+        tensors[name], strides[name] = table, None if table is None else table.stride()
+    return named(**tensors, **plain), named(**strides)
+
+
+def movable(tensor: Tensor) -> bool:
+    """Whether the copy engine can move tiles of a [batch, heads, length, dim] tensor: rows without gaps, addresses and
+    steps of whole 16 bytes, nothing repeated, nothing empty.
+    """
+    steps = [stride for stride, size in zip(tensor.stride()[:3], tensor.shape[:3], strict=True) if size > 1]
+    aligned = tensor.data_ptr() % TMA_BYTES == 0
+    steady = all(step > 0 and step * tensor.itemsize % TMA_BYTES == 0 for step in steps)
+    return aligned and steady and tensor.numel() > 0 and (tensor.stride(3) == 1 or tensor.shape[3] == 1)
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """Moves [1, 1, rows, width] at a time. The step of an axis of size 1 is never taken and may be anything legal."""
+    sizes = list(tensor.shape)
+    steps = [
+        stride if size > 1 else TMA_BYTES // tensor.itemsize
+        for stride, size in zip(tensor.stride()[:3], sizes[:3], strict=True)
+    ]
+    return TensorDescriptor(tensor, sizes, [*steps, 1], [1, 1, rows, wide(sizes[3])])
+
+
+def named(**fields: Any) -> Any:
+    """The values under their names, as kernels read them."""
+    return _record(tuple(fields))(*fields.values())
+
+
+@functools.cache
+def _record(names: tuple[str, ...]) -> Any:
+    return collections.namedtuple("_Record", names)  # noqa: PYI024  (names are made at run time)

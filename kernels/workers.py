@@ -1,0 +1,79 @@
+"""Compiling in several processes, each of which may die without harm to the others."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from queue import SimpleQueue
+
+from fastattn.kernels.compile import Compiled, Problem, asdict, read_compiled
+
+COMMAND = (sys.executable, "-m", "fastattn.kernels.compile")
+
+
+class Worker:
+    """A process that compiles one problem after another; started with the first, and anew after it died."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.said = tempfile.TemporaryFile("w+", errors="replace")  # what compilers print
+
+    def compile(self, problem: Problem) -> Compiled:
+        """The figures; or, as its error, the first that went wrong in the compiler's own words."""
+        if self.process is None or self.process.poll() is not None:
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=environment)
+        self.said.seek(0, os.SEEK_END)
+        before = self.said.tell()
+        try:
+            print(json.dumps(asdict(problem)), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            answer = ""
+        compiled = read_compiled(json.loads(answer)) if answer else Compiled(problem, error=self._last_words())
+        if compiled.error is not None:
+            self.said.seek(before)
+            errors = [line.split("error: ", 1)[1].strip() for line in self.said if "error: " in line]
+            compiled.error = ": ".join([compiled.error, *errors[:1]])
+        return compiled
+
+    def _last_words(self) -> str:
+        code = self.process.wait() if self.process else None
+        return f"the compiler's process ended with {code}"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                pipe.close()  # type: ignore[union-attr]
+        self.said.close()
+
+
+def compile_all(problems: Sequence[Problem], jobs: int) -> Iterator[Compiled]:
+    """Each problem's figures, as they come, `jobs` at a time. Closing it stops what is under way."""
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    workers = [Worker() for _ in range(jobs)]
+    for worker in workers:
+        idle.put(worker)
+
+    def compiled(problem: Problem) -> Compiled:
+        worker = idle.get()
+        try:
+            return worker.compile(problem)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(jobs)
+    try:
+        for each in as_completed([threads.submit(compiled, problem) for problem in problems]):
+            yield each.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.stop()
+        threads.shutdown()
