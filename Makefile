@@ -1,4 +1,4 @@
-# make setup | bench | test | lint. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
+# make setup | bench | test | lint | compile-all. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
 # No compiler and no GPU are needed. What has been set up is not set up again.
 
 # The interpreter, 3.10 to 3.13. A torch that it can import (2.11 or newer) is the one that is used.
@@ -21,12 +21,13 @@ TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name anot
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint clean
+.PHONY: help setup bench test lint compile-all clean
 
 help:
 	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
 	@echo 'make test    set up what is missing, then run the tests (ARGS=... as pytest takes them, JOBS=$(JOBS))'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
+	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
 	@echo 'make clean   remove .venv and what the builds left'
 
@@ -45,6 +46,9 @@ lint: setup
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+
+compile-all: setup
+	@$(RUN) fastattn.cli inspect --all --jobs $(JOBS) $(ARGS)
 
 clean:
 	rm -rf .venv build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

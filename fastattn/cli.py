@@ -1,4 +1,4 @@
-"""The command line: `fastattn bench | check | info`. Sub-commands import what they need, help imports nothing heavy."""
+"""The command line: `fastattn bench | check | info | inspect`. Sub-commands import what they need, help little."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastattn import inspection
     from fastattn.bench import options
 
     parser = argparse.ArgumentParser("fastattn", description="Every kind of attention as one fused call.")
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # a JSON row a line, for a parent process
     check.add_argument("--verbose", "-v", action="store_true", help="a line for each case, not only for each room")
     check.set_defaults(run=_check)
+    inspected = commands.add_parser("inspect", help="compile the GPU kernels, without a GPU, and show what they became")
+    inspection.add_arguments(inspected)
+    inspected.set_defaults(run=inspection.run)
     info = commands.add_parser("info", help="what this machine has, which rooms run, and why not the others")
     info.set_defaults(run=_info)
     return parser

@@ -1,7 +1,7 @@
 """What one iteration of a loop asks of each unit of a multiprocessor, and the clocks that takes.
 
-    bound  = tensor / the busiest unit        the share of the tensor cores' peak if everything overlaps
-    serial = tensor / the sum of all units    the same if nothing does
+bound  = tensor / the busiest unit        the share of the tensor cores' peak if everything overlaps
+serial = tensor / the sum of all units    the same if nothing does
 """
 
 from collections.abc import Iterable, Mapping

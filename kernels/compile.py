@@ -34,6 +34,8 @@ GPUS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+"""Matrix products that a kernel makes of a tile: how many over head_dim, how many over head_dim_v."""
 TILES_OF = {"gfx942": "sm80"}
 """Whose tiles a target takes that has none in the table."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -91,6 +93,7 @@ class Loop:
     counts: dict[str, int]  # by name
     parts: Parts
     flop: float
+    tiles: float | None  # flop over what one tile needs: above 1, several tiles a round, or work done twice
     clocks: dict[str, float] | None  # None: an instruction does not say how much it multiplies
 
 
@@ -184,8 +187,11 @@ def _kinds(value: Any) -> Any:
 
 
 def compile_problem(problem: Problem) -> Compiled:
-    """Compiles one kernel and reads it. KeyError where the call launches no such kernel."""
-    wanted = launches(problem.target, problem.head_dim, problem.dtype, problem.form)[problem.kernel]
+    """Compiles one kernel and reads it. ValueError where the call launches no such kernel."""
+    launched = launches(problem.target, problem.head_dim, problem.dtype, problem.form)
+    if problem.kernel not in launched:
+        raise ValueError(f"this call launches no kernel {problem.kernel!r}; it launches {', '.join(launched)}")
+    wanted = launched[problem.kernel]
     with pretending(GPUS[problem.target]):
         binary = wanted.kernel.warmup(*wanted.args, grid=(wanted.programs,), **wanted.options)
     reader: ModuleType
@@ -194,17 +200,29 @@ def compile_problem(problem: Problem) -> Compiled:
     else:
         reader, read = amdgcn, amdgcn.read(binary.asm["amdgcn"])
     warps = binary.metadata.num_warps
+    tile = {name: size for name, size in wanted.options.items() if name.startswith(("BLOCK_", "num_"))}
+    loops = _loops(reader, read.code, warps, binary.asm["ttgir"], problem.target)
+    for loop in loops:
+        loop.tiles = _in_tiles(loop.flop, problem.kernel, tile)
     return Compiled(
         problem,
         warps=warps,
-        tile={name: size for name, size in wanted.options.items() if name.startswith(("BLOCK_", "num_"))},
+        tile=tile,
         registers=read.registers,
         spilled_bytes=read.spilled_bytes,
         shared_bytes=binary.metadata.shared,
         shared_limit=RATES[problem.target].shared_limit,
         counts=_counted(read.code),
-        loops=_loops(reader, read.code, warps, binary.asm["ttgir"], problem.target),
+        loops=loops,
     )
+
+
+def _in_tiles(flop: float, kernel: str, tile: dict[str, int]) -> float | None:
+    if kernel not in PRODUCTS or not {"BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV"} <= set(tile):
+        return None
+    over_dim, over_dim_v = PRODUCTS[kernel]
+    depth = over_dim * tile["BLOCK_D"] + over_dim_v * tile["BLOCK_DV"]
+    return flop / (2 * tile["BLOCK_M"] * tile["BLOCK_N"] * depth)
 
 
 def _counted(code: Iterable[Instruction]) -> dict[str, int]:
@@ -215,12 +233,12 @@ def _counted(code: Iterable[Instruction]) -> dict[str, int]:
 
 
 def _loops(reader: ModuleType, code: list[Instruction], warps: int, ttgir: str, target: str) -> list[Loop]:
-    """The main loop, then the others. Where warps are specialised, roles with equal loops are one loop of more warps."""
+    """The main loop, then the others. Where warps have roles, equal loops of theirs are one loop of more warps."""
 
     def loop(body: list[Instruction], by: int) -> Loop:
         parts = gather(asked for each in body for asked in reader.asks(each, by))
         clocks = budget(parts, RATES[target])
-        return Loop(by, len(body), _counted(body), parts, flop(parts), clocks and clocks._asdict())
+        return Loop(by, len(body), _counted(body), parts, flop(parts), None, clocks and clocks._asdict())
 
     roles = [int(count) for count in re.findall(r"^\s*partition\d+\(.*\bnum_warps\((\d+)\)", ttgir, re.MULTILINE)]
     found = [(loop(body, roles[0] if roles else warps), body) for body in innermost(code, reader.is_tensor)]

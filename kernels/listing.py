@@ -6,6 +6,7 @@ Sethi and Ullman, 9.6). Text between a label and a backward branch would not do,
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -48,7 +49,7 @@ def _blocks(code: Code) -> tuple[list[range], list[list[int]]]:
         if each.jumps or not each.falls:
             starts.add(n + 1)
     edges = sorted(starts)
-    blocks = [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    blocks = [range(start, stop) for start, stop in pairwise(edges)]
     number = {block.start: n for n, block in enumerate(blocks)}
     after = []
     for n, block in enumerate(blocks):

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from queue import SimpleQueue
 
-from fastattn.kernels.compile import Compiled, Problem, asdict, read_compiled
+from fastattn.kernels.compile import Compiled, Problem, read_compiled
 
 COMMAND = (sys.executable, "-m", "fastattn.kernels.compile")
 
@@ -19,14 +20,17 @@ class Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        self.said = tempfile.TemporaryFile("w+", errors="replace")  # what compilers print
+        # What compilers print; closed by stop().
+        self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
 
     def compile(self, problem: Problem) -> Compiled:
         """The figures; or, as its error, the first that went wrong in the compiler's own words."""
         if self.process is None or self.process.poll() is not None:
             environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
             pipe = subprocess.PIPE
-            self.process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=environment)
+            self.process = subprocess.Popen(
+                COMMAND, stdin=pipe, stdout=pipe, stderr=self.said, text=True, env=environment
+            )
         self.said.seek(0, os.SEEK_END)
         before = self.said.tell()
         try:
@@ -54,7 +58,7 @@ class Worker:
         self.said.close()
 
 
-def compile_all(problems: Sequence[Problem], jobs: int) -> Iterator[Compiled]:
+def compile_all(problems: Sequence[Problem], jobs: int) -> Generator[Compiled, None, None]:
     """Each problem's figures, as they come, `jobs` at a time. Closing it stops what is under way."""
     idle: SimpleQueue[Worker] = SimpleQueue()
     workers = [Worker() for _ in range(jobs)]

@@ -41,6 +41,12 @@ ROOMS = (
         inside=("rich", "fastattn.bench", "fastattn.backends", "fastattn.native"),
         never=DOORS,
     ),
+    Room(
+        "fastattn.inspection",
+        may=("torch", "fastattn"),
+        inside=("rich", "fastattn.bench", "fastattn.kernels"),
+        never=DOORS,
+    ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
     Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
     Room("fastattn.native", may=("torch", "fastattn.spec"), inside=("fastattn._C",)),
