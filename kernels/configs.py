@@ -109,6 +109,9 @@ PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "interpreter": 6}
 """Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what a launch tries to fill. One
 number a target, so that every device of it sums in the same order."""
 
+SHARED_BYTES = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "interpreter": 227 * 1024}
+"""What a program may have (CUDA C++ Programming Guide); for sm80 rows what 8.6, 8.9 and 12.x leave."""
+
 L2_BYTES = 32 * 2**20
 """What the keys and values of the heads that run side by side may fill of the second-level cache (40 MB on an A100, 50
 on an H200)."""
@@ -149,6 +152,16 @@ def splits_of(spec: AttnSpec, row: TileConfig, target: str, programs: int) -> in
     """
     room = 2 * PROCESSORS[target] // max(programs, 1)
     return max(1, min(room, spec.kv_len // (2 * row.block_n)))
+
+
+def stages_of(spec: AttnSpec, row: TileConfig) -> int:
+    """How many tiles a walk has under way: the row's number, or what a bias table leaves room for beside it. Pure."""
+    if spec.bias_shape is None or 1 in (1, 1, *spec.bias_shape)[-2:]:
+        return row.num_stages
+    owned, walked = (row.block_n, row.block_m) if row.kernel == "dkv" else (row.block_m, row.block_n)
+    width = (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
+    stage = walked * width + row.block_m * row.block_n * torch.float32.itemsize
+    return max(1, min(row.num_stages, (SHARED_BYTES[row.target] - owned * width) // stage))
 
 
 def section_of(spec: AttnSpec, length: int) -> int:

@@ -40,6 +40,6 @@ def gradient_tile(
     if CHECK or KIND.BIAS != "":
         dropped, d_scores = tl.where(kept, dropped, 0.0), tl.where(kept, d_scores, 0.0)
     d_raw = d_scores
-    if KIND.gain is not None:
-        d_raw = tl.where(d_scores == 0.0, 0.0, d_scores * KIND.gain(raw, scales))
+    if KIND.slope is not None:
+        d_raw = tl.where(d_scores == 0.0, 0.0, d_scores * KIND.slope(raw, scales))
     return dropped, d_scores, d_raw, kept

@@ -28,8 +28,8 @@ class Kind(NamedTuple):
     q_span: tuple
     PROGRAM: tuple
     TERMS: tuple
-    value: Any
-    gain: Any
+    score: Any
+    slope: Any
     start: Any
     step: Any
     finish: Any

@@ -14,7 +14,7 @@ from fastattn.kernels.attn_bwd_delta import attn_delta_kernel
 from fastattn.kernels.attn_bwd_dkv import attn_dkv_kernel
 from fastattn.kernels.attn_bwd_dq import attn_dq_kernel
 from fastattn.kernels.attn_fwd import attn_fwd_kernel, attn_merge_kernel
-from fastattn.kernels.configs import PROCESSORS, TileConfig, pick, pick_forward, section_of, splits_of, target_of
+from fastattn.kernels.configs import PROCESSORS, TileConfig, pick, pick_forward, section_of, splits_of, stages_of, target_of
 from fastattn.kernels.kind import Kind, bias_axes, kind_of
 from fastattn.kernels.operands import named, operands
 from fastattn.kernels.scores import Scales, score_of
@@ -79,7 +79,8 @@ class Problem:
         lists = None if self.mask.terms else lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
         kind = kind._replace(WARP_SPECIALIZE=tl.constexpr(row.warp_specialize))
         args = (*inputs, sizes, self.scales, self.mask.args, lists)
-        return _launch(kernel, row, sizes.programs, args, kind, BLOCK_M=row.block_m, BLOCK_N=row.block_n)
+        options = {"num_stages": stages_of(self.spec, row)}
+        return _launch(kernel, row, sizes.programs, args, kind, BLOCK_M=row.block_m, BLOCK_N=row.block_n, **options)
 
     def resting(self, kernel: Any, row: TileConfig, inputs: tuple, kind: Kind, splits: int = 1) -> Launch:
         """A kernel whose programs own rows of queries and walk nothing."""
@@ -88,8 +89,8 @@ class Problem:
         return _launch(kernel, row, programs, args, kind, BLOCK_M=row.block_m)
 
 
-def _launch(kernel: Any, row: TileConfig, programs: int, args: tuple, kind: Kind, **blocks: int) -> Launch:
-    options = {"KIND": kind, **blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
+def _launch(kernel: Any, row: TileConfig, programs: int, args: tuple, kind: Kind, **others: int) -> Launch:
+    options = {"KIND": kind, "num_warps": row.num_warps, "num_stages": row.num_stages} | others
     return Launch(kernel, programs, args, options, row)
 
 

@@ -34,9 +34,9 @@ def operands(
     for name, (tensor, rows) in tiled.items():
         described = descriptors and movable(tensor)
         tensors[name] = _descriptor(tensor, rows) if described else tensor
-        strides[name] = None if described else tensor.stride()
+        strides[name] = () if described else tensor.stride()
     for name, table in (strided | tables).items():
-        tensors[name], strides[name] = table, None if table is None else table.stride()
+        tensors[name], strides[name] = table, () if table is None else table.stride()
     return named(**tensors, **plain), named(**strides)
 
 

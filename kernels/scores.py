@@ -2,8 +2,8 @@
 
 A score works on the raw product <q, k> in float32. `factor` turns its values into units of log2:
 
-    value(raw, scales)    t / log2(e) / factor              in units of its own
-    gain(raw, scales)     dt / d raw / scale                where it is not 1
+    score(raw, scales)    t / log2(e) / factor              in units of its own
+    slope(raw, scales)    dt / d raw / scale                where it is not 1
 
 Then the bias is added and what nobody sees is hidden. Normalisers are in online.py.
 """
@@ -28,29 +28,29 @@ class Scales(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The jit functions of one score; `gain` is None where it is 1."""
+    """The jit functions of one score; `slope` is None where it is 1."""
 
-    value: Any
-    gain: Any
+    score: Any
+    slope: Any
 
 
 @triton.jit
-def _raw_value(raw, scales):
+def _raw_score(raw, scales):
     return raw
 
 
 @triton.jit
-def _scaled_value(raw, scales):
+def _scaled_score(raw, scales):
     return raw * scales.scale
 
 
 @triton.jit
-def _capped_value(raw, scales):
+def _capped_score(raw, scales):
     return scales.softcap * _tanh(raw * (scales.scale / scales.softcap))
 
 
 @triton.jit
-def _capped_gain(raw, scales):
+def _capped_slope(raw, scales):
     tanh = _tanh(raw * (scales.scale / scales.softcap))
     return 1.0 - tanh * tanh
 
@@ -66,9 +66,9 @@ def _tanh(x):
 
 
 SCORES = {
-    "raw": Score(_raw_value, None),
-    "scaled": Score(_scaled_value, None),
-    "capped": Score(_capped_value, _capped_gain),
+    "raw": Score(_raw_score, None),
+    "scaled": Score(_scaled_score, None),
+    "capped": Score(_capped_score, _capped_slope),
 }
 """By what is done to a raw product: nothing (its scale is in the factor), scaled, scaled and soft-capped."""
 
@@ -91,7 +91,7 @@ def score_tile(
     q_idx, kv_idx and head broadcast to the tile. KIND.BIAS says over which axes a bias varies: "" (none), "k", "q",
     "qk" or "1".
     """
-    scores = KIND.value(raw, scales)
+    scores = KIND.score(raw, scales)
     kept = kv_idx >= 0
     if CHECK:
         kept = keep(KIND, q_idx, kv_idx, numbers)

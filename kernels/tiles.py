@@ -16,7 +16,7 @@ def load_tile(
     """Rows of [length, DIM] as [len(rows), BLOCK_D]; 0 beyond DIM and, with CHECK, beyond length. `rows` begin at
     `start` and follow each other where the tensor is a descriptor. `head` may be a vector, one for each row.
     """
-    if strides is None:
+    if len(strides) == 0:
         tile = tensor.load([batch, head, start, 0])
         return tl.reshape(tile, [tile.shape[2], BLOCK_D])
     else:
@@ -35,7 +35,7 @@ def store_tile(
     BF16_BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """The reverse of load_tile, rounded to the tensor's dtype."""
-    if strides is None:
+    if len(strides) == 0:
         tile = narrow(tile, tensor.dtype, BF16_BY_HAND)
         tensor.store([batch, head, start, 0], tl.reshape(tile, [1, 1, tile.shape[0], BLOCK_D]))
     else:
