@@ -56,4 +56,5 @@ def attn_dbias_kernel(
         dbias += d_scores
     at = t.dbias + own_batch.to(tl.int64) * strides.dbias[0] + own_head.to(tl.int64) * strides.dbias[1]
     at += q_idx.to(tl.int64)[:, None] * strides.dbias[2] + kv_idx.to(tl.int64)[None, :] * strides.dbias[3]
-    tl.store(at, narrow(dbias, t.dbias.dtype.element_ty, KIND.BF16_BY_HAND), mask=inside[:, None] & (kv_idx < kv_len)[None, :])
+    dbias = narrow(dbias, t.dbias.dtype.element_ty, KIND.BF16_BY_HAND)
+    tl.store(at, dbias, mask=inside[:, None] & (kv_idx < kv_len)[None, :])

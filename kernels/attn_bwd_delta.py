@@ -1,7 +1,7 @@
 """Attention, backward: what each row needs once.
 
-    total_i = log2 of the row's whole denominator, sink included; inf where the row saw nothing
-    delta_i = sum_d do_id out_id - d_lse_i dlse/dt / p          0 where the row saw nothing
+total_i = log2 of the row's whole denominator, sink included; inf where the row saw nothing
+delta_i = sum_d do_id out_id - d_lse_i dlse/dt / p          0 where the row saw nothing
 """
 
 import triton

@@ -4,7 +4,8 @@
     dsink = -sum_i p_i,sink sum_j p_ij <do_i, v_j>                     one partial sum a program
 
 A program owns BLOCK_M queries of one head and walks the same keys as the forward. draw is rounded to the input's dtype
-before it meets the keys. The sinks' inner sum is taken from ds, where it is exact: delta knows the output as it was rounded.
+before it meets the keys. The sinks' inner sum is taken from ds, where it is
+exact: delta knows the output as it was rounded.
 """
 
 import triton

@@ -3,6 +3,7 @@
 A row serves every problem whose sizes it covers; the first that does is taken. Nothing is tuned at run time.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +118,11 @@ L2_BYTES = 32 * 2**20
 on an H200)."""
 
 
+def tiles_of(length: int, block: int) -> int:
+    """How many tiles a length has."""
+    return -(-length // block)
+
+
 def target_of(capability: tuple[int, int] | None) -> str:
     """The table's name for a device of this compute capability; None is the interpreter.
 
@@ -147,31 +153,39 @@ def pick_forward(spec: AttnSpec, target: str) -> TileConfig:
 
 
 def splits_of(spec: AttnSpec, row: TileConfig, target: str, programs: int) -> int:
-    """Over how many programs the keys of a tile are split: two waves of programs at most, and two tiles of keys each
-    at least. Pure.
+    """Over how many programs the keys of a tile are split, where tiles alone leave a fifth of the device idle: two
+    waves of programs at most, and four tiles of keys each at least. Pure.
     """
+    if programs > 0.8 * PROCESSORS[target]:
+        return 1
     room = 2 * PROCESSORS[target] // max(programs, 1)
-    return max(1, min(room, spec.kv_len // (2 * row.block_n)))
+    return max(1, min(room, spec.kv_len // (4 * row.block_n)))
 
 
-def stages_of(spec: AttnSpec, row: TileConfig) -> int:
-    """How many tiles a walk has under way: the row's number, or what a bias table leaves room for beside it. Pure."""
-    if spec.bias_shape is None or 1 in (1, 1, *spec.bias_shape)[-2:]:
+def stages_of(spec: AttnSpec, row: TileConfig, tables: int) -> int:
+    """How many tiles a walk has under way: the row's number, or what tables of [q_len, kv_len], read tile by tile
+    beside keys and values, leave room for. Pure.
+    """
+    if not tables:
         return row.num_stages
     owned, walked = (row.block_n, row.block_m) if row.kernel == "dkv" else (row.block_m, row.block_n)
     width = (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
-    stage = walked * width + row.block_m * row.block_n * torch.float32.itemsize
+    stage = walked * width + tables * row.block_m * row.block_n * torch.float32.itemsize
     return max(1, min(row.num_stages, (SHARED_BYTES[row.target] - owned * width) // stage))
 
 
 def section_of(spec: AttnSpec, length: int) -> int:
-    """How many heads run side by side, tile by tile: as many as share the cache with `length` tokens of theirs. Pure."""
+    """How many heads run side by side, tile by tile: as many as share the cache with `length` tokens. Pure."""
     bytes_of_head = length * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
     return max(1, L2_BYTES // max(bytes_of_head, 1))
 
 
 def _find(spec: AttnSpec, kernel: str, target: str) -> TileConfig | None:
-    dim, bits = _width(spec)
+    return _row(kernel, target, *_width(spec))
+
+
+@functools.cache
+def _row(kernel: str, target: str, dim: int, bits: int) -> TileConfig | None:
     for name in ANCESTORS[target]:
         for row in TABLE:
             if (row.target, row.kernel) == (name, kernel) and dim <= row.head_dim and bits <= row.bits:
@@ -180,7 +194,11 @@ def _find(spec: AttnSpec, kernel: str, target: str) -> TileConfig | None:
 
 
 def _width(spec: AttnSpec) -> tuple[int, int]:
-    return max(spec.head_dim, spec.head_dim_v), torch.finfo(spec.dtype).bits
+    """The head_dim and bits that a row must cover. Dropout's bits and a bias take registers as twice the width does."""
+    dim = max(spec.head_dim, spec.head_dim_v)
+    if spec.dropout_p > 0 or spec.bias_shape is not None:
+        dim = max(dim, min(2 * dim, MAX_HEAD_DIM))
+    return dim, 8 * spec.dtype.itemsize
 
 
 MAX_HEAD_DIM = max(row.head_dim for row in TABLE)

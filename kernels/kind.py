@@ -1,13 +1,13 @@
 """What a kernel is compiled for: everything about a problem that is not a number or a tensor."""
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from fastattn.kernels.lower import Lowered
-from fastattn.kernels.masks import Rule
+from fastattn.kernels.masks import RULES, Rule
 from fastattn.kernels.online import NORMALIZERS
 from fastattn.kernels.scores import SCORES, score_of
 from fastattn.spec import AttnSpec
@@ -46,31 +46,57 @@ class Kind(NamedTuple):
     BIAS: Any  # over which axes it varies: see scores.score_tile
     SINKS: Any
     DROPOUT: Any
-    PACKED: Any = tl.constexpr(False)
-    SPLIT: Any = tl.constexpr(False)
-    PERSISTENT: Any = tl.constexpr(False)
-    WARP_SPECIALIZE: Any = tl.constexpr(False)
+    PACKED: Any
+    SPLIT: Any
+    PERSISTENT: Any
+    WARP_SPECIALIZE: Any
 
 
-def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool) -> Kind:
-    """The kind of a spec."""
-    rules = Rule(*zip(*mask.rules, strict=True)) if mask.rules else Rule((), (), (), ())
+def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) -> Kind:
+    """The kind of a spec; `flags` are those of a kernel's own: packed, split, persistent, warp_specialize."""
     exact = spec.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    by_hand = interpreted and spec.dtype == torch.bfloat16
+    score, normalizer = score_of(spec)[0], type(spec.normalizer).__name__
+    constants = (
+        ("HEAD_DIM", spec.head_dim),
+        ("BLOCK_D", wide(spec.head_dim)),
+        ("HEAD_DIM_V", spec.head_dim_v),
+        ("BLOCK_DV", wide(spec.head_dim_v)),
+        ("PRECISION", "ieee" if exact else "tf32"),
+        ("BF16_BY_HAND", by_hand),
+        ("BIAS", bias_axes(spec)),
+        ("SINKS", spec.has_sinks),
+        ("DROPOUT", spec.dropout_p > 0),
+    )
+    return _kind(mask.rules, mask.program, mask.terms, score, normalizer, constants, **flags)
+
+
+@functools.cache
+def _kind(
+    rules: tuple[str, ...],
+    program: tuple[int, ...],
+    terms: tuple[tuple[int, ...], ...],
+    score: str,
+    normalizer: str,
+    constants: tuple[tuple[str, Any], ...],
+    packed: bool = False,
+    split: bool = False,
+    persistent: bool = False,
+    warp_specialize: bool = False,
+) -> Kind:
+    """One object for equal kinds: making one costs more than a launch."""
+    functions = zip(*(RULES[name] for name in rules), strict=True) if rules else [()] * len(Rule._fields)
     return Kind(
-        **rules._asdict(),
-        PROGRAM=mask.program,
-        TERMS=mask.terms,
-        **SCORES[score_of(spec)[0]]._asdict(),
-        **NORMALIZERS[type(spec.normalizer).__name__]._asdict(),
-        HEAD_DIM=tl.constexpr(spec.head_dim),
-        BLOCK_D=tl.constexpr(wide(spec.head_dim)),
-        HEAD_DIM_V=tl.constexpr(spec.head_dim_v),
-        BLOCK_DV=tl.constexpr(wide(spec.head_dim_v)),
-        PRECISION=tl.constexpr("ieee" if exact else "tf32"),
-        BF16_BY_HAND=tl.constexpr(interpreted and spec.dtype == torch.bfloat16),
-        BIAS=tl.constexpr(bias_axes(spec)),
-        SINKS=tl.constexpr(spec.has_sinks),
-        DROPOUT=tl.constexpr(spec.dropout_p > 0),
+        **Rule(*functions)._asdict(),
+        PROGRAM=tuple(map(tl.constexpr, program)),
+        TERMS=tuple(tuple(map(tl.constexpr, term)) for term in terms),
+        **SCORES[score]._asdict(),
+        **NORMALIZERS[normalizer]._asdict(),
+        **{name: tl.constexpr(value) for name, value in constants},
+        PACKED=tl.constexpr(packed),
+        SPLIT=tl.constexpr(split),
+        PERSISTENT=tl.constexpr(persistent),
+        WARP_SPECIALIZE=tl.constexpr(warp_specialize),
     )
 
 
@@ -84,4 +110,4 @@ def bias_axes(spec: AttnSpec) -> str:
 
 def wide(dim: int) -> int:
     """A tile's width for a head: a power of two, and what a matrix product needs at least."""
-    return max(triton.next_power_of_2(dim), MIN_DOT)
+    return max(1 << (dim - 1).bit_length(), MIN_DOT)

@@ -4,8 +4,6 @@ import os
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels import lower
@@ -14,8 +12,18 @@ from fastattn.kernels.attn_bwd_delta import attn_delta_kernel
 from fastattn.kernels.attn_bwd_dkv import attn_dkv_kernel
 from fastattn.kernels.attn_bwd_dq import attn_dq_kernel
 from fastattn.kernels.attn_fwd import attn_fwd_kernel, attn_merge_kernel
-from fastattn.kernels.configs import PROCESSORS, TileConfig, pick, pick_forward, section_of, splits_of, stages_of, target_of
-from fastattn.kernels.kind import Kind, bias_axes, kind_of
+from fastattn.kernels.configs import (
+    PROCESSORS,
+    TileConfig,
+    pick,
+    pick_forward,
+    section_of,
+    splits_of,
+    stages_of,
+    target_of,
+    tiles_of,
+)
+from fastattn.kernels.kind import bias_axes, kind_of
 from fastattn.kernels.operands import named, operands
 from fastattn.kernels.scores import Scales, score_of
 from fastattn.kernels.walk import Sizes
@@ -24,7 +32,6 @@ from fastattn.spec import AttnInputs, AttnSpec
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels above were made for Triton's interpreter: it reads the variable when a kernel is defined."""
 
-YES = tl.constexpr(True)
 WORDS = 2**32
 
 
@@ -54,7 +61,6 @@ class Problem:
     def __init__(self, spec: AttnSpec, inputs: AttnInputs, target: str) -> None:
         self.spec, self.inputs, self.target = spec, inputs, target
         self.mask = lower.lower(spec)
-        self.kind = kind_of(spec, self.mask, interpreted=INTERPRETED)
         kept = 1.0 - spec.dropout_p
         self.scales = Scales(
             score_of(spec)[1],
@@ -73,32 +79,36 @@ class Problem:
         return Sizes(spec.batch, *heads, spec.q_len, spec.kv_len, programs, section, splits)
 
     def walking(
-        self, kernel: Any, row: TileConfig, sizes: Sizes, inputs: tuple, kind: Kind, *, mirror: bool = False
+        self, kernel: Any, row: TileConfig, sizes: Sizes, operands: tuple, *, mirror: bool = False, **flags: bool
     ) -> Launch:
         """A kernel whose programs own tiles and walk the other side."""
         lists = None if self.mask.terms else lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
-        kind = kind._replace(WARP_SPECIALIZE=tl.constexpr(row.warp_specialize))
-        args = (*inputs, sizes, self.scales, self.mask.args, lists)
-        options = {"num_stages": stages_of(self.spec, row)}
-        return _launch(kernel, row, sizes.programs, args, kind, BLOCK_M=row.block_m, BLOCK_N=row.block_n, **options)
+        tables = (bias_axes(self.spec) == "qk") + self.mask.rules.count("Dense")
+        args = (*operands, sizes, self.scales, self.mask.args, lists)
+        programs = min(sizes.programs, PROCESSORS[self.target]) if row.persistent else sizes.programs
+        flags |= {"persistent": row.persistent, "warp_specialize": row.warp_specialize}
+        launch = self.launch(kernel, row, programs, args, **flags)
+        return launch._replace(options=launch.options | {"num_stages": stages_of(self.spec, row, tables)})
 
-    def resting(self, kernel: Any, row: TileConfig, inputs: tuple, kind: Kind, splits: int = 1) -> Launch:
+    def resting(self, kernel: Any, row: TileConfig, operands: tuple, splits: int = 1) -> Launch:
         """A kernel whose programs own rows of queries and walk nothing."""
-        programs = triton.cdiv(self.spec.q_len, row.block_m) * self.spec.num_heads * self.spec.batch
-        args = (*inputs, self.sizes(programs, 1, splits))
-        return _launch(kernel, row, programs, args, kind, BLOCK_M=row.block_m)
+        programs = tiles_of(self.spec.q_len, row.block_m) * self.spec.num_heads * self.spec.batch
+        return self.launch(kernel, row, programs, (*operands, self.sizes(programs, 1, splits)))
 
-
-def _launch(kernel: Any, row: TileConfig, programs: int, args: tuple, kind: Kind, **others: int) -> Launch:
-    options = {"KIND": kind, "num_warps": row.num_warps, "num_stages": row.num_stages} | others
-    return Launch(kernel, programs, args, options, row)
+    def launch(
+        self, kernel: Any, row: TileConfig, programs: int, args: tuple, BLOCK_N: int = 0, **flags: bool
+    ) -> Launch:
+        kind = kind_of(self.spec, self.mask, interpreted=INTERPRETED, **flags)
+        blocks = {"BLOCK_M": row.block_m} | ({"BLOCK_N": BLOCK_N} if BLOCK_N else {})
+        options = {"KIND": kind, **blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
+        return Launch(kernel, programs, args, options, row)
 
 
 def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target: str) -> list[Launch]:
     """Writes out and lse."""
     problem, row = Problem(spec, inputs, target), pick_forward(spec, target)
     packed = spec.group > 1 and spec.q_len * spec.group <= row.block_m and row.kernel != "fwd"
-    heads, tiles = (spec.num_kv_heads, 1) if packed else (spec.num_heads, triton.cdiv(spec.q_len, row.block_m))
+    heads, tiles = (spec.num_kv_heads, 1) if packed else (spec.num_heads, tiles_of(spec.q_len, row.block_m))
     programs = tiles * heads * spec.batch
     splits = splits_of(spec, row, target, programs)
     part_out, part_lse = out, lse
@@ -117,19 +127,13 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
         sinks=inputs.sinks,
         seed=inputs.dropout_seed,
     )
-    kind = problem.kind._replace(PACKED=tl.constexpr(packed), SPLIT=tl.constexpr(splits > 1))
     section = section_of(spec, spec.kv_len) * (1 if packed else spec.group)
     sizes = problem.sizes(programs * splits, section, splits)
-    first = problem.walking(attn_fwd_kernel, row, sizes, tensors, kind)
-    if row.persistent:
-        at_once = min(first.programs, PROCESSORS[target])
-        first = first._replace(programs=at_once, options=first.options | {"KIND": kind._replace(PERSISTENT=YES)})
+    first = problem.walking(attn_fwd_kernel, row, sizes, tensors, packed=packed, split=splits > 1)
     if splits == 1:
         return [first]
-    merged = operands(
-        False, {}, {"part_out": part_out, "out": out}, {}, part_lse=part_lse, lse=lse, sinks=inputs.sinks
-    )
-    return [first, problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, problem.kind, splits)]
+    merged = operands(False, {}, {"part_out": part_out, "out": out}, {}, part_lse=part_lse, lse=lse, sinks=inputs.sinks)
+    return [first, problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, splits)]
 
 
 class Backward(NamedTuple):
@@ -164,14 +168,13 @@ def empty_dbias(spec: AttnSpec, bias: Tensor) -> Tensor:
 
 def empty_dsinks(spec: AttnSpec, sinks: Tensor, target: str) -> Tensor:
     """Where the kernels leave the sinks' gradients, tile by tile."""
-    tiles = triton.cdiv(spec.q_len, pick(spec, "dq", target).block_m)
+    tiles = tiles_of(spec.q_len, pick(spec, "dq", target).block_m)
     return sinks.new_empty(spec.batch, spec.num_heads, tiles, dtype=torch.float32)
 
 
-def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str) -> list[Launch]:
+def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -> list[Launch]:
     """Writes total and delta, then the gradients."""
     problem = Problem(spec, inputs, target)
-    kind, grads = problem.kind, tensors
     axes = bias_axes(spec)
     small = operands(
         False,
@@ -184,7 +187,7 @@ def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str)
         total=grads.total,
         delta=grads.delta,
     )
-    launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), small, kind)]
+    launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), small)]
     scratch = {"total": grads.total, "delta": grads.delta, "seed": inputs.dropout_seed}
     q_side = {"query": inputs.query, "d_out": grads.d_out}
     kv_side = {"key": inputs.key, "value": inputs.value}
@@ -194,17 +197,17 @@ def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str)
     by_rows = grads.dbias if axes in ("q", "1") else None
     sinks = {"sinks": inputs.sinks, "dsinks": grads.dsinks}
     given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, **sinks, dbias=by_rows)
-    programs = triton.cdiv(spec.q_len, row.block_m) * spec.num_heads * spec.batch
+    programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
     sizes = problem.sizes(programs, section_of(spec, spec.kv_len) * spec.group)
-    launches.append(problem.walking(attn_dq_kernel, row, sizes, given, kind))
+    launches.append(problem.walking(attn_dq_kernel, row, sizes, given))
 
     row = pick(spec, "dkv", target)
     tiled = _tiled(row.block_m, **q_side) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
     by_keys = grads.dbias if axes == "k" else None
     given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, dbias=by_keys)
-    programs = triton.cdiv(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
+    programs = tiles_of(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
     sizes = problem.sizes(programs, section_of(spec, spec.q_len * spec.group))
-    launches.append(problem.walking(attn_dkv_kernel, row, sizes, given, kind, mirror=True))
+    launches.append(problem.walking(attn_dkv_kernel, row, sizes, given, mirror=True))
 
     if axes == "qk":
         launches.append(_dbias(problem, grads, q_side | kv_side, scratch))
@@ -217,11 +220,10 @@ def _dbias(problem: Problem, grads: Backward, tiled: dict[str, Tensor], scratch:
     table = _four_dims(grads.dbias)
     batch, heads, q_len, kv_len = table.shape
     given = operands(False, {}, tiled | {"dbias": table}, {"bias": problem.bias}, **scratch)
-    programs = triton.cdiv(q_len, row.block_m) * triton.cdiv(kv_len, row.block_n) * heads * batch
+    programs = tiles_of(q_len, row.block_m) * tiles_of(kv_len, row.block_n) * heads * batch
     shared = named(own_heads=heads, heads=spec.num_heads // max(heads, 1), batches=spec.batch // max(batch, 1))
     args = (*given, problem.sizes(programs, 1), problem.scales, problem.mask.args, shared)
-    blocks = {"BLOCK_M": row.block_m, "BLOCK_N": row.block_n}
-    return _launch(attn_dbias_kernel, row, programs, args, problem.kind, **blocks)
+    return problem.launch(attn_dbias_kernel, row, programs, args)
 
 
 def _four_dims(tensor: Any) -> Tensor:

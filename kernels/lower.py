@@ -8,7 +8,6 @@ kernels walk the terms' spans, in closed form; else block lists, made on the ten
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastattn.kernels.masks import AND, FAR, OR, RULES
@@ -20,9 +19,9 @@ MOST_TERMS = 2
 class Lowered(NamedTuple):
     """A mask's part of a kernel's kind, and its arguments."""
 
-    rules: tuple  # masks.Rule
-    program: tuple[tl.constexpr, ...]
-    terms: tuple[tuple[tl.constexpr, ...], ...]  # none: block lists are walked
+    rules: tuple[str, ...]  # in masks.RULES
+    program: tuple[int, ...]
+    terms: tuple[tuple[int, ...], ...]  # none: block lists are walked
     args: tuple
 
 
@@ -30,14 +29,14 @@ def lower(spec: AttnSpec) -> Lowered:
     """The rules, program, terms and arguments of the spec's mask."""
     names: list[str] = []
     args: list[tuple] = []
-    program: list[tl.constexpr] = []
+    program: list[int] = []
 
     def visit(mask: Any) -> list[tuple[int, ...]]:
         """The terms of a subtree; its program is appended."""
         name = type(mask).__name__
         if name in ("And", "Or"):
             left, right = visit(mask.left), visit(mask.right)
-            program.append(AND if name == "And" else OR)
+            program.append((AND if name == "And" else OR).value)
             terms = [a + b for a in left for b in right] if name == "And" else left + right
             return terms[: MOST_TERMS + 1]  # one too many already says: lists
         if name in ARGUMENTS and not (name == "Segments" and mask.sorted):
@@ -46,15 +45,13 @@ def lower(spec: AttnSpec) -> Lowered:
             name = "Rows"
             args.append(_rows(mask, spec))
         names.append(name)
-        program.append(tl.constexpr(len(names) - 1))
+        program.append(len(names) - 1)
         return [(len(names) - 1,)]
 
     mask = _without_full(spec.mask)
     terms = [()] if _is_full(mask) else visit(mask)
-    rules = tuple(RULES[name] for name in names)
-    spans = len(terms) <= MOST_TERMS and all(rule.kv_span is not None for rule in rules)
-    numbered = tuple(tuple(map(tl.constexpr, term)) for term in terms) if spans else ()
-    return Lowered(rules, tuple(program), numbered, tuple(args))
+    spans = len(terms) <= MOST_TERMS and all(RULES[name].kv_span is not None for name in names)
+    return Lowered(tuple(names), tuple(program), tuple(terms) if spans else (), tuple(args))
 
 
 def _without_full(mask: Any) -> Any:

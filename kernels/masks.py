@@ -313,4 +313,4 @@ RULES: dict[str, Rule] = {
     "Segments": Rule(_segments_numbers, _segments_keep),
     "Dense": Rule(_dense_numbers, _dense_keep),
 }
-"""By the mask's class name; `Full` hides nothing and needs none. "Rows" serves every other mask that has an interval."""
+"""By the mask's class name; `Full` hides nothing and needs none. "Rows" serves any other mask with an interval."""

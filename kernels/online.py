@@ -46,7 +46,7 @@ def _softmax_step(scores, factor, row_max, row_sum):
 
 @triton.jit
 def _softmax_finish(factor, row_max, row_sum, sink):
-    """What to divide the accumulated sum by, and lse (natural, without the sink). A row that saw nothing: 1 and -inf."""
+    """What to divide the accumulated sum by, and lse (natural, without the sink). Where nothing was seen: 1, -inf."""
     nothing = row_sum == 0.0
     log2_max = row_max * factor
     lse = tl.where(nothing, float("-inf"), (log2_max + tl.log2(tl.where(nothing, 1.0, row_sum))) * LN2)

@@ -67,4 +67,4 @@ def named(**fields: Any) -> Any:
 
 @functools.cache
 def _record(names: tuple[str, ...]) -> Any:
-    return collections.namedtuple("_Record", names)  # noqa: PYI024  (names are made at run time)
+    return collections.namedtuple("_Record", names)

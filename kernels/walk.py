@@ -97,7 +97,7 @@ def query_walk(
 
 @triton.jit
 def part(walk, PART: tl.constexpr, split, splits, KIND: tl.constexpr):
-    """The numbers of the tiles of a part that this split visits: begin, end. All splits' shares differ by one at most."""
+    """The numbers of the tiles of a part that this split visits: begin, end. Shares differ by one at most."""
     if KIND.SPLIT:
         total, before = walk[0] + walk[1], walk[0] if PART == FULL else 0
         begin, end = total * split // splits - before, total * (split + 1) // splits - before
