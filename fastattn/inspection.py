@@ -165,9 +165,8 @@ def _share(name: str) -> Callable[[Compiled, Loop], str]:
 
 
 def _tile(row: Compiled) -> str:
-    sizes = "x".join(str(row.tile[name]) for name in ("BLOCK_M", "BLOCK_N") if name in row.tile)
-    stages = f", {row.tile['num_stages']} stages" if "num_stages" in row.tile else ""
-    return f"{sizes}, {row.warps} warps{stages}"
+    sizes = "x".join(str(row.tile[name]) for name in ("block_m", "block_n") if row.tile[name])
+    return f"{sizes}, {row.warps} warps, {row.tile['num_stages']} stages"
 
 
 def _products(row: Compiled, loop: Loop) -> str:
@@ -232,7 +231,7 @@ def _remarks(row: Compiled) -> Iterator[str]:
 def _cells(row: Compiled, columns: tuple[Column, ...]) -> list[str]:
     """A cell a column: of the binary, where there is one; of the main loop, where there is one."""
     return [
-        column.cell(row, row.main)  # type: ignore[arg-type]
+        column.cell(row, row.main)
         if row.main or (row.error is None and column in BINARY)
         else "-"
         for column in columns

@@ -58,6 +58,11 @@ class Mask:
         """The masks that must all agree: the parts of an `And`, or the mask itself."""
         return [self]
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The class names of the masks that it is made of, below every `&` and `|`."""
+        return frozenset((type(self).__name__,))
+
     def draw(self, q_len: int, kv_len: int, *, batch: int = 0, head: int = 0) -> str:
         """The small table as text: a row a query, x = attends, . = hidden."""
         table = self.dense(q_len, kv_len)
@@ -111,6 +116,10 @@ class And(Mask):
     def leaves(self) -> list[Mask]:
         return [*self.left.leaves(), *self.right.leaves()]
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        return self.left.kinds | self.right.kinds
+
 
 @dataclass(frozen=True, eq=False)
 class Or(Mask):
@@ -140,6 +149,10 @@ class Or(Mask):
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
         for part in (self.left, self.right):
             part.check(batch, num_heads, q_len, kv_len)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return self.left.kinds | self.right.kinds
 
 
 def visible_pairs(mask: Mask, batch: int, num_heads: int, q_len: int, kv_len: int) -> int:

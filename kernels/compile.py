@@ -10,9 +10,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,9 +25,9 @@ from triton.runtime import driver
 from fastattn.kernels import amdgcn, launch, sass
 from fastattn.kernels.budget import RATES, Parts, budget, flop, gather
 from fastattn.kernels.configs import ANCESTORS, TABLE
+from fastattn.kernels.forms import DTYPES, FORMS, call
+from fastattn.kernels.kind import wide
 from fastattn.kernels.listing import Instruction, innermost
-from fastattn.masks import Causal, Full, Lengths, Mask, Window
-from fastattn.spec import AttnInputs, AttnSpec
 
 GPUS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -34,40 +35,10 @@ GPUS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
-"""Matrix products that a kernel makes of a tile: how many over head_dim, how many over head_dim_v."""
 TILES_OF = {"gfx942": "sm80"}
 """Whose tiles a target takes that has none in the table."""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Form:
-    """A call that a kernel is compiled for."""
-
-    mask: Callable[[], Mask] = Full
-    batch: int = 2
-    heads: int = 4
-    length: int = 512
-    float32: str = "highest"  # as torch.set_float32_matmul_precision has it
-
-
-FORMS = {
-    "bare": Form(),
-    "causal": Form(Causal),
-    "every-rule": Form(
-        lambda: (
-            Causal(offset=torch.zeros(2, dtype=torch.int64))
-            & Window(8, None)
-            & Window(None, 8, offset=torch.zeros(2, dtype=torch.int32))
-            & Lengths(*(torch.zeros(2, dtype=torch.int32) for _ in range(3)))
-        )
-    ),
-    "one-token": Form(Causal, batch=1, heads=1, length=1),
-    "tf32": Form(float32="high"),
-}
-"""Nothing hidden, the commonest mask, each rule in each of its forms at once, sizes of 1 (Triton makes constants of
-them, which its interpreter does not), and the other way to multiply float32."""
+PRODUCTS = {"fwd": 2, "short": 2, "decode": 2, "dq": 3, "dkv": 4}
+"""Matrix products that a kernel makes of a tile."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +46,7 @@ class Problem:
     """One kernel to compile."""
 
     target: str
-    kernel: str  # fwd of attn_fwd_kernel
+    kernel: str  # as the tile table names it
     head_dim: int
     dtype: str
     form: str
@@ -127,42 +98,39 @@ def plan(
     forms: Iterable[str] = tuple(FORMS),
 ) -> list[Problem]:
     """The product; None stands for everything there is. A form that makes no difference to a kernel is left out."""
-    dims = head_dims or sorted({row.head_dim for row in TABLE if row.kernel != "delta"})
+    dims = head_dims or sorted({row.head_dim for row in TABLE})
     problems, seen = [], set()
-    for target in targets:
-        for head_dim in dims:
-            for dtype in dtypes:
-                for form in forms:
-                    for kernel, each in launches(target, head_dim, dtype, form).items():
-                        key = (target, head_dim, dtype, kernel, repr((_kinds(each.args), each.options)))
-                        if (kernels is None or kernel in kernels) and key not in seen:
-                            problems.append(Problem(target, kernel, head_dim, dtype, form))
-                        seen.add(key)
+    for target, head_dim, dtype, form in product(targets, dims, dtypes, forms):
+        for kernel, each in launches(target, head_dim, dtype, form).items():
+            key = (target, head_dim, dtype, kernel, repr((_kinds(each.args), each.options)))
+            if (kernels is None or kernel in kernels) and key not in seen:
+                problems.append(Problem(target, kernel, head_dim, dtype, form))
+            seen.add(key)
     return problems
 
 
 def table_plan() -> list[Problem]:
-    """Each row of the tile table for its own target, bare and with every rule; for Hopper's in the other forms too."""
-    problems = []
-    for row in TABLE:
-        if row.target in GPUS:
-            forms = ["bare"] if row.kernel == "delta" else ["bare", "every-rule"]
-            if row.kernel != "delta":
-                forms += ["tf32"] if row.bits == 32 else ["causal", "one-token"] if row.target == "sm90" else []
-            dtype = "bf16" if row.bits == 16 else "fp32"
-            problems += [Problem(row.target, row.kernel, row.head_dim, dtype, form) for form in forms]
+    """Each row of the tile table for its own target, in each form once: at the widest head that takes the row."""
+    problems, seen = [], set()
+    dims = sorted({row.head_dim for row in TABLE}, reverse=True)
+    for target, dtype, head_dim, name in product(ANCESTORS, ("fp32", "bf16"), dims, FORMS):
+        if target in GPUS and FORMS[name].rows in ("all", "fp32" if dtype == "fp32" else target):
+            for kernel, each in launches(target, head_dim, dtype, name).items():
+                if each.row.target == target and (each.row, name) not in seen:
+                    seen.add((each.row, name))
+                    problems.append(Problem(target, kernel, head_dim, dtype, name))
     return problems
 
 
 def launches(target: str, head_dim: int, dtype: str, form: str) -> dict[str, launch.Launch]:
-    """What the forward and the backward pass launch, by the kernel's short name."""
+    """What the form is about of what the forward and the backward pass launch, by its name in the tile table."""
     made = FORMS[form]
-    shape = (made.batch, made.heads, made.length, head_dim)
-    inputs = AttnInputs(*(torch.empty(shape, dtype=DTYPES[dtype]) for _ in range(3)))
-    spec = AttnSpec.of(inputs, mask=made.mask())
+    spec, inputs = call(made, head_dim, DTYPES[dtype])
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    tensors = launch.Backward(out, lse, out, lse, lse, *inputs[:3])
     tiles = target if target in ANCESTORS else TILES_OF[target]
+    dbias = None if inputs.bias is None else launch.empty_dbias(spec, inputs.bias)
+    dsinks = None if inputs.sinks is None else launch.empty_dsinks(spec, inputs.sinks, tiles)
+    tensors = launch.Backward(out, lse, out, lse, lse, lse, *inputs[:3], dbias, dsinks)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(made.float32)
     try:
@@ -172,7 +140,7 @@ def launches(target: str, head_dim: int, dtype: str, form: str) -> dict[str, lau
         ]
     finally:
         torch.set_float32_matmul_precision(before)
-    return {each.kernel.fn.__name__.removeprefix("attn_").removesuffix("_kernel"): each for each in listed}
+    return {each.row.kernel: each for each in listed if each.row.kernel in made.kernels}
 
 
 def _kinds(value: Any) -> Any:
@@ -200,10 +168,12 @@ def compile_problem(problem: Problem) -> Compiled:
     else:
         reader, read = amdgcn, amdgcn.read(binary.asm["amdgcn"])
     warps = binary.metadata.num_warps
-    tile = {name: size for name, size in wanted.options.items() if name.startswith(("BLOCK_", "num_"))}
+    row = wanted.row
+    tile = {"block_m": row.block_m, "block_n": row.block_n, "num_stages": wanted.options["num_stages"]}
+    needs = 2 * row.block_m * row.block_n * wide(problem.head_dim) * PRODUCTS.get(row.kernel, 0)
     loops = _loops(reader, read.code, warps, binary.asm["ttgir"], problem.target)
     for loop in loops:
-        loop.tiles = _in_tiles(loop.flop, problem.kernel, tile)
+        loop.tiles = loop.flop / needs if needs else None
     return Compiled(
         problem,
         warps=warps,
@@ -215,14 +185,6 @@ def compile_problem(problem: Problem) -> Compiled:
         counts=_counted(read.code),
         loops=loops,
     )
-
-
-def _in_tiles(flop: float, kernel: str, tile: dict[str, int]) -> float | None:
-    if kernel not in PRODUCTS or not {"BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_DV"} <= set(tile):
-        return None
-    over_dim, over_dim_v = PRODUCTS[kernel]
-    depth = over_dim * tile["BLOCK_D"] + over_dim_v * tile["BLOCK_DV"]
-    return flop / (2 * tile["BLOCK_M"] * tile["BLOCK_N"] * depth)
 
 
 def _counted(code: Iterable[Instruction]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Tile tables: how large a tile each kernel works on, by target, pass, width of the head and of the dtype.
 
-A row serves every problem whose sizes it covers; the first that does is taken. Nothing is tuned at run time.
+A row serves every problem whose sizes it covers; the first that does is taken, of a target's own rows before those of
+its ancestors. Nothing is tuned at run time.
 """
 
 import functools
@@ -29,12 +30,21 @@ class TileConfig:
     descriptors: bool = False  # load and store by tensor descriptors where the tensors allow
     persistent: bool = False  # as many programs as fit the device, each taking tile after tile
     warp_specialize: bool = False
+    laden: bool = False  # for problems with dropout, a bias or a table as mask, whose numbers take registers too
 
 
 TMA = {"descriptors": True}
+LADEN = {"laden": True}
 
 TABLE: tuple[TileConfig, ...] = (
     # target        kernel  dim  bits   M    N  warps stages
+    TileConfig("sm80", "fwd", 128, 16, 64, 32, 8, 2, **LADEN),
+    TileConfig("sm80", "fwd", 256, 16, 32, 32, 8, 1, **LADEN),
+    TileConfig("sm80", "dq", 64, 16, 64, 32, 8, 2, **LADEN),
+    TileConfig("sm80", "dq", 128, 16, 32, 32, 4, 2, **LADEN),
+    TileConfig("sm80", "dq", 256, 16, 32, 32, 8, 1, **LADEN),
+    TileConfig("sm80", "dkv", 128, 16, 32, 32, 8, 2, **LADEN),
+    TileConfig("sm80", "dkv", 256, 16, 16, 16, 8, 1, **LADEN),
     TileConfig("sm80", "fwd", 64, 16, 128, 64, 4, 3),
     TileConfig("sm80", "fwd", 128, 16, 128, 64, 8, 3),
     TileConfig("sm80", "fwd", 256, 16, 64, 32, 4, 2),
@@ -69,19 +79,26 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm80", "dkv", 128, 32, 32, 32, 8, 1),
     TileConfig("sm80", "dkv", 256, 32, 16, 16, 8, 1),
     TileConfig("sm80", "dkv", 512, 32, 16, 16, 8, 1),
-    TileConfig("sm80", "dbias", 128, 16, 64, 64, 8, 1),
-    TileConfig("sm80", "dbias", 256, 16, 32, 32, 8, 1),
+    TileConfig("sm80", "dbias", 64, 16, 64, 64, 8, 1),
+    TileConfig("sm80", "dbias", 128, 16, 32, 64, 8, 1),
+    TileConfig("sm80", "dbias", 256, 16, 32, 16, 4, 1),
     TileConfig("sm80", "dbias", 512, 16, 16, 16, 8, 1),
     TileConfig("sm80", "dbias", 128, 32, 32, 32, 8, 1),
     TileConfig("sm80", "dbias", 512, 32, 16, 16, 8, 1),
+    TileConfig("sm90", "fwd", 128, 16, 128, 32, 8, 2, **TMA, **LADEN),
+    TileConfig("sm90", "fwd", 256, 16, 64, 32, 8, 2, **TMA, **LADEN),
+    TileConfig("sm90", "dq", 128, 16, 64, 32, 8, 2, **TMA, **LADEN),
+    TileConfig("sm90", "dkv", 128, 16, 32, 64, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
     TileConfig("sm90", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
-    TileConfig("sm90", "fwd", 256, 16, 64, 64, 4, 2, **TMA),
+    TileConfig("sm90", "fwd", 256, 16, 128, 32, 8, 2, **TMA),
     TileConfig("sm90", "short", 128, 16, 64, 64, 4, 3, **TMA),
     TileConfig("sm90", "dq", 64, 16, 128, 64, 8, 2, **TMA),
     TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 2, **TMA),
+    TileConfig("sm90", "dq", 256, 16, 64, 64, 8, 2, **TMA),
     TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 2, **TMA),
-    TileConfig("sm90", "dkv", 128, 16, 64, 64, 8, 2, **TMA),
+    TileConfig("sm90", "dkv", 128, 16, 32, 128, 8, 2, **TMA),
+    TileConfig("sm90", "dbias", 128, 16, 64, 64, 8, 1),
     TileConfig("sm100", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
     TileConfig("sm100", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
     # Small uneven tiles: several of them in a test's short sequences. Half precision by descriptors, float32 without.
@@ -138,8 +155,8 @@ def pick(spec: AttnSpec, kernel: str, target: str) -> TileConfig:
     """The row for one kernel of a problem. Pure; ValueError where the table ends."""
     row = _find(spec, kernel, target)
     if row is None:
-        wide, bits = _width(spec)
-        raise ValueError(f"no tile for {kernel} on {target} at head_dim {wide} and {bits}-bit elements")
+        wide = max(spec.head_dim, spec.head_dim_v)
+        raise ValueError(f"no tile for {kernel} on {target} at head_dim {wide} and {spec.dtype}")
     return row
 
 
@@ -181,24 +198,17 @@ def section_of(spec: AttnSpec, length: int) -> int:
 
 
 def _find(spec: AttnSpec, kernel: str, target: str) -> TileConfig | None:
-    return _row(kernel, target, *_width(spec))
+    laden = spec.dropout_p > 0 or spec.bias_shape is not None or "Dense" in spec.mask.kinds
+    return _row(kernel, target, max(spec.head_dim, spec.head_dim_v), 8 * spec.dtype.itemsize, laden)
 
 
 @functools.cache
-def _row(kernel: str, target: str, dim: int, bits: int) -> TileConfig | None:
-    for name in ANCESTORS[target]:
-        for row in TABLE:
-            if (row.target, row.kernel) == (name, kernel) and dim <= row.head_dim and bits <= row.bits:
-                return row
+def _row(kernel: str, target: str, dim: int, bits: int, laden: bool) -> TileConfig | None:
+    rows = [row for name in ANCESTORS[target] for row in TABLE if (row.target, row.kernel) == (name, kernel)]
+    for row in rows:
+        if dim <= row.head_dim and bits <= row.bits and (laden or not row.laden):
+            return row
     return None
-
-
-def _width(spec: AttnSpec) -> tuple[int, int]:
-    """The head_dim and bits that a row must cover. Dropout's bits and a bias take registers as twice the width does."""
-    dim = max(spec.head_dim, spec.head_dim_v)
-    if spec.dropout_p > 0 or spec.bias_shape is not None:
-        dim = max(dim, min(2 * dim, MAX_HEAD_DIM))
-    return dim, 8 * spec.dtype.itemsize
 
 
 MAX_HEAD_DIM = max(row.head_dim for row in TABLE)

@@ -42,6 +42,7 @@ GATES = (
     Gate("compiles", lambda row: True, _compiles),
     Gate("shared memory fits the target", _has_own_tiles, lambda row: row.shared_bytes <= row.shared_limit),
     Gate("HGMMA in the main loop", _is_default, _main_loop_has("HGMMA")),
+    Gate("UTMALDG in the main loop", _is_default, _main_loop_has("UTMALDG")),
     Gate("nothing is spilled", _is_default, lambda row: row.spilled_bytes == 0),
 )
 

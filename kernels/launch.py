@@ -95,11 +95,9 @@ class Problem:
         programs = tiles_of(self.spec.q_len, row.block_m) * self.spec.num_heads * self.spec.batch
         return self.launch(kernel, row, programs, (*operands, self.sizes(programs, 1, splits)))
 
-    def launch(
-        self, kernel: Any, row: TileConfig, programs: int, args: tuple, BLOCK_N: int = 0, **flags: bool
-    ) -> Launch:
+    def launch(self, kernel: Any, row: TileConfig, programs: int, args: tuple, **flags: bool) -> Launch:
         kind = kind_of(self.spec, self.mask, interpreted=INTERPRETED, **flags)
-        blocks = {"BLOCK_M": row.block_m} | ({"BLOCK_N": BLOCK_N} if BLOCK_N else {})
+        blocks = {"BLOCK_M": row.block_m} | ({"BLOCK_N": row.block_n} if row.block_n else {})
         options = {"KIND": kind, **blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
         return Launch(kernel, programs, args, options, row)
 

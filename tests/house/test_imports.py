@@ -59,7 +59,7 @@ ROOMS = (
     Room("fastattn.integrations.timm", may=("torch", "fastattn"), inside=("timm",), never=DOORS),
     Room("fastattn.integrations.diffusers", may=("torch", "fastattn"), inside=("diffusers",), never=DOORS),
     Room("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
-    Room("fastattn.kernels.compile", may=("torch", "triton", "fastattn.spec", "fastattn.masks", "fastattn.kernels")),
+    Room("fastattn.kernels.forms", may=("torch", "fastattn.spec", "fastattn.masks")),
     Room(
         "fastattn.bench",
         may=("torch", "fastattn"),
