@@ -58,10 +58,14 @@ class Mask:
         """The masks that must all agree: the parts of an `And`, or the mask itself."""
         return [self]
 
+    def atoms(self) -> list[Mask]:
+        """The masks that it is made of, below every `&` and `|`."""
+        return [self]
+
     @property
-    def kinds(self) -> frozenset[str]:
-        """The class names of the masks that it is made of, below every `&` and `|`."""
-        return frozenset((type(self).__name__,))
+    def is_interval(self) -> bool:
+        """Whether `interval` says what the mask is."""
+        return type(self).interval is not Mask.interval
 
     def draw(self, q_len: int, kv_len: int, *, batch: int = 0, head: int = 0) -> str:
         """The small table as text: a row a query, x = attends, . = hidden."""
@@ -116,9 +120,8 @@ class And(Mask):
     def leaves(self) -> list[Mask]:
         return [*self.left.leaves(), *self.right.leaves()]
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        return self.left.kinds | self.right.kinds
+    def atoms(self) -> list[Mask]:
+        return [*self.left.atoms(), *self.right.atoms()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,9 +153,8 @@ class Or(Mask):
         for part in (self.left, self.right):
             part.check(batch, num_heads, q_len, kv_len)
 
-    @property
-    def kinds(self) -> frozenset[str]:
-        return self.left.kinds | self.right.kinds
+    def atoms(self) -> list[Mask]:
+        return [*self.left.atoms(), *self.right.atoms()]
 
 
 def visible_pairs(mask: Mask, batch: int, num_heads: int, q_len: int, kv_len: int) -> int:

@@ -95,6 +95,7 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm90", "short", 128, 16, 64, 64, 4, 3, **TMA),
     TileConfig("sm90", "dq", 64, 16, 128, 64, 8, 2, **TMA),
     TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 2, **TMA),
+    TileConfig("sm90", "dq", 256, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dq", 256, 16, 64, 64, 8, 2, **TMA),
     TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 2, **TMA),
     TileConfig("sm90", "dkv", 128, 16, 32, 128, 8, 2, **TMA),
@@ -198,7 +199,8 @@ def section_of(spec: AttnSpec, length: int) -> int:
 
 
 def _find(spec: AttnSpec, kernel: str, target: str) -> TileConfig | None:
-    laden = spec.dropout_p > 0 or spec.bias_shape is not None or "Dense" in spec.mask.kinds
+    table = any(type(mask).__name__ == "Dense" for mask in spec.mask.atoms())
+    laden = table or spec.dropout_p > 0 or spec.bias_shape is not None
     return _row(kernel, target, max(spec.head_dim, spec.head_dim_v), 8 * spec.dtype.itemsize, laden)
 
 

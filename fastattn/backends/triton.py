@@ -16,6 +16,7 @@ from fastattn.spec import AttnInputs, AttnSpec
 
 OLDEST = (3, 6)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
 MAX_LEN = 2**29  # the sum of a position, an offset and a tile fits an int32
 SMALLEST_CAPABILITY = (8, 0)
@@ -125,6 +126,9 @@ def _capability(index: int | None) -> tuple[int, int]:
 def _feature_reason(spec: AttnSpec) -> str | None:
     if spec.dtype not in DTYPES:
         return f"dtype {spec.dtype} has no kernel; float16, bfloat16 and float32 have"
+    for mask in spec.mask.atoms():
+        if not mask.is_interval and type(mask).__name__ not in WITHOUT_INTERVAL:
+            return f"mask {type(mask).__name__} has neither a Triton rule nor an interval; `Dense` of its table has one"
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
     if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:
