@@ -231,9 +231,7 @@ def _remarks(row: Compiled) -> Iterator[str]:
 def _cells(row: Compiled, columns: tuple[Column, ...]) -> list[str]:
     """A cell a column: of the binary, where there is one; of the main loop, where there is one."""
     return [
-        column.cell(row, row.main)
-        if row.main or (row.error is None and column in BINARY)
-        else "-"
+        column.cell(row, row.main) if row.main or (row.error is None and column in BINARY) else "-"
         for column in columns
     ]
 

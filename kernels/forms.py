@@ -1,0 +1,90 @@
+"""The calls that kernels are compiled for where there is no GPU: each form turns on what compiles to other code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Prefix, Segments, Window
+from fastattn.spec import AttnInputs, AttnSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORWARD = ("fwd", "short", "decode", "merge")
+WALKING = ("fwd", "dq", "dkv")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A call that kernels are compiled for, and those of its kernels that are compiled. Its tensors hold nothing."""
+
+    kernels: tuple[str, ...] = (*FORWARD, "delta", "dq", "dkv", "dbias")
+    rows: str = "all"  # of the tile table that `table_plan` compiles in this form: all, sm90 (its half precision), fp32
+    mask: Callable[[], Mask] = Full
+    batch: int = 2
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    q_len: int = 4096
+    kv_len: int = 4096
+    bias: bool = False
+    sinks: bool = False
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    float32: str = "highest"  # as torch.set_float32_matmul_precision has it
+
+
+def _empty(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=of, device="meta")
+
+
+def _spans() -> Mask:
+    """Each rule that is walked in closed form, and an OR."""
+    return (
+        Causal(offset=_empty(2, of=torch.int64))
+        & Window(8, None)
+        & Window(None, 8, offset=_empty(2))
+        & Chunked(64, 1, offset=_empty(2))
+        & Lengths(_empty(2), _empty(2), _empty(2))
+        & Segments(_empty(2, 4096), _empty(2, 4096), sorted=True)
+    ) | Prefix(_empty(2))
+
+
+def _lists() -> Mask:
+    """The rules that need block lists."""
+    return Dense(_empty(4096, 4096, of=torch.bool)) & Segments(_empty(2, 4096), _empty(2, 4096))
+
+
+BARE = Form()
+EVERYTHING: dict[str, Any] = {"mask": _spans, "bias": True, "sinks": True, "softcap": 30.0, "dropout_p": 0.1}
+SHORT = replace(BARE, kernels=FORWARD, q_len=8, num_kv_heads=1)
+SHORT_EVERYTHING = EVERYTHING | {"mask": lambda: Causal() & Lengths(_empty(2)) | Window(4, 4)}
+DECODE = replace(SHORT, q_len=1)
+FORMS = {
+    "bare": BARE,
+    "every-feature": replace(BARE, **EVERYTHING),
+    "bias": replace(BARE, kernels=("dbias",), bias=True),
+    "short": SHORT,
+    "short-every-feature": replace(SHORT, **SHORT_EVERYTHING),
+    "decode": DECODE,
+    "decode-every-feature": replace(DECODE, **SHORT_EVERYTHING),
+    "causal": replace(BARE, kernels=WALKING, rows="sm90", mask=Causal),
+    "spans": replace(BARE, kernels=WALKING, rows="sm90", mask=_spans),
+    "lists": replace(BARE, kernels=WALKING, rows="sm90", mask=_lists),
+    "one-token": Form(rows="sm90", mask=Causal, batch=1, num_heads=1, num_kv_heads=1, q_len=1, kv_len=1),
+    "tf32": replace(BARE, kernels=WALKING, rows="fp32", float32="high"),
+}
+"""Nothing hidden; all at once; a bias for its gradient alone; few queries; one; the commonest mask; all rules; block
+lists; sizes of 1 (Triton makes constants of them, which its interpreter does not); float32 multiplied the other way."""
+
+
+def call(form: Form, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:
+    """The form as a spec and tensors, on the meta device."""
+    inputs = AttnInputs(
+        _empty(form.batch, form.num_heads, form.q_len, head_dim, of=dtype),
+        _empty(form.batch, form.num_kv_heads, form.kv_len, head_dim, of=dtype),
+        _empty(form.batch, form.num_kv_heads, form.kv_len, head_dim, of=dtype),
+        _empty(form.batch, form.num_heads, form.q_len, form.kv_len, of=dtype) if form.bias else None,
+        _empty(form.num_heads, of=torch.float32) if form.sinks else None,
+        _empty(1, of=torch.int64) if form.dropout_p else None,
+    )
+    return AttnSpec.of(inputs, mask=form.mask(), softcap=form.softcap, dropout_p=form.dropout_p), inputs
