@@ -73,7 +73,7 @@ def _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.cons
     weights, d_scores, d_raw, kept = gradient_tile(raw, d_weights, total, delta, scales, t, strides.bias, batch, head,
                                                    q_idx, kv_lo, numbers, KIND, CHECK, BLOCK_M, BLOCK_N,
                                                    True)  # fmt: skip
-    if CHECK or KIND.BIAS != "":
+    if KIND.HIDES and (CHECK or KIND.BIAS != ""):
         q, do = only_seen(q, kept, 0), only_seen(do, kept, 0)
     dk, dv, dbias = sums
     if t.dbias is not None:

@@ -70,7 +70,7 @@ def _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.cons
     raw, d_weights = dot(q, tl.trans(k), KIND), dot(do, tl.trans(v), KIND)
     _, d_scores, d_raw, kept = gradient_tile(raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx,
                                              kv_lo, numbers, KIND, CHECK, BLOCK_M, BLOCK_N, False)  # fmt: skip
-    if CHECK or KIND.BIAS != "":
+    if KIND.HIDES and (CHECK or KIND.BIAS != ""):
         k = only_seen(k, kept, 0)
     dq, d_rows = sums
     if t.dbias is not None or KIND.SINKS:

@@ -52,7 +52,7 @@ def _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND: tl.con
     at = batch, head, kv_head, q_idx
     # [BLOCK_M, BLOCK_D]
     q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)
-    row_max, row_sum = KIND.start(BLOCK_M)
+    row_max, row_sum = KIND.begin(BLOCK_M)
     state = tl.zeros([BLOCK_M, KIND.BLOCK_DV], tl.float32), row_max, row_sum
     begin, end = part(walk, CHECKED, split, sizes.splits, KIND)
     for n in tl.range(begin, end):
@@ -90,7 +90,7 @@ def _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND: tl.
     rows_head = head[:, None] if KIND.PACKED else head
     scores, kept = score_tile(raw, scales, t.bias, strides.bias, batch, rows_head, q_idx[:, None], kv_idx[None, :],
                               numbers, KIND, CHECK)  # fmt: skip
-    if CHECK or KIND.BIAS != "":
+    if KIND.HIDES and (CHECK or KIND.BIAS != ""):
         v = only_seen(v, kept, 0)
     weights, rescale, row_max, row_sum = KIND.step(scores, scales.factor, row_max, row_sum)
     if KIND.DROPOUT:
@@ -112,7 +112,7 @@ def attn_merge_kernel(
     q_lo = tile * BLOCK_M
     q_idx = q_lo + tl.arange(0, BLOCK_M)
     inside = q_idx < sizes.q_len
-    row_max, row_sum = KIND.start(BLOCK_M)
+    row_max, row_sum = KIND.begin(BLOCK_M)
     acc = tl.zeros([BLOCK_M, KIND.BLOCK_DV], tl.float32)
     for split in tl.range(0, sizes.splits):
         place = split * sizes.batch + batch

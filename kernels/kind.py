@@ -23,14 +23,18 @@ class Kind(NamedTuple):
     """
 
     numbers: tuple
+    start: tuple
+    stop: tuple
     keep: tuple
     kv_span: tuple
     q_span: tuple
     PROGRAM: tuple
     TERMS: tuple
+    STARTS: tuple
+    HIDES: Any  # whether somebody may see nothing or be seen by nobody, whose numbers may then be anything
     score: Any
     slope: Any
-    start: Any
+    begin: Any
     step: Any
     finish: Any
     total: Any
@@ -65,6 +69,7 @@ def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) 
         ("PRECISION", "ieee" if exact else "tf32"),
         ("BF16_BY_HAND", by_hand),
         ("BIAS", bias_axes(spec)),
+        ("HIDES", mask.hides or spec.bias_shape is not None),
         ("SINKS", spec.has_sinks),
         ("DROPOUT", spec.dropout_p > 0),
     )
@@ -90,6 +95,7 @@ def _kind(
         **Rule(*functions)._asdict(),
         PROGRAM=tuple(map(tl.constexpr, program)),
         TERMS=tuple(tuple(map(tl.constexpr, term)) for term in terms),
+        STARTS=tuple(tl.constexpr(any(RULES[rules[n]].start is not None for n in term)) for term in terms),
         **SCORES[score]._asdict(),
         **NORMALIZERS[normalizer]._asdict(),
         **{name: tl.constexpr(value) for name, value in constants},

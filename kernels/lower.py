@@ -22,6 +22,7 @@ class Lowered(NamedTuple):
     rules: tuple[str, ...]  # in masks.RULES
     program: tuple[int, ...]
     terms: tuple[tuple[int, ...], ...]  # none: block lists are walked
+    hides: bool  # whether a query may see nothing, or a key be seen by nobody
     args: tuple
 
 
@@ -51,7 +52,7 @@ def lower(spec: AttnSpec) -> Lowered:
     mask = _without_full(spec.mask)
     terms = [()] if _is_full(mask) else visit(mask)
     spans = len(terms) <= MOST_TERMS and all(RULES[name].kv_span is not None for name in names)
-    return Lowered(tuple(names), tuple(program), tuple(terms) if spans else (), tuple(args))
+    return Lowered(tuple(names), tuple(program), tuple(terms) if spans else (), _hides(names, args, spec), tuple(args))
 
 
 def _without_full(mask: Any) -> Any:
@@ -68,6 +69,20 @@ def _without_full(mask: Any) -> Any:
 
 def _is_full(mask: Any) -> bool:
     return type(mask).__name__ == "Full"
+
+
+def _hides(names: list[str], args: list[tuple], spec: AttnSpec) -> bool:
+    """False where all queries surely see something and all keys are seen: a band low <= key - query <= high of placed
+    masks, all of them in one AND, that meets every row and column.
+    """
+    if not set(names) <= {"Causal", "Window"} or type(spec.mask).__name__ == "Or":
+        return True
+    if any(offsets is not None for _, _, offsets in args):
+        return True
+    low = max((each for each, _, _ in args if each is not None), default=-FAR.value)
+    high = min((each for _, each, _ in args if each is not None), default=FAR.value)
+    queries = high >= 0 and low <= spec.kv_len - spec.q_len
+    return not (queries and low <= 0 and high >= spec.kv_len - spec.q_len)
 
 
 class Lists(NamedTuple):

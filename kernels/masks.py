@@ -3,7 +3,9 @@
 A rule is a few jit functions, handed to a kernel as constexprs:
 
     numbers(args, batch, head, q_len, kv_len)   read once per program: this batch item's numbers
-    keep(q_idx, kv_idx, numbers)                bool, broadcast: may query q_idx see key kv_idx
+    start(q_idx, numbers)                       the first key that query q_idx sees; None: the first there is
+    stop(q_idx, numbers)                        the one after the last, not clipped
+    keep(q_idx, kv_idx, numbers)                for a rule that is no interval, instead of both: bool, broadcast
     kv_span(q_lo, q_hi, numbers, BLOCK)         for queries q_lo ... q_hi - 1, BLOCK at most: lo, full_lo, full_hi, hi
     q_span(kv_lo, kv_hi, numbers, BLOCK)        the mirror, for keys kv_lo ... kv_hi - 1
 
@@ -11,8 +13,9 @@ A span says: everything that some of them sees lies in [lo, hi), and all of them
 Bounds may lie outside the problem. A rule without spans (None) is walked by block lists. Each rule is held against the
 mask's own table by one test; `args` are made in lower.py, which also says how rules combine:
 
+    KIND.TERMS     an OR of ANDs of rules, by their places: at most two terms, all with spans; none where lists are
+    KIND.STARTS    walked. For each term, whether a rule of it has a start
     KIND.PROGRAM   the mask in postfix: a rule's place, or AND or OR of the two before
-    KIND.TERMS     the mask as an OR of ANDs of rules, for the spans: at most two terms; none where lists are walked
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +31,9 @@ class Rule(NamedTuple):
     """The jit functions of one rule."""
 
     numbers: Any
-    keep: Any
+    start: Any = None
+    stop: Any = None
+    keep: Any = None
     kv_span: Any = None
     q_span: Any = None
 
@@ -44,17 +49,51 @@ def read_numbers(KIND: tl.constexpr, args, batch, head, q_len, kv_len):
 
 @triton.jit
 def keep(KIND: tl.constexpr, q_idx, kv_idx, numbers):
-    """What the mask keeps within the problem. q_idx and kv_idx broadcast against each other, in either order."""
-    inside = (q_idx < numbers[0][0]) & (kv_idx < numbers[0][1])
-    stack = (inside, None)  # top, rest
-    for n in tl.static_range(len(KIND.PROGRAM)):
-        if KIND.PROGRAM[n] == AND:
-            stack = (stack[0] & stack[1][0], stack[1][1])
-        elif KIND.PROGRAM[n] == OR:
-            stack = (stack[0] | stack[1][0], stack[1][1])
-        else:
-            stack = (KIND.keep[KIND.PROGRAM[n]](q_idx, kv_idx, numbers[KIND.PROGRAM[n] + 1]), stack)
-    return stack[0] & inside
+    """What the mask keeps within the problem. q_idx and kv_idx broadcast against each other, in either order.
+
+    Intervals are intersected query by query: an element is compared twice at most, whatever the rules.
+    """
+    # A query past the last one sees nothing.
+    end = tl.where(q_idx < numbers[0][0], numbers[0][1], 0)
+    if len(KIND.TERMS) > 0:
+        kept = _term(KIND, 0, q_idx, kv_idx, numbers, end)
+        if len(KIND.TERMS) == 2:
+            kept = kept | _term(KIND, 1, q_idx, kv_idx, numbers, end)
+        return kept
+    else:
+        stack = (kv_idx < end, None)  # top, rest
+        for n in tl.static_range(len(KIND.PROGRAM)):
+            if KIND.PROGRAM[n] == AND:
+                stack = (stack[0] & stack[1][0], stack[1][1])
+            elif KIND.PROGRAM[n] == OR:
+                stack = (stack[0] | stack[1][0], stack[1][1])
+            else:
+                stack = (_alone(KIND, KIND.PROGRAM[n], q_idx, kv_idx, numbers), stack)
+        return stack[0] & (kv_idx < end)
+
+
+@triton.jit
+def _term(KIND: tl.constexpr, TERM: tl.constexpr, q_idx, kv_idx, numbers, end):
+    start = tl.zeros_like(end)
+    for n in tl.static_range(len(KIND.TERMS[TERM])):
+        end = tl.minimum(end, KIND.stop[KIND.TERMS[TERM][n]](q_idx, numbers[KIND.TERMS[TERM][n] + 1]))
+        if KIND.start[KIND.TERMS[TERM][n]] is not None:
+            start = tl.maximum(start, KIND.start[KIND.TERMS[TERM][n]](q_idx, numbers[KIND.TERMS[TERM][n] + 1]))
+    kept = kv_idx < end
+    if KIND.STARTS[TERM]:
+        kept = kept & (kv_idx >= start)
+    return kept
+
+
+@triton.jit
+def _alone(KIND: tl.constexpr, RULE: tl.constexpr, q_idx, kv_idx, numbers):
+    if KIND.stop[RULE] is None:
+        kept = KIND.keep[RULE](q_idx, kv_idx, numbers[RULE + 1])
+    else:
+        kept = kv_idx < KIND.stop[RULE](q_idx, numbers[RULE + 1])
+        if KIND.start[RULE] is not None:
+            kept = kept & (kv_idx >= KIND.start[RULE](q_idx, numbers[RULE + 1]))
+    return kept
 
 
 @triton.jit
@@ -103,8 +142,13 @@ def _placed_numbers(args, batch, head, q_len, kv_len):
 
 
 @triton.jit
-def _causal_keep(q_idx, kv_idx, numbers):
-    return kv_idx - q_idx <= numbers[1]
+def _placed_start(q_idx, numbers):
+    return q_idx + numbers[0]
+
+
+@triton.jit
+def _placed_stop(q_idx, numbers):
+    return q_idx + numbers[1] + 1
 
 
 @triton.jit
@@ -115,11 +159,6 @@ def _causal_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
 @triton.jit
 def _causal_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
     return kv_lo - numbers[1], kv_hi - 1 - numbers[1], FAR, FAR
-
-
-@triton.jit
-def _window_keep(q_idx, kv_idx, numbers):
-    return (kv_idx - q_idx >= numbers[0]) & (kv_idx - q_idx <= numbers[1])
 
 
 @triton.jit
@@ -151,8 +190,13 @@ def _length(lengths, batch, most):
 
 
 @triton.jit
-def _lengths_keep(q_idx, kv_idx, numbers):
-    return (kv_idx >= numbers[0]) & (kv_idx < numbers[1]) & (q_idx < numbers[2])
+def _lengths_start(q_idx, numbers):
+    return numbers[0]
+
+
+@triton.jit
+def _lengths_stop(q_idx, numbers):
+    return tl.where(q_idx < numbers[2], numbers[1], 0)
 
 
 @triton.jit
@@ -187,9 +231,13 @@ def _chunked_numbers(args, batch, head, q_len, kv_len):
 
 
 @triton.jit
-def _chunked_keep(q_idx, kv_idx, numbers):
-    ahead = _chunk(kv_idx, numbers[0]) - _chunk(q_idx + numbers[3], numbers[0])
-    return (ahead <= numbers[2]) & (ahead >= -numbers[1])
+def _chunked_start(q_idx, numbers):
+    return _chunk_edge(q_idx + numbers[3], -numbers[1], numbers[0], 0)
+
+
+@triton.jit
+def _chunked_stop(q_idx, numbers):
+    return _chunk_edge(q_idx + numbers[3], numbers[2] + 1, numbers[0], 0)
 
 
 @triton.jit
@@ -204,20 +252,20 @@ def _chunked_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _chunk_span(lo, hi, offset, size, back, ahead):
-    """The positions within reach of lo ... hi - 1, less the offset. Products need 64 bits before they are clamped."""
-    wide = size.to(tl.int64)
-    first, last = _chunk(lo, size).to(tl.int64), _chunk(hi - 1, size).to(tl.int64)
+    """The positions within reach of lo ... hi - 1, less the offset."""
     return (
-        _near((first - back) * wide - offset),
-        _near((last - back) * wide - offset),
-        _near((first + ahead + 1) * wide - offset),
-        _near((last + ahead + 1) * wide - offset),
+        _chunk_edge(lo, -back, size, offset),
+        _chunk_edge(hi - 1, -back, size, offset),
+        _chunk_edge(lo, ahead + 1, size, offset),
+        _chunk_edge(hi - 1, ahead + 1, size, offset),
     )
 
 
 @triton.jit
-def _near(position):
-    return tl.minimum(tl.maximum(position, -FAR), FAR).to(tl.int32)
+def _chunk_edge(position, chunks, size, offset):
+    """Where the chunk begins that lies `chunks` beyond a position's own. 64 bits wide before it is clamped."""
+    edge = (_chunk(position, size).to(tl.int64) + chunks) * size - offset
+    return tl.minimum(tl.maximum(edge, -FAR), FAR).to(tl.int32)
 
 
 # Prefix: causal, and the first keys for all.
@@ -229,8 +277,8 @@ def _prefix_numbers(args, batch, head, q_len, kv_len):
 
 
 @triton.jit
-def _prefix_keep(q_idx, kv_idx, numbers):
-    return _causal_keep(q_idx, kv_idx, numbers) | (kv_idx < numbers[2])
+def _prefix_stop(q_idx, numbers):
+    return tl.maximum(q_idx + numbers[1] + 1, numbers[2])
 
 
 @triton.jit
@@ -257,10 +305,13 @@ def _rows_numbers(args, batch, head, q_len, kv_len):
 
 
 @triton.jit
-def _rows_keep(q_idx, kv_idx, numbers):
-    inside = q_idx < numbers[3]
-    start = tl.load(numbers[0] + q_idx, mask=inside, other=0)
-    return (kv_idx >= start) & (kv_idx < tl.load(numbers[1] + q_idx, mask=inside, other=0))
+def _rows_start(q_idx, numbers):
+    return tl.load(numbers[0] + q_idx, mask=q_idx < numbers[3], other=0)
+
+
+@triton.jit
+def _rows_stop(q_idx, numbers):
+    return tl.load(numbers[1] + q_idx, mask=q_idx < numbers[3], other=0)
 
 
 @triton.jit
@@ -304,13 +355,13 @@ def _dense_keep(q_idx, kv_idx, numbers):
 
 
 RULES: dict[str, Rule] = {
-    "Causal": Rule(_placed_numbers, _causal_keep, _causal_kv_span, _causal_q_span),
-    "Window": Rule(_placed_numbers, _window_keep, _window_kv_span, _window_q_span),
-    "Chunked": Rule(_chunked_numbers, _chunked_keep, _chunked_kv_span, _chunked_q_span),
-    "Lengths": Rule(_lengths_numbers, _lengths_keep, _lengths_kv_span, _lengths_q_span),
-    "Prefix": Rule(_prefix_numbers, _prefix_keep, _prefix_kv_span, _prefix_q_span),
-    "Rows": Rule(_rows_numbers, _rows_keep, _rows_kv_span, _rows_q_span),
-    "Segments": Rule(_segments_numbers, _segments_keep),
-    "Dense": Rule(_dense_numbers, _dense_keep),
+    "Causal": Rule(_placed_numbers, None, _placed_stop, None, _causal_kv_span, _causal_q_span),
+    "Window": Rule(_placed_numbers, _placed_start, _placed_stop, None, _window_kv_span, _window_q_span),
+    "Chunked": Rule(_chunked_numbers, _chunked_start, _chunked_stop, None, _chunked_kv_span, _chunked_q_span),
+    "Lengths": Rule(_lengths_numbers, _lengths_start, _lengths_stop, None, _lengths_kv_span, _lengths_q_span),
+    "Prefix": Rule(_prefix_numbers, None, _prefix_stop, None, _prefix_kv_span, _prefix_q_span),
+    "Rows": Rule(_rows_numbers, _rows_start, _rows_stop, None, _rows_kv_span, _rows_q_span),
+    "Segments": Rule(_segments_numbers, keep=_segments_keep),
+    "Dense": Rule(_dense_numbers, keep=_dense_keep),
 }
 """By the mask's class name; `Full` hides nothing and needs none. "Rows" serves any other mask with an interval."""

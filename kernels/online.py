@@ -19,7 +19,7 @@ MOST_LOG2 = tl.constexpr(120.0)  # exp2 of it is finite, with room for a product
 class Normalizer(NamedTuple):
     """The jit functions of one normaliser."""
 
-    start: Any
+    begin: Any
     step: Any
     finish: Any
     total: Any
@@ -29,7 +29,7 @@ class Normalizer(NamedTuple):
 
 
 @triton.jit
-def _softmax_start(BLOCK_M: tl.constexpr):
+def _softmax_begin(BLOCK_M: tl.constexpr):
     return tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
 
@@ -86,7 +86,7 @@ def _softmax_lse_slope(lse, total):
 
 NORMALIZERS = {
     "Softmax": Normalizer(
-        _softmax_start,
+        _softmax_begin,
         _softmax_step,
         _softmax_finish,
         _softmax_total,
