@@ -45,7 +45,7 @@ def attn_dkv_kernel(
         for n in tl.range(0, walk[0]):
             q_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_M)
             sums = _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
-        for n in tl.range(0, walk[1], warp_specialize=KIND.WARP_SPECIALIZE):
+        for n in tl.range(0, walk[1]):
             q_lo = tile_start(KIND, walk, FULL, n, BLOCK_M)
             sums = _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
         dk, dv, dbias = sums

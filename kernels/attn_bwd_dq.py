@@ -43,7 +43,7 @@ def attn_dq_kernel(
     for n in tl.range(0, walk[0]):
         kv_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_N)
         sums = _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
-    for n in tl.range(0, walk[1], warp_specialize=KIND.WARP_SPECIALIZE):
+    for n in tl.range(0, walk[1]):
         kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
         sums = _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
     dq, d_rows = sums

@@ -59,7 +59,7 @@ def _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND: tl.con
         kv_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_N)
         state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
     begin, end = part(walk, FULL, split, sizes.splits, KIND)
-    for n in tl.range(begin, end, warp_specialize=KIND.WARP_SPECIALIZE):
+    for n in tl.range(begin, end):
         kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
         state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
     acc, row_max, row_sum = state

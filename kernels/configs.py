@@ -29,7 +29,6 @@ class TileConfig:
     num_stages: int
     descriptors: bool = False  # load and store by tensor descriptors where the tensors allow
     persistent: bool = False  # as many programs as fit the device, each taking tile after tile
-    warp_specialize: bool = False
     laden: bool = False  # for problems with dropout, a bias or a table as mask, whose numbers take registers too
 
 
@@ -89,16 +88,16 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm90", "fwd", 256, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dq", 128, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dkv", 128, 16, 32, 64, 8, 2, **TMA, **LADEN),
-    TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
-    TileConfig("sm90", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
+    TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3, **TMA, persistent=True),
+    TileConfig("sm90", "fwd", 128, 16, 128, 128, 8, 2, **TMA, persistent=True),
     TileConfig("sm90", "fwd", 256, 16, 128, 32, 8, 2, **TMA),
     TileConfig("sm90", "short", 128, 16, 64, 64, 4, 3, **TMA),
-    TileConfig("sm90", "dq", 64, 16, 128, 64, 8, 2, **TMA),
-    TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 2, **TMA),
+    TileConfig("sm90", "dq", 64, 16, 128, 128, 8, 2, **TMA),
+    TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 3, **TMA),
     TileConfig("sm90", "dq", 256, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dq", 256, 16, 64, 64, 8, 2, **TMA),
-    TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 2, **TMA),
-    TileConfig("sm90", "dkv", 128, 16, 32, 128, 8, 2, **TMA),
+    TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 3, **TMA),
+    TileConfig("sm90", "dkv", 128, 16, 32, 128, 8, 3, **TMA),
     TileConfig("sm90", "dbias", 128, 16, 64, 64, 8, 1),
     TileConfig("sm100", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
     TileConfig("sm100", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
@@ -125,8 +124,8 @@ ANCESTORS = {
 """Where a target without a row of its own looks next."""
 
 PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "interpreter": 6}
-"""Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what a launch tries to fill. One
-number a target, so that every device of it sums in the same order."""
+"""Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what splits try to fill. One number a
+target, so that every device of it sums in the same order."""
 
 SHARED_BYTES = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "interpreter": 227 * 1024}
 """What a program may have (CUDA C++ Programming Guide); for sm80 rows what 8.6, 8.9 and 12.x leave."""

@@ -53,11 +53,10 @@ class Kind(NamedTuple):
     PACKED: Any
     SPLIT: Any
     PERSISTENT: Any
-    WARP_SPECIALIZE: Any
 
 
 def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) -> Kind:
-    """The kind of a spec; `flags` are those of a kernel's own: packed, split, persistent, warp_specialize."""
+    """The kind of a spec; `flags` are those of a kernel's own: packed, split, persistent."""
     exact = spec.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     by_hand = interpreted and spec.dtype == torch.bfloat16
     score, normalizer = score_of(spec)[0], type(spec.normalizer).__name__
@@ -87,7 +86,6 @@ def _kind(
     packed: bool = False,
     split: bool = False,
     persistent: bool = False,
-    warp_specialize: bool = False,
 ) -> Kind:
     """One object for equal kinds: making one costs more than a launch."""
     functions = zip(*(RULES[name] for name in rules), strict=True) if rules else [()] * len(Rule._fields)
@@ -102,7 +100,6 @@ def _kind(
         PACKED=tl.constexpr(packed),
         SPLIT=tl.constexpr(split),
         PERSISTENT=tl.constexpr(persistent),
-        WARP_SPECIALIZE=tl.constexpr(warp_specialize),
     )
 
 

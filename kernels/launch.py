@@ -1,5 +1,6 @@
 """From a spec and tensors to kernel launches. A launch is a value first, so that it can be compiled and not run."""
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -55,6 +56,12 @@ def target_for(device: torch.device) -> str:
     return target_of(None if INTERPRETED else torch.cuda.get_device_capability(device))
 
 
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """How many programs run at once on a device; 0 where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 class Problem:
     """What the launches of one pass share: the mask's lowering, the kind, scales, sizes."""
 
@@ -85,9 +92,10 @@ class Problem:
         lists = None if self.mask.terms else lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
         tables = (bias_axes(self.spec) == "qk") + self.mask.rules.count("Dense")
         args = (*operands, sizes, self.scales, self.mask.args, lists)
-        programs = min(sizes.programs, PROCESSORS[self.target]) if row.persistent else sizes.programs
-        flags |= {"persistent": row.persistent, "warp_specialize": row.warp_specialize}
-        launch = self.launch(kernel, row, programs, args, **flags)
+        programs = sizes.programs
+        if row.persistent:
+            programs = min(programs, _processors(self.spec.device) or PROCESSORS[self.target])
+        launch = self.launch(kernel, row, programs, args, persistent=row.persistent, **flags)
         return launch._replace(options=launch.options | {"num_stages": stages_of(self.spec, row, tables)})
 
     def resting(self, kernel: Any, row: TileConfig, operands: tuple, splits: int = 1) -> Launch:
