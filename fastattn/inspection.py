@@ -288,11 +288,12 @@ def markdown(rows: list[Compiled]) -> str:
         text += [f"|---|{'---:|' * len(columns)}"]
         text += [f"| {row.problem} | {' | '.join(_cells(row, columns))} |" for row in rows]
         text.append("")
-    text += [f"- {row.problem}: {words}" for row in rows for words in _remarks(row)]
+    remarks = [f"- {row.problem}: {words}" for row in rows for words in _remarks(row)]
+    text += [*remarks, ""] if remarks else []
     shown = [row for row in rows if row.main]
     if shown:
         row = max(shown, key=lambda row: (row.problem.kernel == "fwd", row.problem.head_dim))
         main: Any = row.main
-        text += ["", f"{row.problem}, {main.issued} instructions by each of {main.warps} warps:", "", "```"]
+        text += [f"{row.problem}, {main.issued} instructions by each of {main.warps} warps:", "", "```"]
         text += [*spelled_out(main.parts, RATES[row.problem.target]), "```", ""]
     return "\n".join(text)

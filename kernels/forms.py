@@ -68,13 +68,14 @@ FORMS = {
     "decode": DECODE,
     "decode-every-feature": replace(DECODE, **SHORT_EVERYTHING),
     "causal": replace(BARE, kernels=WALKING, rows="sm90", mask=Causal),
-    "spans": replace(BARE, kernels=WALKING, rows="sm90", mask=_spans),
+    "spans": replace(BARE, kernels=WALKING, mask=_spans, sinks=True, softcap=30.0),
     "lists": replace(BARE, kernels=WALKING, rows="sm90", mask=_lists),
     "one-token": Form(rows="sm90", mask=Causal, batch=1, num_heads=1, num_kv_heads=1, q_len=1, kv_len=1),
     "tf32": replace(BARE, kernels=WALKING, rows="fp32", float32="high"),
 }
-"""Nothing hidden; all at once; a bias for its gradient alone; few queries; one; the commonest mask; all rules; block
-lists; sizes of 1 (Triton makes constants of them, which its interpreter does not); float32 multiplied the other way."""
+"""Nothing hidden; all at once; a bias for its gradient alone; few queries; one; the commonest mask; all that takes no
+tables and no dropout; block lists; sizes of 1 (Triton makes constants of them, which its interpreter does not); float32
+multiplied the other way."""
 
 
 def call(form: Form, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:

@@ -1,0 +1,124 @@
+"""What every row of the tile table compiles to, for the GPU it is meant for, in every form; without a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("rich", reason="fastattn inspect needs rich")
+
+import triton
+from filelock import FileLock
+
+from fastattn.inspection import markdown
+from fastattn.kernels import compile as compiling
+from fastattn.kernels.configs import TABLE
+from fastattn.kernels.gates import broken
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST = 200
+"""Compiles in a test run."""
+
+
+def inspect(*arguments, **environment):
+    """`fastattn inspect` in a process of its own, which has Triton's interpreter where the tests do."""
+    command = [sys.executable, "-m", "fastattn.cli", "inspect", *arguments]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def inspected(tmp_path_factory):
+    """Every row of the tile table, compiled once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    path = shared / "inspected.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            done = inspect("--table", "--json", str(path), TRITON_INTERPRET="1")
+            assert done.returncode in (0, 1), done.stderr
+    return [
+        compiling.read_compiled({k: v for k, v in row.items() if k != "broken"}) for row in json.loads(path.read_text())
+    ]
+
+
+def rows_that(rows, **wanted):
+    return [row for row in rows if all(getattr(row.problem, name) in each for name, each in wanted.items())]
+
+
+def test_no_gate_is_broken(inspected):
+    assert len(inspected) == len(compiling.table_plan())
+    assert [f"{row.problem}: {words}" for row in inspected for words in broken(row)] == []
+
+
+def test_the_plan_reaches_every_row_bare_and_with_every_feature_in_few_compiles():
+    """With every feature that takes the row, and bare; rows for problems with tables are never bare."""
+    plan = compiling.table_plan()
+    assert len(plan) <= MOST and len(set(plan)) == len(plan)
+    reached = {}
+    for each in plan:
+        launched = compiling.launches(each.target, each.head_dim, each.dtype, each.form)[each.kernel]
+        reached.setdefault(launched.row, set()).add(each.form)
+    for row in TABLE:
+        if row.target in compiling.GPUS:
+            full = {form for form in reached.get(row, ()) if form == "spans" or form.endswith("every-feature")}
+            assert full, row
+            assert row.laden or reached[row] - full, row
+
+
+def test_a_round_of_the_main_loop_multiplies_whole_tiles(inspected):
+    """The products in the machine code are those of the tiles in the table: none is lost between the two."""
+    rows = [row for row in inspected if row.main and row.main.tiles is not None]
+    assert {row.problem.kernel for row in rows} >= {"fwd", "dq", "dkv"}
+    for row in rows:
+        assert row.main.tiles >= 1, row.problem
+    for row in rows_that(rows, target=["sm90"], head_dim=[64, 128], form=["bare", "causal"]):
+        assert row.main.tiles == 1, row.problem
+
+
+def test_a_round_of_the_forward_takes_an_exponential_a_weight(inspected):
+    for row in rows_that(inspected, kernel=["fwd"], form=["bare"], dtype=["bf16"]):
+        weights = row.tile["block_m"] * row.tile["block_n"]
+        assert row.main.counts["MUFU.EX2"] * row.main.warps * 32 >= weights, row.problem
+
+
+def test_the_main_loop_checks_no_mask(inspected):
+    """It costs as much whether something is hidden elsewhere or not."""
+    for kernel in ("fwd", "dq"):
+        for head_dim in (64, 128):
+            chosen = rows_that(inspected, target=["sm90"], kernel=[kernel], head_dim=[head_dim])
+            bare, causal = (rows_that(chosen, form=[form])[0].main for form in ("bare", "causal"))
+            assert causal.issued <= 1.1 * bare.issued
+            assert len(rows_that(chosen, form=["causal"])[0].loops) > 1
+
+
+def test_what_has_no_loop_with_products_says_so(inspected):
+    for row in rows_that(inspected, dtype=["fp32"], form=["bare"]):
+        assert (
+            row.error is None and row.main is None and row.counts["FFMA" if "d" in row.problem.kernel else "FMUL"] > 0
+        )
+
+
+DOCS = ["--form", "bare", "--kernel", "fwd,dq,dkv"]
+"""What the tables of docs/performance.md show."""
+
+
+def test_the_tables_in_the_docs_are_what_this_compiler_makes(inspected):
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert f"fastattn inspect {' '.join(DOCS)} --md docs/performance.md" in text
+    block = re.search(r"<!-- inspect -->\n(.*?)<!-- /inspect -->", text, re.DOTALL)[1]
+    version = re.search(r"Compiled with triton (\S+)\.", block)[1]
+    if version != triton.__version__:
+        pytest.skip(f"the docs show triton {version}; here is {triton.__version__}")
+    shown = rows_that(
+        inspected, target=["sm90"], kernel=["fwd", "dq", "dkv"], head_dim=[64, 128], dtype=["bf16"], form=["bare"]
+    )
+    order = [each.problem for each in shown]
+    plan = compiling.plan(["sm90"], ["fwd", "dq", "dkv"], [64, 128], ["bf16"], ["bare"])
+    assert set(plan) == set(order)
+    shown.sort(key=lambda row: plan.index(row.problem))
+    assert block == markdown(shown), "print it anew, with the command above the tables"
