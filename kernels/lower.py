@@ -5,6 +5,8 @@ them. For the walk the tree is also written as an OR of ANDs: where that has at 
 kernels walk the terms' spans, in closed form; else block lists, made on the tensors' device, without a host sync.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +101,11 @@ class Lists(NamedTuple):
 
 def block_lists(spec: AttnSpec, block_m: int, block_n: int, *, mirror: bool) -> Lists:
     """For each tile of queries the tiles of keys to visit; with `mirror` for each tile of keys those of queries."""
+    sizes = spec.q_len, spec.kv_len, block_m, block_n, mirror
+    return _remembered(spec.mask, sizes, spec.device, lambda: _block_lists(spec, block_m, block_n, mirror))
+
+
+def _block_lists(spec: AttnSpec, block_m: int, block_n: int, mirror: bool) -> Lists:
     lists = spec.block_list(block_m, block_n, mirror=mirror)
     counts = torch.stack([lists.checked, lists.full])
     batch, heads, rows, others = lists.tiles.shape
@@ -109,6 +116,29 @@ def block_lists(spec: AttnSpec, block_m: int, block_n: int, *, mirror: bool) -> 
         (steps[0] * heads * rows, steps[1] * rows, batch * heads * rows),
         (steps[0] * heads * rows * others, steps[1] * rows * others),
     )
+
+
+_MADE: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[list[int], Any]]] = weakref.WeakKeyDictionary()
+"""By mask, then by sizes and stream: what was made of its tensors, and their versions then."""
+
+
+def _remembered(mask: Any, sizes: tuple, device: torch.device, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a mask's tensors, once for all layers and passes that share the mask, as long as nobody
+    writes into them. A CUDA graph makes it anew at each replay.
+    """
+    tensors = mask.tensors
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        return make()
+    stream = None
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return make()
+        stream = torch.cuda.current_stream(device).cuda_stream
+    made, versions = _MADE.setdefault(mask, {}), [tensor._version for tensor in tensors]
+    known = made.get((sizes, stream))
+    if known is None or known[0] != versions:
+        known = made[sizes, stream] = versions, make()
+    return known[1]
 
 
 def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
@@ -134,6 +164,11 @@ def _chunked(mask: Any, spec: AttnSpec) -> tuple:
 
 
 def _rows(mask: Any, spec: AttnSpec) -> tuple:
+    """The table of a mask with an interval."""
+    return _remembered(mask, (spec.q_len, spec.kv_len), spec.device, lambda: _row_table(mask, spec))
+
+
+def _row_table(mask: Any, spec: AttnSpec) -> tuple:
     """starts and stops [batch, q_len], bounds [batch, 4, kv_len], their batch strides.
 
     The bounds mirror the table: for key j, the first query that may see it, the first from which on all see beyond it,
