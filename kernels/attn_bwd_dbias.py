@@ -19,14 +19,10 @@ from fastattn.kernels.tiles import dot, load_tile, narrow, row_places
 def attn_dbias_kernel(
     t,  # query, key, value, d_out, total, delta, bias, seed, dbias
     strides,  # of query, key, value, d_out, bias, dbias
-    sizes,
-    scales,
-    mask_args,
+    sizes, scales, mask_args,
     shared,  # own_heads: tables of a batch item; heads, batches: how many share a table
-    KIND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     q_len, kv_len = sizes.q_len, sizes.kv_len
     kv_tiles = tl.cdiv(kv_len, BLOCK_N)
     program = tl.program_id(0)

@@ -21,14 +21,8 @@ from fastattn.kernels.walk import CHECKED, FULL, owned, query_walk, tile_start
 def attn_dkv_kernel(
     t,  # query, key, value, d_out, total, delta, bias, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
     strides,  # of query, key, value, d_out, bias, dk, dv
-    sizes,
-    scales,
-    mask_args,
-    lists,
-    KIND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     kv_len, kv_heads = sizes.kv_len, sizes.kv_heads
     tile, kv_head, batch, _ = owned(tl.program_id(0), tl.cdiv(kv_len, BLOCK_N), kv_heads, sizes, KIND)
     kv_lo = tile * BLOCK_N

@@ -21,14 +21,8 @@ from fastattn.kernels.walk import CHECKED, FULL, query_tile, tile_start
 def attn_dq_kernel(
     t,  # query, key, value, d_out, total, delta, bias, sinks, seed, dq; dbias [batch, num_heads, q_len] or None; dsinks
     strides,  # of query, key, value, d_out, bias, dq
-    sizes,
-    scales,
-    mask_args,
-    lists,
-    KIND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     batch, head, kv_head, q_lo, q_idx, numbers, walk, _ = query_tile(
         tl.program_id(0), sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
     )

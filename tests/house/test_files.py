@@ -118,3 +118,23 @@ def test_the_checks_see_what_they_look_for():
     assert tile_sizes("BLOCK_M = 64") and tile_sizes("run(x, num_warps=4)") and tile_sizes("def f(q, BLOCK_N=32): pass")
     assert not tile_sizes("BLOCK_M = config.block_m\nhalf = 2\nrun(num_warps=config.warps)")
     assert position_rules("keep = kv_idx[None, :] >= q_idx[:, None] - left") and not position_rules("kv_idx < kv_len")
+
+
+MOST_SHARED = 7
+
+
+def shared_lines(sources):
+    """Runs of more lines than MOST_SHARED that stand in two places; blank lines and comments do not count."""
+    places = {}
+    for where, source in sources.items():
+        lines = [line.strip() for line in source.splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        for first in range(len(lines) - MOST_SHARED):
+            places.setdefault(tuple(lines[first : first + MOST_SHARED + 1]), []).append((where, first))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def test_no_two_places_in_kernels_share_eight_lines():
+    assert shared_lines({name(path): path.read_text() for path in KERNELS}) == []
+    lines = "\n".join(f"line {number}" for number in range(MOST_SHARED + 1))
+    assert shared_lines({"here": lines, "there": f"other\n\n{lines}"}) == [[("here", 0), ("there", 1)]]
