@@ -49,6 +49,20 @@ def test_a_rare_path_placed_elsewhere_does_not_widen_the_loop():
     assert loops_of(text) == [["SYNCS", "BRA", "HGMMA", "BRA", "SYNCS", "BRA", "BRA"]]
 
 
+def test_a_jump_back_is_no_loop_unless_it_always_came_that_way():
+    """What waits for a barrier elsewhere returns to code that was already passed."""
+    text = """
+        @!P0 BRA `(.L_x_2)
+        .L_x_1:
+        HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0
+        EXIT
+        .L_x_2:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R4
+        BRA `(.L_x_1)
+    """
+    assert loops_of(text) == []
+
+
 def test_of_nested_loops_the_innermost_with_products_counts():
     """Around it the loop over heads, inside it a wait."""
     text = """
