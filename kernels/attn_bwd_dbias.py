@@ -47,8 +47,10 @@ def attn_dbias_kernel(
         delta = tl.load(t.delta + rows, mask=inside, other=0.0)
         # [BLOCK_M, BLOCK_N]
         raw, d_weights = dot(q, tl.trans(k), KIND), dot(do, tl.trans(v), KIND)
-        _, d_scores, _, _ = gradient_tile(raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx,
-                                          kv_lo, numbers, KIND, True, BLOCK_M, BLOCK_N, False)  # fmt: skip
+        _, d_scores, _, _, _ = gradient_tile(
+            raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx, kv_lo, numbers, KIND, True,
+            BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
         dbias += d_scores
     at = t.dbias + own_batch.to(tl.int64) * strides.dbias[0] + own_head.to(tl.int64) * strides.dbias[1]
     at += q_idx.to(tl.int64)[:, None] * strides.dbias[2] + kv_idx.to(tl.int64)[None, :] * strides.dbias[3]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attn_fwd import FREE
+from fastattn.kernels.gradients import lse_part
 from fastattn.kernels.tiles import load_tile, row_places
 from fastattn.kernels.walk import owned
 
@@ -28,16 +29,11 @@ def attn_delta_kernel(
     do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, True)
     rows = row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx)
     lse = tl.load(t.lse + rows, mask=inside, other=float("-inf"))
-    nothing = lse == float("-inf")
-    delta = tl.where(nothing, 0.0, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1))
+    delta = tl.where(lse == float("-inf"), 0.0, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1))
     sink = None
     if KIND.SINKS:
         sink = tl.load(t.sinks + head).to(tl.float32)
     total = KIND.total(lse, sink)
-    if t.d_lse is not None:
-        d_lse = tl.load(t.d_lse + rows, mask=inside, other=0.0)
-        if KIND.SINKS:
-            d_lse *= KIND.lse_slope(lse, total)
-        delta = tl.where(nothing, 0.0, delta - d_lse)
+    delta -= lse_part(t, rows, inside, lse, total, KIND)
     tl.store(t.total + rows, total, mask=inside)
     tl.store(t.delta + rows, delta, mask=inside)

@@ -64,9 +64,10 @@ def _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.cons
     delta = tl.load(t.delta + rows, mask=q_idx < q_len, other=0.0)
     # [BLOCK_N, BLOCK_M]
     raw, d_weights = dot(k, tl.trans(q), KIND), dot(v, tl.trans(do), KIND)
-    weights, d_scores, d_raw, kept = gradient_tile(raw, d_weights, total, delta, scales, t, strides.bias, batch, head,
-                                                   q_idx, kv_lo, numbers, KIND, CHECK, BLOCK_M, BLOCK_N,
-                                                   True)  # fmt: skip
+    weights, d_scores, d_raw, _, kept = gradient_tile(
+        raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx, kv_lo, numbers, KIND, CHECK, BLOCK_M,
+        BLOCK_N, True,
+    )  # fmt: skip
     if KIND.HIDES and (CHECK or KIND.BIAS != ""):
         q, do = only_seen(q, kept, 0), only_seen(do, kept, 0)
     dk, dv, dbias = sums

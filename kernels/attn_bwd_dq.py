@@ -4,22 +4,22 @@
     dsink = -sum_i p_i,sink sum_j p_ij <do_i, v_j>                     one partial sum a program
 
 A program owns BLOCK_M queries of one head and walks the same keys as the forward. draw is rounded to the input's dtype
-before it meets the keys. The sinks' inner sum is taken from ds, where it is
-exact: delta knows the output as it was rounded.
+before it meets the keys. A bias and the sinks want delta more exact than a rounded output tells it: sum_j p_ij <do_i,
+v_j> is taken here again, in float32, and delta written anew for the kernels that follow.
 """
 
 import triton
 import triton.language as tl
 
 from fastattn.kernels.attn_fwd import FREE
-from fastattn.kernels.gradients import gradient_tile
+from fastattn.kernels.gradients import gradient_tile, lse_part
 from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
 from fastattn.kernels.walk import CHECKED, FULL, query_tile, tile_start
 
 
 @triton.jit(do_not_specialize=FREE)
 def attn_dq_kernel(
-    t,  # query, key, value, d_out, total, delta, bias, sinks, seed, dq; dbias [batch, num_heads, q_len] or None; dsinks
+    t,  # query, key, value, d_out, lse, d_lse, total, delta, bias, sinks, seed, dq, dbias, dsinks
     strides,  # of query, key, value, d_out, bias, dq
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -40,21 +40,27 @@ def attn_dq_kernel(
     for n in tl.range(0, walk[1]):
         kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
         sums = _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
-    dq, d_rows = sums
+    dq, met = sums
     store_tile(t.dq, strides.dq, batch, head, q_idx, q_lo, sizes.q_len, dq * scales.scale, KIND.HEAD_DIM, KIND.BLOCK_D,
                KIND.BF16_BY_HAND)  # fmt: skip
-    if t.dbias is not None:
-        tl.store(t.dbias + rows, d_rows, mask=inside)
-    if KIND.SINKS:
-        share = KIND.sink_share(total, tl.load(t.sinks + head).to(tl.float32))
-        place = (batch.to(tl.int64) * sizes.num_heads + head) * tl.cdiv(sizes.q_len, BLOCK_M) + q_lo // BLOCK_M
-        tl.store(t.dsinks + place, -tl.sum(share * (d_rows + delta * (1.0 - share)), 0))
+    if KIND.BIAS != "" or KIND.SINKS:
+        lse = tl.load(t.lse + rows, mask=inside, other=float("-inf"))
+        part = lse_part(t, rows, inside, lse, total, KIND)
+        share = tl.zeros_like(lse)
+        if KIND.SINKS:
+            share = KIND.sink_share(total, tl.load(t.sinks + head).to(tl.float32))
+            place = (batch.to(tl.int64) * sizes.num_heads + head) * tl.cdiv(sizes.q_len, BLOCK_M) + q_lo // BLOCK_M
+            tl.store(t.dsinks + place, -tl.sum(share * met, 0))
+        if KIND.BIAS != "":
+            tl.store(t.delta + rows, met - part, mask=inside)
+        if t.dbias is not None:  # sum_j p_ij = 1 - share
+            tl.store(t.dbias + rows, share * met + (1.0 - share) * part, mask=inside)
 
 
 @triton.jit
 def _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.constexpr, CHECK: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One tile of keys and values into dq [BLOCK_M, BLOCK_D] and the sum of ds, [BLOCK_M]."""
+    """One tile of keys and values into dq [BLOCK_M, BLOCK_D] and the sum of p <do, v>, [BLOCK_M]."""
     batch, head, kv_head, q_idx, q, do, total, delta = own
     kv_idx = kv_lo + tl.arange(0, BLOCK_N)
     k = load_tile(t.key, strides.key, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)
@@ -62,11 +68,13 @@ def _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.cons
                   CHECK)  # fmt: skip
     # [BLOCK_M, BLOCK_N]
     raw, d_weights = dot(q, tl.trans(k), KIND), dot(do, tl.trans(v), KIND)
-    _, d_scores, d_raw, kept = gradient_tile(raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx,
-                                             kv_lo, numbers, KIND, CHECK, BLOCK_M, BLOCK_N, False)  # fmt: skip
+    _, _, d_raw, met_tile, kept = gradient_tile(
+        raw, d_weights, total, delta, scales, t, strides.bias, batch, head, q_idx, kv_lo, numbers, KIND, CHECK, BLOCK_M,
+        BLOCK_N, False,
+    )  # fmt: skip
     if KIND.HIDES and (CHECK or KIND.BIAS != ""):
         k = only_seen(k, kept, 0)
-    dq, d_rows = sums
-    if t.dbias is not None or KIND.SINKS:
-        d_rows += tl.sum(d_scores, 1)
-    return add_dot(dq, d_raw, k, KIND), d_rows
+    dq, met = sums
+    if KIND.BIAS != "" or KIND.SINKS:
+        met += tl.sum(met_tile, 1)
+    return add_dot(dq, d_raw, k, KIND), met

@@ -124,8 +124,8 @@ ANCESTORS = {
 """Where a target without a row of its own looks next."""
 
 PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "interpreter": 6}
-"""Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what splits try to fill. One number a
-target, so that every device of it sums in the same order."""
+"""Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what splits try to fill. One
+number a target, so that every device of it sums in the same order."""
 
 SHARED_BYTES = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "interpreter": 227 * 1024}
 """What a program may have (CUDA C++ Programming Guide); for sm80 rows what 8.6, 8.9 and 12.x leave."""

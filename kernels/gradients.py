@@ -4,6 +4,8 @@
     ds_ij = p_ij (<do_i, v_j> - delta_i)            the gradient of t: the bias's
     draw_ij = ds_ij dt/d raw / scale                the gradient of <q_i, k_j>, before the scale
 
+    delta_i = sum_j p_ij <do_i, v_j> - d_lse_i dlse/dt / p_ij
+
 With dropout <do_i, v_j> and the weights that met the values are 0 where dropped and times 1 / (1 - p) elsewhere.
 """
 
@@ -20,7 +22,8 @@ def gradient_tile(
     CHECK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
     """raw <q, k> and d_weights <do, v>, [BLOCK_M, BLOCK_N] or with MIRROR [BLOCK_N, BLOCK_M]; total and delta
-    [BLOCK_M]; q_rows [BLOCK_M], keys from kv_lo on -> dropped p, ds, draw, and what is kept.
+    [BLOCK_M]; q_rows [BLOCK_M], keys from kv_lo on -> dropped p, ds, draw, p times what it met, and
+    what is kept.
     """
     kv_rows = kv_lo + tl.arange(0, BLOCK_N)
     if MIRROR:
@@ -36,10 +39,21 @@ def gradient_tile(
             bits = tl.trans(bits)
         dropped = tl.where(bits, weights * scales.gain, 0.0)
         d_weights = tl.where(bits, d_weights * scales.gain, 0.0)
-    d_scores = weights * (d_weights - delta)
+    d_scores, met = weights * (d_weights - delta), weights * d_weights
     if CHECK or KIND.BIAS != "":
-        dropped, d_scores = tl.where(kept, dropped, 0.0), tl.where(kept, d_scores, 0.0)
+        dropped, d_scores, met = tl.where(kept, dropped, 0.0), tl.where(kept, d_scores, 0.0), tl.where(kept, met, 0.0)
     d_raw = d_scores
     if KIND.slope is not None:
         d_raw = tl.where(d_scores == 0.0, 0.0, d_scores * KIND.slope(raw, scales))
-    return dropped, d_scores, d_raw, kept
+    return dropped, d_scores, d_raw, met, kept
+
+
+@triton.jit
+def lse_part(t, rows, inside, lse, total, KIND: tl.constexpr):
+    """What the gradient of lse takes off delta; 0 for rows that saw nothing."""
+    part = tl.zeros_like(lse)
+    if t.d_lse is not None:
+        part = tl.where(lse == float("-inf"), 0.0, tl.load(t.d_lse + rows, mask=inside, other=0.0))
+        if KIND.SINKS:
+            part *= KIND.lse_slope(lse, total)
+    return part

@@ -108,7 +108,7 @@ def bias_axes(spec: AttnSpec) -> str:
     if spec.bias_shape is None:
         return ""
     q_size, kv_size = (1, 1, *spec.bias_shape)[-2:]
-    return ("q" * (q_size > 1) + "k" * (kv_size > 1)) or "1"
+    return ("q" * (q_size != 1) + "k" * (kv_size != 1)) or "1"
 
 
 def wide(dim: int) -> int:

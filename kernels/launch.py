@@ -114,8 +114,8 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
     """Writes out and lse."""
     problem, row = Problem(spec, inputs, target), pick_forward(spec, target)
     packed = spec.group > 1 and spec.q_len * spec.group <= row.block_m and row.kernel != "fwd"
-    heads, tiles = (spec.num_kv_heads, 1) if packed else (spec.num_heads, tiles_of(spec.q_len, row.block_m))
-    programs = tiles * heads * spec.batch
+    heads, rows = (spec.num_kv_heads, spec.q_len * spec.group) if packed else (spec.num_heads, spec.q_len)
+    programs = tiles_of(rows, row.block_m) * heads * spec.batch
     splits = splits_of(spec, row, target, programs)
     part_out, part_lse = out, lse
     if splits > 1:
@@ -201,8 +201,8 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     row = pick(spec, "dq", target)
     tiled = _tiled(row.block_m, **q_side, dq=grads.dq) | _tiled(row.block_n, **kv_side)
     by_rows = grads.dbias if axes in ("q", "1") else None
-    sinks = {"sinks": inputs.sinks, "dsinks": grads.dsinks}
-    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, **sinks, dbias=by_rows)
+    rest = {"lse": grads.lse, "d_lse": grads.d_lse, "sinks": inputs.sinks, "dsinks": grads.dsinks, "dbias": by_rows}
+    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, **rest)
     programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
     sizes = problem.sizes(programs, section_of(spec, spec.kv_len) * spec.group)
     launches.append(problem.walking(attn_dq_kernel, row, sizes, given))
