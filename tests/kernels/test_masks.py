@@ -7,165 +7,210 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn import dispatch  # noqa: E402
-from fastattn.kernels import masks as rules  # noqa: E402
-from fastattn.kernels.tiles import walk  # noqa: E402
-from fastattn.masks import Causal, Full, Lengths, Window  # noqa: E402
-from fastattn.spec import AttnInputs, AttnSpec  # noqa: E402
+from fastattn import blocks  # noqa: E402
+from fastattn.kernels import kind, lower, masks, walk  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 2
-LENGTHS = ((1, 1), (5, 5), (37, 53), (53, 37), (33, 1), (1, 40))
-BLOCKS = ((16, 16), (32, 16), (16, 32))
-
-
-def ints(*values):
-    return torch.tensor(values, device=DEVICE)
-
-
-def some(n):
-    return ints(n // 2, n)
-
-
-def zoo(q_len, kv_len):
-    """Every class with a rule, in every form, and intersections."""
-    return {
-        "full": Full(),
-        "causal": Causal(),
-        "causal-top-left": Causal(align="top-left"),
-        "causal-offset": Causal(offset=-3),
-        "causal-far": Causal(offset=2**40),
-        "causal-offsets": Causal(offset=ints(7, -50)),
-        "causal-offset-shared": Causal(offset=ints(4)),
-        "window": Window(5, 2),
-        "window-0": Window(0, 0),
-        "window-17": Window(17, 0, align="top-left"),
-        "window-40": Window(40, 40),
-        "window-open-left": Window(None, 3),
-        "window-open-right": Window(3, None),
-        "window-open": Window(None, None),
-        "window-far": Window(2**35, 3),
-        "window-outside": Window(1, 1, offset=500),
-        "window-offsets": Window(9, 1, offset=ints(20, -4)),
-        "window-offsets-far": Window(None, 2, offset=ints(2**63 - 1, -(2**63))),
-        "lengths": Lengths(some(kv_len)),
-        "lengths-32": Lengths(some(kv_len).int()),
-        "lengths-0": Lengths(ints(0, 1)),
-        "lengths-beyond": Lengths(ints(1000, 3)),
-        "lengths-all": Lengths(some(kv_len), q_lengths=some(q_len), kv_starts=ints(2, kv_len // 3)),
-        "lengths-shared": Lengths(ints(kv_len // 2)),
-        "causal-lengths": Causal() & Lengths(some(kv_len), q_lengths=some(q_len)),
-        "causal-window-lengths": Causal(offset=ints(3, 9))
-        & Window(11, 4)
-        & Lengths(some(kv_len), kv_starts=ints(1, 0)),
-    }
-
-
-ZOO = sorted(zoo(4, 4))
+INTERPRETED = DEVICE == "cpu"
+# Lengths, blocks of queries and keys, splits: one of each, odd ones either way round, wide and narrow tiles.
+SIZES = ((1, 1, 16, 16, 2), (37, 53, 16, 16, 3), (53, 37, 32, 16, 1), (1, 70, 16, 32, 2), (33, 1, 16, 16, 1))
+ROOM = 128
+"""Queries and keys that the table of `keep` has room for: past every length above."""
 
 
 @triton.jit
-def conformance_kernel(
-    table_ptr, spans_ptr, q_len, kv_len, mask_args, MASK: tl.constexpr, MIRROR: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Writes the whole table by `keep`, and each tile's span, raw and cut into edge, full, edge."""
-    batch, tile = tl.program_id(1), tl.program_id(0)
-    numbers = rules.read_numbers(MASK, mask_args, batch, q_len, kv_len)
+def elements_kernel(kept_ptr, q_len, kv_len, num_heads, mask_args, KIND: tl.constexpr, ROOM: tl.constexpr):
+    """`keep` for a whole [ROOM, ROOM], as it is and mirrored, of one batch item and head a program."""
+    place = tl.program_id(0)
+    numbers = masks.read_numbers(KIND, mask_args, place // num_heads, place % num_heads, q_len, kv_len)
+    idx = tl.arange(0, ROOM)
+    kept = masks.keep(KIND, idx[:, None], idx[None, :], numbers).to(tl.int8) + tl.zeros([ROOM, ROOM], tl.int8)
+    mirrored = masks.keep(KIND, idx[None, :], idx[:, None], numbers).to(tl.int8) + tl.zeros([ROOM, ROOM], tl.int8)
+    at = kept_ptr + place * ROOM * ROOM * 2 + idx[:, None] * ROOM + idx[None, :]
+    tl.store(at, kept)
+    tl.store(at + ROOM * ROOM, mirrored)
+
+
+@triton.jit
+def visits_kernel(visits_ptr, sizes, mask_args, lists, KIND: tl.constexpr, MIRROR: tl.constexpr, MOST: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Whose tile each program owns and where the tiles begin that it visits: batch, head, start, split, how many to
+    check, how many full, then their starts.
+    """
+    program = tl.program_id(0)
     if MIRROR:
+        tile, head, batch, split = walk.owned(program, tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads, sizes, KIND)
         lo = tile * BLOCK_N
-        span = rules.q_span(MASK, lo, tl.minimum(lo + BLOCK_N, kv_len), numbers)
-        cut = walk(span, BLOCK_M)
+        _, found = walk.query_walk(batch, head, tile, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
+        BLOCK: tl.constexpr = BLOCK_M
     else:
-        lo = tile * BLOCK_M
-        span = rules.kv_span(MASK, lo, tl.minimum(lo + BLOCK_M, q_len), numbers)
-        cut = walk(span, BLOCK_N)
-        q_idx = lo + tl.arange(0, BLOCK_M)
-        for start_n in range(0, kv_len, BLOCK_N):
-            kv_idx = start_n + tl.arange(0, BLOCK_N)
-            kept = rules.keep(MASK, q_idx[:, None], kv_idx[None, :], numbers)
-            inside = (q_idx < q_len)[:, None] & (kv_idx < kv_len)[None, :]
-            at = table_ptr + (batch * q_len + q_idx)[:, None] * kv_len + kv_idx[None, :]
-            tl.store(at, kept.to(tl.int8), mask=inside)
-    spans_ptr += (batch * tl.num_programs(0) + tile) * 8
-    for n in tl.static_range(4):
-        tl.store(spans_ptr + n, span[n])
-        tl.store(spans_ptr + 4 + n, cut[n])
+        batch, head, _, lo, _, _, found, split = walk.query_tile(
+            program, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
+        )
+        BLOCK: tl.constexpr = BLOCK_N
+    at = visits_ptr + program * (6 + MOST)
+    tl.store(at, batch)
+    tl.store(at + 1, head)
+    tl.store(at + 2, lo)
+    tl.store(at + 3, split)
+    begin, end = walk.part(found, walk.CHECKED, split, sizes.splits, KIND)
+    checked = tl.maximum(end - begin, 0)
+    tl.store(at + 4, checked)
+    for n in tl.range(begin, end):
+        tl.store(at + 6 + n - begin, walk.tile_start(KIND, found, walk.CHECKED, n, BLOCK))
+    begin, end = walk.part(found, walk.FULL, split, sizes.splits, KIND)
+    tl.store(at + 5, tl.maximum(end - begin, 0))
+    for n in tl.range(begin, end):
+        tl.store(at + 6 + checked + n - begin, walk.tile_start(KIND, found, walk.FULL, n, BLOCK))
 
 
-def run(mask, q_len, kv_len, block_m, block_n, mirror):
-    query, key = (torch.empty(BATCH, 1, length, 16, device=DEVICE) for length in (q_len, kv_len))
-    lowered, args = rules.lower(AttnSpec.of(AttnInputs(query, key, key), mask=mask))
-    tiles = triton.cdiv(kv_len, block_n) if mirror else triton.cdiv(q_len, block_m)
-    table = torch.full((BATCH, q_len, kv_len), -1, dtype=torch.int8, device=DEVICE)
-    spans = torch.full((BATCH, tiles, 8), -(2**31), dtype=torch.int32, device=DEVICE)
-    conformance_kernel[(tiles, BATCH)](
-        table, spans, q_len, kv_len, args, MASK=lowered, MIRROR=mirror, BLOCK_M=block_m, BLOCK_N=block_n
+def elements(spec, lowered, made):
+    """int8 [batch, heads, 2, ROOM, ROOM]."""
+    kept = torch.full((spec.batch, spec.num_heads, 2, ROOM, ROOM), -1, dtype=torch.int8, device=DEVICE)
+    programs = (spec.batch * spec.num_heads,)
+    elements_kernel[programs](kept, spec.q_len, spec.kv_len, spec.num_heads, lowered.args, KIND=made, ROOM=ROOM)
+    return kept
+
+
+def visits(spec, lowered, made, block_m, block_n, *, mirror, splits):
+    """For each (batch, head, start of the owner's tile, split): tiles to check, full tiles."""
+    lists = None if lowered.terms else lower.block_lists(spec, block_m, block_n, mirror=mirror)
+    length, block, other, width = (
+        (spec.kv_len, block_n, spec.q_len, block_m) if mirror else (spec.q_len, block_m, spec.kv_len, block_n)
     )
-    return table, spans.tolist()
+    programs = triton.cdiv(length, block) * spec.batch * spec.num_heads * splits
+    heads = spec.num_heads, spec.num_heads, 1
+    sizes = walk.Sizes(spec.batch, *heads, spec.q_len, spec.kv_len, programs, 2, splits)
+    most = 2 * triton.cdiv(other, width) + 1  # room for a walk that visits tiles twice
+    found = torch.full((programs, 6 + most), -1, dtype=torch.int32, device=DEVICE)
+    visits_kernel[(programs,)](
+        found, sizes, lowered.args, lists, KIND=made, MIRROR=mirror, MOST=most, BLOCK_M=block_m, BLOCK_N=block_n
+    )
+    owners = {}
+    for batch, head, lo, split, checked, full, *starts in found.tolist():
+        assert (batch, head, lo, split) not in owners
+        owners[batch, head, lo, split] = starts[:checked], starts[checked : checked + full]
+    assert len(owners) == programs
+    return owners
 
 
-@pytest.mark.parametrize(("block_m", "block_n"), BLOCKS, ids=str)
-@pytest.mark.parametrize("name", ZOO)
-def test_rules_agree_with_the_table(name, block_m, block_n):
-    for q_len, kv_len in LENGTHS:
-        mask = zoo(q_len, kv_len)[name]
-        table = mask.dense(q_len, kv_len, device=DEVICE).expand(BATCH, 1, q_len, kv_len)[:, 0]
-        kept, spans = run(mask, q_len, kv_len, block_m, block_n, mirror=False)
-        assert torch.equal(kept, table.to(torch.int8)), (q_len, kv_len)
-        hold(table, spans, block_m, block_n)
-        _, mirrored = run(mask, q_len, kv_len, block_m, block_n, mirror=True)
-        hold(table.mT, mirrored, block_n, block_m)
+def hold(table, owners, block_rows, block_columns, splits):
+    """Tiles that show something are visited once, whole tiles only, full ones inside the problem and visible; the
+    splits of a tile share them out evenly.
+    """
+    width = table.shape[-1]
+    for batch, head, lo in {owner[:3] for owner in owners}:
+        rows = table[batch, head, lo : lo + block_rows]
+        shares = [owners[batch, head, lo, split] for split in range(splits)]
+        sizes = [len(checked) + len(full) for checked, full in shares]
+        assert max(sizes) - min(sizes) <= 1
+        starts = [start for checked, full in shares for start in (*checked, *full)]
+        assert len(set(starts)) == len(starts)
+        assert all(start % block_columns == 0 and 0 <= start < width for start in starts)
+        shown = {start for start in range(0, width, block_columns) if rows[:, start : start + block_columns].any()}
+        assert shown <= set(starts)
+        for start in (start for _, full in shares for start in full):
+            assert start + block_columns <= width
+            assert rows[:, start : start + block_columns].all()
 
 
-def hold(table, spans, block_rows, block_columns):
-    """Nothing visible outside a span, everything visible inside its full part, and tiles that cover it exactly once."""
-    for batch, tiles in enumerate(spans):
-        for tile, (lo, full_lo, full_hi, hi, *cut) in enumerate(tiles):
-            rows = table[batch, tile * block_rows : (tile + 1) * block_rows]
-            width = rows.shape[1]
-            seen = rows.any(0)
-            assert not seen[: max(lo, 0)].any()
-            assert not seen[max(hi, 0) :].any()
-            assert rows[:, max(full_lo, 0) : max(full_hi, 0)].all()
-            edge_lo, cut_lo, cut_hi, edge_hi = cut
-            visited = torch.zeros(width + 2 * block_columns, dtype=torch.int32, device=table.device)
-            for begin, end, full in ((edge_lo, cut_lo, False), (cut_lo, cut_hi, True), (cut_hi, edge_hi, False)):
-                for start in range(begin, end, block_columns):
-                    assert start % block_columns == 0
-                    visited[start : start + block_columns] += 1
-                    if full:
-                        assert start + block_columns <= width
-                        assert rows[:, start : start + block_columns].all()
-            assert visited.max() <= 1
-            assert visited[:width][seen].eq(1).all()
+def conform(spec, block_m, block_n, splits):
+    q_len, kv_len, mask, batch, heads = spec.q_len, spec.kv_len, spec.mask, spec.batch, spec.num_heads
+    lowered = lower.lower(spec)
+    made = [kind.kind_of(spec, lowered, interpreted=INTERPRETED, split=split) for split in (False, True)]
+    wanted = mask.dense(q_len, kv_len, device=DEVICE).expand(batch, heads, q_len, kv_len)
+    kept = elements(spec, lowered, made[0])
+    whole = torch.zeros(batch, heads, ROOM, ROOM, dtype=torch.int8, device=DEVICE)
+    whole[:, :, :q_len, :kv_len] = wanted
+    assert torch.equal(kept[:, :, 0], whole)
+    assert torch.equal(kept[:, :, 1], whole.mT)
+    wanted = wanted.cpu()
+    owners = visits(spec, lowered, made[1], block_m, block_n, mirror=False, splits=splits)
+    hold(wanted, owners, block_m, block_n, splits)
+    owners = visits(spec, lowered, made[0], block_m, block_n, mirror=True, splits=1)
+    hold(wanted.mT, owners, block_n, block_m, 1)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "lengths-all"])
-def test_the_conformance_test_sees_a_wrong_rule(name, monkeypatch):
-    """Any one of a rule's functions replaced by another rule's is noticed."""
-    kind = {"causal": "Causal", "window": "Window", "lengths-all": "Lengths"}[name]
-    arguments, rule = rules.RULES[kind]
-    for function in ("keep", "kv_span", "q_span"):
-        wrong = rule._replace(**{function: WRONG[function]})
-        monkeypatch.setitem(rules.RULES, kind, (arguments, wrong))
-        with pytest.raises(AssertionError):
-            test_rules_agree_with_the_table(name, 16, 16)
+def test_rules_agree_with_the_table(name, spec_of):
+    for q_len, kv_len, *tiling in SIZES:
+        conform(spec_of(name, q_len, kv_len), *tiling)
+
+
+TELLING = {
+    "Causal": "causal-top-left",
+    "Window": "window",
+    "Chunked": "chunked-back",
+    "Lengths": "lengths-all",
+    "Prefix": "prefix",
+    "Rows": "segments-sorted",
+    "Segments": "segments",
+    "Dense": "dense",
+}
+"""A mask that each rule serves."""
+
+
+@triton.jit
+def _wrong_edge(q_idx, numbers):
+    return q_idx + 2
 
 
 @triton.jit
 def _wrong_keep(q_idx, kv_idx, numbers):
-    return kv_idx <= q_idx + 1
+    return (q_idx + kv_idx) % 3 == 0
 
 
 @triton.jit
-def _wrong_span(lo, hi, numbers):
-    return lo, lo, hi + 1, hi + 1
+def _nothing(lo, hi, numbers, BLOCK: tl.constexpr):
+    return 0, 0, 0, 0
 
 
-WRONG = {"keep": _wrong_keep, "kv_span": _wrong_span, "q_span": _wrong_span}
+@triton.jit
+def _everything(lo, hi, numbers, BLOCK: tl.constexpr):
+    return 0, 0, masks.FAR, masks.FAR
 
 
-def test_the_door_lets_in_what_has_a_rule():
-    """It names the masks itself, so that a refusal does not import triton."""
-    assert ("Full", *rules.RULES) == dispatch.room("triton").MASKS
+WRONG = {
+    "start": [_wrong_edge],
+    "stop": [_wrong_edge],
+    "keep": [_wrong_keep],
+    "kv_span": [_nothing, _everything],
+    "q_span": [_nothing, _everything],
+}
+
+
+@pytest.fixture
+def no_known_kinds():
+    """Kinds are remembered by the names of their rules."""
+    kind._kind.cache_clear()
+    yield
+    kind._kind.cache_clear()
+
+
+@pytest.mark.parametrize("rule_name", TELLING)
+@pytest.mark.usefixtures("no_known_kinds")
+def test_the_conformance_test_sees_a_wrong_rule(rule_name, spec_of, monkeypatch):
+    """Any one of a rule's functions replaced by a wrong one is noticed."""
+    rule = masks.RULES[rule_name]
+    there = [(place, wrong) for place in WRONG for wrong in WRONG[place] if getattr(rule, place) is not None]
+    assert there
+    for place, wrong in there:
+        kind._kind.cache_clear()
+        monkeypatch.setitem(masks.RULES, rule_name, rule._replace(**{place: wrong}))
+        with pytest.raises(AssertionError):
+            conform(spec_of(TELLING[rule_name], 37, 53), 16, 16, 1)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros_like, torch.ones_like], ids=["hidden", "full"])
+def test_the_conformance_test_sees_wrong_block_lists(wrong, spec_of, monkeypatch):
+    def classify(mask, grid):
+        return blocks.TileClasses(*map(wrong, right(mask, grid)))
+
+    right = blocks.classify
+    monkeypatch.setattr(blocks, "classify", classify)
+    with pytest.raises(AssertionError):
+        conform(spec_of("dense", 37, 53), 16, 16, 1)
+
+
+def test_every_rule_is_in_the_zoo(zoo, spec_of):
+    used = {rule for each in zoo for rule in lower.lower(spec_of(each, 37, 53)).rules}
+    assert used == set(masks.RULES) == set(TELLING)
