@@ -83,6 +83,7 @@ class Problem:
     def sizes(self, programs: int, section: int, splits: int = 1) -> Sizes:
         spec = self.spec
         heads = spec.num_heads, spec.num_kv_heads, spec.group
+        section = max(1, min(section, spec.batch * spec.num_heads))  # its tiles are counted in 32 bits
         return Sizes(spec.batch, *heads, spec.q_len, spec.kv_len, programs, section, splits)
 
     def walking(

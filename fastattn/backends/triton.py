@@ -20,6 +20,7 @@ WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
 MAX_LEN = 2**29  # the sum of a position, an offset and a tile fits an int32
 SMALLEST_CAPABILITY = (8, 0)
+WIDE_FLOAT32 = (256, 163 * 1024)  # float32 gradients of wider heads need this much shared memory, in bytes
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -49,7 +50,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     from fastattn.kernels import launch
 
-    inputs = inputs.resolved()
+    inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     with _on(spec.device):
         for each in launch.forward(spec, inputs, out, lse, launch.target_for(spec.device)):
@@ -63,7 +64,7 @@ def backward(
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes."""
     from fastattn.kernels import launch
 
-    inputs, d_out = inputs.resolved(), d_out.resolve_neg()
+    inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
     target = launch.target_for(spec.device)
@@ -76,10 +77,17 @@ def backward(
             each.run()
     if inputs.sinks is not None and dsinks is not None:
         dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
-    if inputs.bias is not None and dbias is not None and dbias.shape != inputs.bias.shape:
-        dbias = dbias.sum_to_size((1,) * (4 - inputs.bias.dim()) + inputs.bias.shape).reshape(inputs.bias.shape)
+    if inputs.bias is not None and dbias is not None:
+        if dbias.shape != inputs.bias.shape:
+            dbias = dbias.sum_to_size((1,) * (4 - inputs.bias.dim()) + inputs.bias.shape).reshape(inputs.bias.shape)
         dbias = dbias.to(inputs.bias.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+def _readable(inputs: AttnInputs) -> AttnInputs:
+    """As kernels read memory: no negated views, sinks side by side."""
+    inputs = inputs.resolved()
+    return inputs if inputs.sinks is None else inputs._replace(sinks=inputs.sinks.contiguous())
 
 
 def _interpreting() -> bool:
@@ -115,6 +123,14 @@ def _device_reason(spec: AttnSpec) -> str | None:
     capability = _capability(spec.device.index)
     if capability < SMALLEST_CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
+    width, needed = WIDE_FLOAT32
+    if spec.needs_grad and spec.dtype == torch.float32 and max(spec.head_dim, spec.head_dim_v) > width:
+        has = torch.cuda.get_device_properties(spec.device).shared_memory_per_block_optin
+        if has < needed:
+            return (
+                f"float32 gradients at head_dim above {width} need {needed // 1024} KiB of shared memory a block, "
+                f"the device has {has // 1024}; bfloat16 and float16 need less"
+            )
     return None
 
 
