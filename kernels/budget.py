@@ -13,7 +13,7 @@ together. Units: those of `Rates`; "operands", bytes of shared memory that tenso
 
 
 class Rates(NamedTuple):
-    """What one multiprocessor does in a clock; and the shared memory a program may have."""
+    """What one multiprocessor does in a clock."""
 
     half: int  # FLOP of the tensor cores, dense, by the factors: 16 bits,
     tf32: int  # tf32,
@@ -23,21 +23,19 @@ class Rates(NamedTuple):
     alu: int  # operations of the integer and logic lanes
     shared: int  # bytes of shared memory
     issue: int  # instructions
-    shared_limit: int  # bytes
 
 
 RATES = {
-    "sm80": Rates(2048, 1024, 0, 16, 64, 64, 128, 4, 99 * 1024),
-    "sm90": Rates(4096, 2048, 8192, 16, 128, 64, 128, 4, 227 * 1024),
-    "sm100": Rates(8192, 4096, 16384, 16, 128, 64, 128, 4, 227 * 1024),
-    "gfx942": Rates(2048, 1024, 4096, 16, 64, 64, 128, 5, 64 * 1024),
+    "sm80": Rates(2048, 1024, 0, 16, 64, 64, 128, 4),
+    "sm90": Rates(4096, 2048, 8192, 16, 128, 64, 128, 4),
+    "sm100": Rates(8192, 4096, 16384, 16, 128, 64, 128, 4),
+    "gfx942": Rates(2048, 1024, 4096, 16, 64, 64, 128, 5),
 }
 """Sources. Tensor cores: the data sheets' dense peaks over multiprocessors and boost clock (A100 312 TFLOP/s, 108 x
 1.41 GHz; H100 SXM 989, 132 x 1.83; B200 2250, 148 x 1.85; MI300X 1307, 304 x 2.1). Special functions, FP32, integers:
 CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; CDNA 3 ISA (four SIMDs of 16 lanes, one
 pipe for both, special functions at a quarter). Shared memory: 32 banks of 4 bytes. Issue: an instruction a scheduler
-and clock; CDNA 3 one of each of five kinds. Limits: the guide's "Technical Specifications"; for sm80 what 8.6, 8.9 and
-12.x leave, as its tiles serve them too."""
+and clock; CDNA 3 one of each of five kinds."""
 
 TENSOR = ("half", "tf32", "fp8")
 

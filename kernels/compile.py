@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 from fastattn.kernels import amdgcn, launch, sass
 from fastattn.kernels.budget import RATES, Parts, budget, flop, gather
-from fastattn.kernels.configs import ANCESTORS, TABLE
+from fastattn.kernels.configs import ANCESTORS, TABLE, shared_limit
 from fastattn.kernels.forms import DTYPES, FORMS, call
 from fastattn.kernels.kind import wide
 from fastattn.kernels.listing import Instruction, innermost
@@ -181,7 +181,7 @@ def compile_problem(problem: Problem) -> Compiled:
         registers=read.registers,
         spilled_bytes=read.spilled_bytes,
         shared_bytes=binary.metadata.shared,
-        shared_limit=RATES[problem.target].shared_limit,
+        shared_limit=shared_limit(row, problem.target),
         counts=_counted(read.code),
         loops=loops,
     )

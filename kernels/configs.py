@@ -15,6 +15,11 @@ PASSES = ("fwd", "short", "decode", "merge", "delta", "dq", "dkv", "dbias")
 """`short` and `decode` are the forward for few queries: those of a whole group of heads fit one tile."""
 
 
+LIGHT = 0
+"""What a problem carries beside its products takes registers, so that it may want smaller tiles: 0 nothing, or masks of
+whom nobody is surely hidden; 1 any other mask; 2 dropout, a bias or a table."""
+
+
 @dataclass(frozen=True)
 class TileConfig:
     """One row. Serves heads up to `head_dim` wide (the larger of the two) and dtypes up to `bits` wide."""
@@ -29,11 +34,12 @@ class TileConfig:
     num_stages: int
     descriptors: bool = False  # load and store by tensor descriptors where the tensors allow
     persistent: bool = False  # as many programs as fit the device, each taking tile after tile
-    laden: bool = False  # for problems with dropout, a bias or a table as mask, whose numbers take registers too
+    load: int = LIGHT  # what a problem has to carry at least
 
 
 TMA = {"descriptors": True}
-LADEN = {"laden": True}
+BUSY = {"load": 1}
+LADEN = {"load": 2}
 
 TABLE: tuple[TileConfig, ...] = (
     # target        kernel  dim  bits   M    N  warps stages
@@ -44,6 +50,7 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm80", "dq", 256, 16, 32, 32, 8, 1, **LADEN),
     TileConfig("sm80", "dkv", 128, 16, 32, 32, 8, 2, **LADEN),
     TileConfig("sm80", "dkv", 256, 16, 16, 16, 8, 1, **LADEN),
+    TileConfig("sm80", "fwd", 128, 16, 64, 64, 8, 2, **BUSY),
     TileConfig("sm80", "fwd", 64, 16, 128, 64, 4, 3),
     TileConfig("sm80", "fwd", 128, 16, 128, 64, 8, 3),
     TileConfig("sm80", "fwd", 256, 16, 64, 32, 4, 2),
@@ -85,16 +92,18 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm80", "dbias", 128, 32, 32, 32, 8, 1),
     TileConfig("sm80", "dbias", 512, 32, 16, 16, 8, 1),
     TileConfig("sm90", "fwd", 128, 16, 128, 32, 8, 2, **TMA, **LADEN),
-    TileConfig("sm90", "fwd", 256, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dq", 128, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dkv", 128, 16, 32, 64, 8, 2, **TMA, **LADEN),
+    TileConfig("sm90", "fwd", 128, 16, 128, 64, 8, 3, **TMA, **BUSY),
+    TileConfig("sm90", "fwd", 256, 16, 64, 32, 8, 2, **TMA, **BUSY),
+    TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 2, **TMA, **BUSY),
+    TileConfig("sm90", "dq", 256, 16, 64, 32, 8, 2, **TMA, **BUSY),
     TileConfig("sm90", "fwd", 64, 16, 128, 128, 8, 3, **TMA, persistent=True),
     TileConfig("sm90", "fwd", 128, 16, 128, 128, 8, 2, **TMA, persistent=True),
     TileConfig("sm90", "fwd", 256, 16, 128, 32, 8, 2, **TMA),
     TileConfig("sm90", "short", 128, 16, 64, 64, 4, 3, **TMA),
     TileConfig("sm90", "dq", 64, 16, 128, 128, 8, 2, **TMA),
     TileConfig("sm90", "dq", 128, 16, 128, 64, 8, 3, **TMA),
-    TileConfig("sm90", "dq", 256, 16, 64, 32, 8, 2, **TMA, **LADEN),
     TileConfig("sm90", "dq", 256, 16, 64, 64, 8, 2, **TMA),
     TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 3, **TMA),
     TileConfig("sm90", "dkv", 128, 16, 32, 128, 8, 3, **TMA),
@@ -127,8 +136,18 @@ PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "interpreter": 6}
 """Multiprocessors of the largest device of each target (A100, H100 and H200, B200): what splits try to fill. One
 number a target, so that every device of it sums in the same order."""
 
-SHARED_BYTES = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "interpreter": 227 * 1024}
-"""What a program may have (CUDA C++ Programming Guide); for sm80 rows what 8.6, 8.9 and 12.x leave."""
+SHARED_BYTES = {
+    "sm80": 99 * 1024,
+    "sm90": 227 * 1024,
+    "sm100": 227 * 1024,
+    "gfx942": 64 * 1024,
+    "interpreter": 227 * 1024,
+}
+"""What a program may have (CUDA C++ Programming Guide, "Technical Specifications"; CDNA 3 ISA); for sm80 rows what 8.6,
+8.9 and 12.x leave."""
+
+WIDE_FLOAT32 = (256, 163 * 1024)
+"""float32 gradients of heads wider than this need more of sm80: what 8.0 has, 8.6, 8.9 and 12.x have not."""
 
 L2_BYTES = 32 * 2**20
 """What the keys and values of the heads that run side by side may fill of the second-level cache (40 MB on an A100, 50
@@ -191,6 +210,12 @@ def stages_of(spec: AttnSpec, row: TileConfig, tables: int) -> int:
     return max(1, min(row.num_stages, (SHARED_BYTES[row.target] - owned * width) // stage))
 
 
+def shared_limit(row: TileConfig, target: str) -> int:
+    """The shared memory in bytes that a row's programs may take on a target."""
+    wide = target == "sm80" and row.bits == 32 and row.head_dim > WIDE_FLOAT32[0] and row.kernel != "fwd"
+    return WIDE_FLOAT32[1] if wide else SHARED_BYTES[target]
+
+
 def section_of(spec: AttnSpec, length: int) -> int:
     """How many heads run side by side, tile by tile: as many as share the cache with `length` tokens. Pure."""
     bytes_of_head = length * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
@@ -198,16 +223,21 @@ def section_of(spec: AttnSpec, length: int) -> int:
 
 
 def _find(spec: AttnSpec, kernel: str, target: str) -> TileConfig | None:
-    table = any(type(mask).__name__ == "Dense" for mask in spec.mask.atoms())
-    laden = table or spec.dropout_p > 0 or spec.bias_shape is not None
-    return _row(kernel, target, max(spec.head_dim, spec.head_dim_v), 8 * spec.dtype.itemsize, laden)
+    return _row(kernel, target, max(spec.head_dim, spec.head_dim_v), 8 * spec.dtype.itemsize, _load(spec))
+
+
+def _load(spec: AttnSpec) -> int:
+    masks = {type(mask).__name__ for mask in spec.mask.atoms()}
+    if "Dense" in masks or spec.dropout_p > 0 or spec.bias_shape is not None:
+        return 2
+    return LIGHT if masks <= {"Full", "Causal", "Window"} else 1
 
 
 @functools.cache
-def _row(kernel: str, target: str, dim: int, bits: int, laden: bool) -> TileConfig | None:
+def _row(kernel: str, target: str, dim: int, bits: int, load: int) -> TileConfig | None:
     rows = [row for name in ANCESTORS[target] for row in TABLE if (row.target, row.kernel) == (name, kernel)]
     for row in rows:
-        if dim <= row.head_dim and bits <= row.bits and (laden or not row.laden):
+        if dim <= row.head_dim and bits <= row.bits and load >= row.load:
             return row
     return None
 

@@ -67,7 +67,7 @@ def test_the_plan_reaches_every_row_bare_and_with_every_feature_in_few_compiles(
         if row.target in compiling.GPUS:
             full = {form for form in reached.get(row, ()) if form == "spans" or form.endswith("every-feature")}
             assert full, row
-            assert row.laden or reached[row] - full, row
+            assert row.load or reached[row] - full, row
 
 
 def test_a_round_of_the_main_loop_multiplies_whole_tiles(inspected):

@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn.kernels.configs import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, pick, target_of
+from fastattn import dispatch
+from fastattn.kernels.configs import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, WIDE_FLOAT32, pick, target_of
+from fastattn.masks import Causal, Dense, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 
 
@@ -47,3 +49,20 @@ def test_targets_by_capability():
     capabilities = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
     assert [target_of(each) for each in capabilities] == ["sm80", "sm80", "sm80", "sm90", "sm100", "sm80"]
     assert target_of(None) == "interpreter"
+
+
+def test_what_a_problem_carries_chooses_smaller_tiles():
+    """Nothing, a mask that hides, a table; each falls back on lighter rows where there is none of its own."""
+    tensors = [torch.empty(1, 1, 64, 128, dtype=torch.bfloat16)] * 3
+    masks = Causal(), Causal() | Lengths(torch.ones(1).int()), Dense(torch.ones(64, 64, dtype=torch.bool)) & Causal()
+    rows = [pick(AttnSpec.of(AttnInputs(*tensors), mask=mask), "fwd", "sm90") for mask in masks]
+    assert [row.load for row in rows] == [0, 1, 2]
+    areas = [row.block_m * row.block_n for row in rows]
+    assert areas == sorted(areas, reverse=True)
+    assert pick(AttnSpec.of(AttnInputs(*tensors), mask=masks[2]), "merge", "sm90").load == 0
+
+
+def test_the_door_knows_the_tables_limits():
+    """It names them itself, so that a refusal does not import triton."""
+    door = dispatch.room("triton")
+    assert (door.MAX_HEAD_DIM, door.WIDE_FLOAT32) == (MAX_HEAD_DIM, WIDE_FLOAT32)
