@@ -17,7 +17,7 @@ from fastattn.kernels.tiles import dot, load_tile, narrow, row_places
 
 @triton.jit(do_not_specialize=[*FREE, "shared"])
 def attn_dbias_kernel(
-    t,  # query, key, value, d_out, total, delta, bias, seed, dbias
+    t,  # query, key, value, d_out, lse, delta, bias, sinks, seed, dbias
     strides,  # of query, key, value, d_out, bias, dbias
     sizes, scales, mask_args,
     shared,  # own_heads: tables of a batch item; heads, batches: how many share a table
@@ -43,7 +43,7 @@ def attn_dbias_kernel(
         v = load_tile(t.value, strides.value, batch, kv_head, kv_idx, kv_lo, kv_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
                       True)  # fmt: skip
         rows = row_places(batch, sizes.num_heads, head, q_len, q_idx)
-        total = tl.load(t.total + rows, mask=inside, other=float("inf"))
+        total = KIND.total(tl.load(t.lse + rows, mask=inside, other=float("-inf")))
         delta = tl.load(t.delta + rows, mask=inside, other=0.0)
         # [BLOCK_M, BLOCK_N]
         raw, d_weights = dot(q, tl.trans(k), KIND), dot(do, tl.trans(v), KIND)

@@ -19,7 +19,7 @@ from fastattn.kernels.walk import CHECKED, FULL, owned, query_walk, tile_start
 
 @triton.jit(do_not_specialize=FREE)
 def attn_dkv_kernel(
-    t,  # query, key, value, d_out, total, delta, bias, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
+    t,  # query, key, value, d_out, lse, delta, bias, sinks, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
     strides,  # of query, key, value, d_out, bias, dk, dv
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.cons
     q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, q_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)
     do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, CHECK)
     rows = row_places(batch, sizes.num_heads, head, q_len, q_idx)
-    total = tl.load(t.total + rows, mask=q_idx < q_len, other=float("inf"))
+    total = KIND.total(tl.load(t.lse + rows, mask=q_idx < q_len, other=float("-inf")))
     delta = tl.load(t.delta + rows, mask=q_idx < q_len, other=0.0)
     # [BLOCK_N, BLOCK_M]
     raw, d_weights = dot(k, tl.trans(q), KIND), dot(v, tl.trans(do), KIND)

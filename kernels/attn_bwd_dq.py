@@ -1,25 +1,25 @@
 """Attention, backward: the gradients of the queries, of a bias that does not vary over the keys, and of the sinks.
 
     dq_i = scale sum_j draw_ij k_j        dbias_i = sum_j ds_ij        (gradients.py)
-    dsink = -sum_i p_i,sink sum_j p_ij <do_i, v_j>                     one partial sum a program
+    dsink = -sum_i (1 - left_i) sum_j left_i p_ij <do_i, v_j>          one partial sum a program
 
 A program owns BLOCK_M queries of one head and walks the same keys as the forward. draw is rounded to the input's dtype
-before it meets the keys. A bias and the sinks want delta more exact than a rounded output tells it: sum_j p_ij <do_i,
-v_j> is taken here again, in float32, and delta written anew for the kernels that follow.
+before it meets the keys. A bias and the sinks want delta more exact than a rounded output tells it: its sum is
+taken here again, in float32, and delta written anew for the kernels that follow.
 """
 
 import triton
 import triton.language as tl
 
 from fastattn.kernels.attn_fwd import FREE
-from fastattn.kernels.gradients import gradient_tile, lse_part
+from fastattn.kernels.gradients import gradient_tile, new_delta
 from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
 from fastattn.kernels.walk import CHECKED, FULL, query_tile, tile_start
 
 
 @triton.jit(do_not_specialize=FREE)
 def attn_dq_kernel(
-    t,  # query, key, value, d_out, lse, d_lse, total, delta, bias, sinks, seed, dq, dbias, dsinks
+    t,  # query, key, value, d_out, lse, d_lse, delta, bias, sinks, seed, dq, dbias, dsinks
     strides,  # of query, key, value, d_out, bias, dq
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def attn_dq_kernel(
     do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, True)
     rows = row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx)
     inside = q_idx < sizes.q_len
-    total = tl.load(t.total + rows, mask=inside, other=float("inf"))
+    total = KIND.total(tl.load(t.lse + rows, mask=inside, other=float("-inf")))
     delta = tl.load(t.delta + rows, mask=inside, other=0.0)
     own = batch, head, kv_head, q_idx, q, do, total, delta
     sums = tl.zeros([BLOCK_M, KIND.BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -44,23 +44,22 @@ def attn_dq_kernel(
     store_tile(t.dq, strides.dq, batch, head, q_idx, q_lo, sizes.q_len, dq * scales.scale, KIND.HEAD_DIM, KIND.BLOCK_D,
                KIND.BF16_BY_HAND)  # fmt: skip
     if KIND.BIAS != "" or KIND.SINKS:
-        lse = tl.load(t.lse + rows, mask=inside, other=float("-inf"))
-        part = lse_part(t, rows, inside, lse, total, KIND)
-        share = tl.zeros_like(lse)
+        left, taken = 1.0, 0.0
         if KIND.SINKS:
-            share = KIND.sink_share(total, tl.load(t.sinks + head).to(tl.float32))
+            left, taken = KIND.left(total, tl.load(t.sinks + head).to(tl.float32))
             place = (batch.to(tl.int64) * sizes.num_heads + head) * tl.cdiv(sizes.q_len, BLOCK_M) + q_lo // BLOCK_M
-            tl.store(t.dsinks + place, -tl.sum(share * met, 0))
+            tl.store(t.dsinks + place, -tl.sum(taken * met, 0))
+        delta, d_lse = new_delta(t, rows, inside, met, total, left, KIND)
         if KIND.BIAS != "":
-            tl.store(t.delta + rows, met - part, mask=inside)
-        if t.dbias is not None:  # sum_j p_ij = 1 - share
-            tl.store(t.dbias + rows, share * met + (1.0 - share) * part, mask=inside)
+            tl.store(t.delta + rows, delta, mask=inside)
+        if t.dbias is not None:  # sum_j p_ij = 1
+            tl.store(t.dbias + rows, taken * met + d_lse, mask=inside)
 
 
 @triton.jit
 def _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.constexpr, CHECK: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One tile of keys and values into dq [BLOCK_M, BLOCK_D] and the sum of p <do, v>, [BLOCK_M]."""
+    """One tile of keys and values into dq [BLOCK_M, BLOCK_D] and the sum of left p <do, v>, [BLOCK_M]."""
     batch, head, kv_head, q_idx, q, do, total, delta = own
     kv_idx = kv_lo + tl.arange(0, BLOCK_N)
     k = load_tile(t.key, strides.key, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)

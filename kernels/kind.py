@@ -1,16 +1,22 @@
 """What a kernel is compiled for: everything about a problem that is not a number or a tensor."""
 
 import functools
+import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
+from fastattn.kernels import masks, online, scores
 from fastattn.kernels.lower import Lowered
 from fastattn.kernels.masks import RULES, Rule
 from fastattn.kernels.online import NORMALIZERS
 from fastattn.kernels.scores import SCORES, score_of
 from fastattn.spec import AttnSpec
+
+SOURCE = hashlib.sha256(b"".join(Path(str(each.__file__)).read_bytes() for each in (masks, online, scores))).hexdigest()
+"""Of the rules, scores and normalisers."""
 
 MIN_DOT = 16
 """The least width of a matrix product's factors."""
@@ -39,8 +45,7 @@ class Kind(NamedTuple):
     finish: Any
     total: Any
     weights: Any
-    sink_share: Any
-    lse_slope: Any
+    left: Any
     HEAD_DIM: Any
     BLOCK_D: Any
     HEAD_DIM_V: Any
@@ -50,6 +55,7 @@ class Kind(NamedTuple):
     BIAS: Any  # over which axes it varies: see scores.score_tile
     SINKS: Any
     DROPOUT: Any
+    SOURCE: Any  # Triton's cache on disk looks at a kernel's own source and not at that of the functions in a constexpr
     PACKED: Any
     SPLIT: Any
     PERSISTENT: Any
@@ -97,6 +103,7 @@ def _kind(
         **SCORES[score]._asdict(),
         **NORMALIZERS[normalizer]._asdict(),
         **{name: tl.constexpr(value) for name, value in constants},
+        SOURCE=tl.constexpr(SOURCE),
         PACKED=tl.constexpr(packed),
         SPLIT=tl.constexpr(split),
         PERSISTENT=tl.constexpr(persistent),

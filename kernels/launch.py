@@ -114,7 +114,8 @@ class Problem:
 def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target: str) -> list[Launch]:
     """Writes out and lse."""
     problem, row = Problem(spec, inputs, target), pick_forward(spec, target)
-    packed = spec.group > 1 and spec.q_len * spec.group <= row.block_m and row.kernel != "fwd"
+    # A group's heads share a tile, and so what it visits.
+    packed = spec.group > 1 and row.kernel != "fwd" and not problem.mask.by_head
     heads, rows = (spec.num_kv_heads, spec.q_len * spec.group) if packed else (spec.num_heads, spec.q_len)
     programs = tiles_of(rows, row.block_m) * heads * spec.batch
     splits = splits_of(spec, row, target, programs)
@@ -146,7 +147,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
 class Backward(NamedTuple):
     """The tensors of a backward pass: saved, incoming, to be written.
 
-    total and delta are float32 [batch, num_heads, q_len] for the kernels alone. `dbias` is the table's gradient, or a
+    delta is float32 [batch, num_heads, q_len] for the kernels alone. `dbias` is the table's gradient, or a
     float32 part of it: [batch, num_heads, q_len, 1] where it varies over queries or neither, [..., 1, kv_len] where
     over keys. `dsinks` float32 [batch, num_heads, tiles].
     """
@@ -155,7 +156,6 @@ class Backward(NamedTuple):
     lse: Tensor
     d_out: Tensor
     d_lse: Tensor | None
-    total: Tensor
     delta: Tensor
     dq: Tensor
     dk: Tensor
@@ -180,7 +180,7 @@ def empty_dsinks(spec: AttnSpec, sinks: Tensor, target: str) -> Tensor:
 
 
 def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -> list[Launch]:
-    """Writes total and delta, then the gradients."""
+    """Writes delta, then the gradients."""
     problem = Problem(spec, inputs, target)
     axes = bias_axes(spec)
     small = operands(
@@ -191,19 +191,18 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
         lse=grads.lse,
         d_lse=grads.d_lse,
         sinks=inputs.sinks,
-        total=grads.total,
         delta=grads.delta,
     )
     launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), small)]
-    scratch = {"total": grads.total, "delta": grads.delta, "seed": inputs.dropout_seed}
+    rest = {"lse": grads.lse, "delta": grads.delta, "sinks": inputs.sinks, "seed": inputs.dropout_seed}
     q_side = {"query": inputs.query, "d_out": grads.d_out}
     kv_side = {"key": inputs.key, "value": inputs.value}
 
     row = pick(spec, "dq", target)
     tiled = _tiled(row.block_m, **q_side, dq=grads.dq) | _tiled(row.block_n, **kv_side)
     by_rows = grads.dbias if axes in ("q", "1") else None
-    rest = {"lse": grads.lse, "d_lse": grads.d_lse, "sinks": inputs.sinks, "dsinks": grads.dsinks, "dbias": by_rows}
-    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, **rest)
+    own = {"d_lse": grads.d_lse, "dsinks": grads.dsinks, "dbias": by_rows}
+    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **rest, **own)
     programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
     sizes = problem.sizes(programs, section_of(spec, spec.kv_len) * spec.group)
     launches.append(problem.walking(attn_dq_kernel, row, sizes, given))
@@ -211,22 +210,22 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     row = pick(spec, "dkv", target)
     tiled = _tiled(row.block_m, **q_side) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
     by_keys = grads.dbias if axes == "k" else None
-    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **scratch, dbias=by_keys)
+    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **rest, dbias=by_keys)
     programs = tiles_of(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
     sizes = problem.sizes(programs, section_of(spec, spec.q_len * spec.group))
     launches.append(problem.walking(attn_dkv_kernel, row, sizes, given, mirror=True))
 
     if axes == "qk":
-        launches.append(_dbias(problem, grads, q_side | kv_side, scratch))
+        launches.append(_dbias(problem, grads, q_side | kv_side, rest))
     return launches
 
 
-def _dbias(problem: Problem, grads: Backward, tiled: dict[str, Tensor], scratch: dict[str, Tensor | None]) -> Launch:
+def _dbias(problem: Problem, grads: Backward, tiled: dict[str, Tensor], rest: dict[str, Tensor | None]) -> Launch:
     """The gradient of a bias that varies over queries and keys, for one table or several."""
     spec, row = problem.spec, pick(problem.spec, "dbias", problem.target)
     table = _four_dims(grads.dbias)
     batch, heads, q_len, kv_len = table.shape
-    given = operands(False, {}, tiled | {"dbias": table}, {"bias": problem.bias}, **scratch)
+    given = operands(False, {}, tiled | {"dbias": table}, {"bias": problem.bias}, **rest)
     programs = tiles_of(q_len, row.block_m) * tiles_of(kv_len, row.block_n) * heads * batch
     shared = named(own_heads=heads, heads=spec.num_heads // max(heads, 1), batches=spec.batch // max(batch, 1))
     args = (*given, problem.sizes(programs, 1), problem.scales, problem.mask.args, shared)

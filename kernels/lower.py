@@ -25,6 +25,7 @@ class Lowered(NamedTuple):
     program: tuple[int, ...]
     terms: tuple[tuple[int, ...], ...]  # none: block lists are walked
     hides: bool  # whether a query may see nothing, or a key be seen by nobody
+    by_head: bool  # whether heads see different keys
     args: tuple
 
 
@@ -54,7 +55,14 @@ def lower(spec: AttnSpec) -> Lowered:
     mask = _without_full(spec.mask)
     terms = [()] if _is_full(mask) else visit(mask)
     spans = len(terms) <= MOST_TERMS and all(RULES[name].kv_span is not None for name in names)
-    return Lowered(tuple(names), tuple(program), tuple(terms) if spans else (), _hides(names, args, spec), tuple(args))
+    return Lowered(
+        tuple(names),
+        tuple(program),
+        tuple(terms) if spans else (),
+        _hides(names, args, spec),
+        _by_head(names, args),
+        tuple(args),
+    )
 
 
 def _without_full(mask: Any) -> Any:
@@ -85,6 +93,12 @@ def _hides(names: list[str], args: list[tuple], spec: AttnSpec) -> bool:
     high = min((each for _, each, _ in args if each is not None), default=FAR.value)
     queries = high >= 0 and low <= spec.kv_len - spec.q_len
     return not (queries and low <= 0 and high >= spec.kv_len - spec.q_len)
+
+
+def _by_head(names: list[str], args: list[tuple]) -> bool:
+    """The strides of heads are 0 where one table serves all."""
+    strides = {"Rows": lambda of: of[3][1], "Dense": lambda of: of[1][1]}
+    return any(strides[name](each) != 0 for name, each in zip(names, args, strict=True) if name in strides)
 
 
 class Lists(NamedTuple):
@@ -122,6 +136,10 @@ _MADE: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[list[int], Any]]] = weak
 """By mask, then by sizes and stream: what was made of its tensors, and their versions then."""
 
 
+MOST_MADE = 8
+"""Of one mask: a few layers' sizes. A mask that outlives many lengths must not keep a table for each."""
+
+
 def _remembered(mask: Any, sizes: tuple, device: torch.device, make: Callable[[], Any]) -> Any:
     """What `make` makes of a mask's tensors, once for all layers and passes that share the mask, as long as nobody
     writes into them. A CUDA graph makes it anew at each replay.
@@ -135,10 +153,12 @@ def _remembered(mask: Any, sizes: tuple, device: torch.device, make: Callable[[]
             return make()
         stream = torch.cuda.current_stream(device).cuda_stream
     made, versions = _MADE.setdefault(mask, {}), [tensor._version for tensor in tensors]
-    known = made.get((sizes, stream))
-    if known is None or known[0] != versions:
-        known = made[sizes, stream] = versions, make()
-    return known[1]
+    place = sizes, device, stream
+    if place not in made or made[place][0] != versions:
+        if len(made) >= MOST_MADE:
+            del made[next(iter(made))]
+        made[place] = versions, make()
+    return made[place][1]
 
 
 def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
@@ -157,9 +177,13 @@ def _offset(mask: Any, spec: AttnSpec) -> tuple[int, Tensor | None]:
 
 
 def _chunked(mask: Any, spec: AttnSpec) -> tuple:
-    """size, chunks back and ahead, offset, offsets."""
+    """size, chunks back and ahead, offset, offsets. Whole chunks of a fixed offset move the chunks, not the queries:
+    both may be far larger than a kernel's numbers.
+    """
     at, offsets = _offset(mask, spec)
-    back, ahead = (FAR.value if chunks is None else near(chunks) for chunks in (mask.left_chunks, mask.right_chunks))
+    whole, at = divmod(at, mask.size)
+    back = FAR.value if mask.left_chunks is None else near(mask.left_chunks - whole)
+    ahead = FAR.value if mask.right_chunks is None else near(mask.right_chunks + whole)
     return near(mask.size), back, ahead, near(at), offsets
 
 
@@ -169,24 +193,26 @@ def _rows(mask: Any, spec: AttnSpec) -> tuple:
 
 
 def _row_table(mask: Any, spec: AttnSpec) -> tuple:
-    """starts and stops [batch, q_len], bounds [batch, 4, kv_len], their batch strides.
+    """starts and stops [batch, heads, q_len], bounds [batch, heads, 4, kv_len], their strides of batch and heads.
 
     The bounds mirror the table: for key j, the first query that may see it, the first from which on all see beyond it,
     the first that no longer starts at it or before, and the first from which on none does. In a table whose starts and
     stops never decrease they are exact; in any other one they show too much and call too little full.
     """
     [(start, stop)] = mask.intervals(spec.q_len, spec.kv_len, spec.device)
-    start, stop = (each.expand(*each.shape[:-1], spec.q_len).clamp(0, spec.kv_len)[:, 0] for each in (start, stop))
     start, stop = torch.broadcast_tensors(start, stop)
+    start, stop = (each.clamp(0, spec.kv_len)[(None,) * (3 - each.dim())] for each in (start, stop))
+    start, stop = (each.expand(-1, -1, spec.q_len) for each in (start, stop))
     nothing = start >= stop
     start, stop = start.masked_fill(nothing, spec.kv_len), stop.masked_fill(nothing, 0)
-    keys = torch.arange(spec.kv_len, device=spec.device).expand(start.shape[0], -1).contiguous()
+    batch, heads = start.shape[:2]
+    keys = torch.arange(spec.kv_len, device=spec.device).expand(batch, heads, -1).contiguous()
     beyond = _least_after(stop.masked_fill(nothing, spec.kv_len))
     edges = (stop.cummax(-1)[0], beyond, start.cummax(-1)[0], _least_after(start)) if spec.q_len else (stop,) * 4
-    bounds = torch.stack([torch.searchsorted(edge.contiguous(), keys, right=True) for edge in edges], 1)
+    bounds = torch.stack([torch.searchsorted(edge.contiguous(), keys, right=True) for edge in edges], 2)
     start, stop, bounds = (each.to(torch.int32).contiguous() for each in (start, stop, bounds))
-    one = start.shape[0] == 1
-    return start, stop, bounds, 0 if one else spec.q_len, 0 if one else 4 * spec.kv_len
+    steps = (heads if batch > 1 else 0), (1 if heads > 1 else 0)
+    return start, stop, bounds, tuple(n * spec.q_len for n in steps), tuple(n * 4 * spec.kv_len for n in steps)
 
 
 def _least_after(rows: Tensor) -> Tensor:

@@ -299,8 +299,9 @@ def _prefix_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows_numbers(args, batch, head, q_len, kv_len):
-    """Where this batch item's rows begin: starts, stops (a number a query); bounds (four a key, see lower.py)."""
-    rows, bounds = batch.to(tl.int64) * args[3], batch.to(tl.int64) * args[4]
+    """Where this head's rows begin: starts, stops (a number a query); bounds (four a key, see lower.py)."""
+    rows = batch.to(tl.int64) * args[3][0] + head.to(tl.int64) * args[3][1]
+    bounds = batch.to(tl.int64) * args[4][0] + head.to(tl.int64) * args[4][1]
     return args[0] + rows, args[1] + rows, args[2] + bounds, q_len, kv_len
 
 

@@ -13,7 +13,6 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-MOST_LOG2 = tl.constexpr(120.0)  # exp2 of it is finite, with room for a product
 
 
 class Normalizer(NamedTuple):
@@ -24,8 +23,7 @@ class Normalizer(NamedTuple):
     finish: Any
     total: Any
     weights: Any
-    sink_share: Any
-    lse_slope: Any
+    left: Any
 
 
 @triton.jit
@@ -57,42 +55,27 @@ def _softmax_finish(factor, row_max, row_sum, sink):
 
 
 @triton.jit
-def _softmax_total(lse, sink):
-    """The log2 of a row's whole denominator, which turns scores into weights; inf where it saw nothing: weights 0."""
-    total = lse * LOG2E
-    if sink is not None:
-        most = tl.maximum(total, sink * LOG2E)
-        total = most + tl.log2(tl.exp2(total - most) + tl.exp2(sink * LOG2E - most))
-    return tl.where(lse == float("-inf"), float("inf"), total)
+def _softmax_total(lse):
+    """The log2 of a row's visible sum, which turns scores into weights; inf where it saw nothing: weights 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
 @triton.jit
 def _softmax_weights(scores, factor, total):
-    """Normalised weights again, for the backward; `total` broadcast to the scores."""
+    """Weights without the sink again, for the backward; `total` broadcast to the scores."""
     return tl.exp2(scores * factor - total)
 
 
 @triton.jit
-def _softmax_sink_share(total, sink):
-    """The sink's own weight in each row."""
-    return tl.exp2(sink * LOG2E - total)
-
-
-@triton.jit
-def _softmax_lse_slope(lse, total):
-    """d lse / d score over the weight: 1, or more where a sink takes a share."""
-    return tl.exp2(tl.minimum(total - lse * LOG2E, MOST_LOG2))
+def _softmax_left(total, sink):
+    """What a sink leaves of a row's weights, and what it takes: they add up to 1, and neither is a difference."""
+    sink *= LOG2E
+    return 1.0 / (1.0 + tl.exp2(sink - total)), 1.0 / (1.0 + tl.exp2(total - sink))
 
 
 NORMALIZERS = {
     "Softmax": Normalizer(
-        _softmax_begin,
-        _softmax_step,
-        _softmax_finish,
-        _softmax_total,
-        _softmax_weights,
-        _softmax_sink_share,
-        _softmax_lse_slope,
+        _softmax_begin, _softmax_step, _softmax_finish, _softmax_total, _softmax_weights, _softmax_left
     )
 }
 """By the normaliser's class name."""

@@ -70,8 +70,7 @@ def backward(
     target = launch.target_for(spec.device)
     dbias = None if inputs.bias is None else launch.empty_dbias(spec, inputs.bias)
     dsinks = None if inputs.sinks is None else launch.empty_dsinks(spec, inputs.sinks, target)
-    scratch = torch.empty_like(lse), torch.empty_like(lse)
-    tensors = launch.Backward(out, lse, d_out, d_lse, *scratch, dq, dk, dv, dbias, dsinks)
+    tensors = launch.Backward(out, lse, d_out, d_lse, torch.empty_like(lse), dq, dk, dv, dbias, dsinks)
     with _on(spec.device):
         for each in launch.backward(spec, inputs, tensors, target):
             each.run()
