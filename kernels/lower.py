@@ -182,9 +182,12 @@ def _chunked(mask: Any, spec: AttnSpec) -> tuple:
     """
     at, offsets = _offset(mask, spec)
     whole, at = divmod(at, mask.size)
+    size = min(mask.size, FAR.value)
+    if size < mask.size:  # no key is beyond its first chunk; what matters is where the queries leave theirs
+        at = max(0, size - (mask.size - at))
     back = FAR.value if mask.left_chunks is None else near(mask.left_chunks - whole)
     ahead = FAR.value if mask.right_chunks is None else near(mask.right_chunks + whole)
-    return near(mask.size), back, ahead, near(at), offsets
+    return size, back, ahead, at, offsets
 
 
 def _rows(mask: Any, spec: AttnSpec) -> tuple:

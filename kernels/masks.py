@@ -40,7 +40,7 @@ class Rule(NamedTuple):
 
 @triton.jit
 def read_numbers(KIND: tl.constexpr, args, batch, head, q_len, kv_len):
-    """Every rule's numbers for one batch item and head, after the lengths. `head` may be as wide as the queries."""
+    """Every rule's numbers for one batch item and head, after the lengths."""
     numbers = ((q_len, kv_len),)
     for n in tl.static_range(len(KIND.numbers)):
         numbers = numbers + (KIND.numbers[n](args[n], batch, head, q_len, kv_len),)

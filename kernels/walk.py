@@ -55,8 +55,8 @@ def query_tile(program, sizes, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl
     if KIND.PACKED:
         tile, kv_head, batch, split = owned(program, 1, sizes.kv_heads, sizes, KIND)
         rows = tl.arange(0, BLOCK_M)
-        q_lo, q_idx, head = 0, rows // sizes.group, kv_head * sizes.group + rows % sizes.group
-        mask_head = head[:, None]
+        mask_head = kv_head * sizes.group  # the mask is the same for all of the group
+        q_lo, q_idx, head = 0, rows // sizes.group, mask_head + rows % sizes.group
     else:
         tiles = tl.cdiv(q_len, BLOCK_M)
         tile, head, batch, split = owned(program, tiles, sizes.num_heads, sizes, KIND)
@@ -66,8 +66,7 @@ def query_tile(program, sizes, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl
         mask_head = head
     numbers = read_numbers(KIND, mask_args, batch, mask_head, q_len, kv_len)
     if len(KIND.TERMS) == 0:
-        list_head = kv_head * sizes.group if KIND.PACKED else head
-        walk = _listed(lists, batch, list_head, tile, tl.cdiv(kv_len, BLOCK_N))
+        walk = _listed(lists, batch, mask_head, tile, tl.cdiv(kv_len, BLOCK_N))
     else:
         q_hi = tl.minimum(q_lo + BLOCK_M, q_len)
         walk = _cut(kv_span(KIND, 0, q_lo, q_hi, numbers, BLOCK_M), BLOCK_N)
