@@ -11,15 +11,15 @@ import triton.language as tl
 
 from fastattn.kernels.gradients import gradient_tile
 from fastattn.kernels.masks import read_numbers
-from fastattn.kernels.tiles import dot, load_tile, narrow, row_places
+from fastattn.kernels.tiles import dot, load_line, load_tile, narrow
 from fastattn.kernels.veil import unveil
 from fastattn.kernels.walk import read_sizes
 
 
 @triton.jit
 def attn_dbias_kernel(
-    t,  # query, key, value, d_out, lse, delta, bias, sinks, seed, dbias
-    strides,  # of query, key, value, d_out, bias, dbias
+    t,  # query, key, value, d_out, total, delta, bias, sinks, seed, dbias
+    strides,  # of query, key, value, d_out, total, delta, bias, dbias
     sizes, scales, mask_args,
     shared,  # own_heads: tables of a batch item; heads, batches: how many share a table
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -45,9 +45,8 @@ def attn_dbias_kernel(
         do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, True)
         v = load_tile(t.value, strides.value, batch, kv_head, kv_idx, kv_lo, kv_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
                       True)  # fmt: skip
-        rows = row_places(batch, sizes.num_heads, head, q_len, q_idx)
-        total = KIND.total(tl.load(t.lse + rows, mask=inside, other=float("-inf")))
-        delta = tl.load(t.delta + rows, mask=inside, other=0.0)
+        total = load_line(t.total, strides.total, batch, head, q_idx, q_lo, float("inf"))
+        delta = load_line(t.delta, strides.delta, batch, head, q_idx, q_lo, 0.0)
         # [BLOCK_M, BLOCK_N]
         raw, d_weights = dot(q, tl.trans(k), KIND), dot(do, tl.trans(v), KIND)
         _, d_scores, _, _, _ = gradient_tile(

@@ -1,5 +1,6 @@
 """Attention, backward: what each row needs once.
 
+total_i = log2 of exp(lse_i); inf where the row saw nothing, and past the last one
 delta_i = left_i sum_d do_id out_id - d_lse_i        0 where the row saw nothing (gradients.py)
 """
 
@@ -7,14 +8,14 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.gradients import new_delta
-from fastattn.kernels.tiles import load_tile, row_places
+from fastattn.kernels.tiles import line_places, load_tile, row_places
 from fastattn.kernels.walk import owned, read_sizes
 
 
 @triton.jit
 def attn_delta_kernel(
-    t,  # out, d_out, lse, d_lse or None, sinks, delta
-    strides,  # of out, d_out
+    t,  # out, d_out, lse, d_lse or None, sinks, total, delta
+    strides,  # of out, d_out, total, delta
     sizes,
     KIND: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -33,4 +34,6 @@ def attn_delta_kernel(
         left, _ = KIND.left(total, tl.load(t.sinks + head).to(tl.float32))
     met = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     delta, _ = new_delta(t, rows, inside, met, total, left, KIND)
-    tl.store(t.delta + rows, delta, mask=inside)
+    places, padded = line_places(strides.delta, batch, head, q_idx)
+    tl.store(t.total + places, total, mask=padded)
+    tl.store(t.delta + places, delta, mask=padded)

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.gradients import gradient_tile
-from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
+from fastattn.kernels.tiles import add_dot, dot, load_line, load_tile, only_seen, row_places, store_tile
 from fastattn.kernels.walk import CHECKED, FULL, owned, query_walk, read_sizes, tile_start
 
 
 @triton.jit
 def attn_dkv_kernel(
-    t,  # query, key, value, d_out, lse, delta, bias, sinks, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
-    strides,  # of query, key, value, d_out, bias, dk, dv
+    t,  # query, key, value, d_out, total, delta, bias, sinks, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
+    strides,  # of query, key, value, d_out, total, delta, bias, dk, dv
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sizes = read_sizes(sizes)
@@ -59,9 +59,8 @@ def _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND: tl.cons
     q_idx, q_len = q_lo + tl.arange(0, BLOCK_M), sizes.q_len
     q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, q_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)
     do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, CHECK)
-    rows = row_places(batch, sizes.num_heads, head, q_len, q_idx)
-    total = KIND.total(tl.load(t.lse + rows, mask=q_idx < q_len, other=float("-inf")))
-    delta = tl.load(t.delta + rows, mask=q_idx < q_len, other=0.0)
+    total = load_line(t.total, strides.total, batch, head, q_idx, q_lo, float("inf"))
+    delta = load_line(t.delta, strides.delta, batch, head, q_idx, q_lo, 0.0)
     # [BLOCK_N, BLOCK_M]
     raw, d_weights = dot(k, tl.trans(q), KIND), dot(v, tl.trans(do), KIND)
     weights, d_scores, d_raw, _, kept = gradient_tile(

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.gradients import gradient_tile, new_delta
-from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
+from fastattn.kernels.tiles import add_dot, dot, line_places, load_line, load_tile, only_seen, row_places, store_tile
 from fastattn.kernels.walk import CHECKED, FULL, query_tile, read_sizes, tile_start
 
 
 @triton.jit
 def attn_dq_kernel(
-    t,  # query, key, value, d_out, lse, d_lse, delta, bias, sinks, seed, dq, dbias, dsinks
-    strides,  # of query, key, value, d_out, bias, dq
+    t,  # query, key, value, d_out, d_lse, total, delta, bias, sinks, seed, dq, dbias, dsinks
+    strides,  # of query, key, value, d_out, total, delta, bias, dq
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sizes = read_sizes(sizes)
@@ -28,10 +28,8 @@ def attn_dq_kernel(
     )
     q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)
     do = load_tile(t.d_out, strides.d_out, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, True)
-    rows = row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx)
-    inside = q_idx < sizes.q_len
-    total = KIND.total(tl.load(t.lse + rows, mask=inside, other=float("-inf")))
-    delta = tl.load(t.delta + rows, mask=inside, other=0.0)
+    total = load_line(t.total, strides.total, batch, head, q_idx, q_lo, float("inf"))
+    delta = load_line(t.delta, strides.delta, batch, head, q_idx, q_lo, 0.0)
     own = batch, head, kv_head, q_idx, q, do, total, delta
     sums = tl.zeros([BLOCK_M, KIND.BLOCK_D], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for n in tl.range(0, walk[0]):
@@ -49,9 +47,11 @@ def attn_dq_kernel(
             left, taken = KIND.left(total, tl.load(t.sinks + head).to(tl.float32))
             place = (batch.to(tl.int64) * sizes.num_heads + head) * tl.cdiv(sizes.q_len, BLOCK_M) + q_lo // BLOCK_M
             tl.store(t.dsinks + place, -tl.sum(taken * met, 0))
+        rows, inside = row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx), q_idx < sizes.q_len
         delta, d_lse = new_delta(t, rows, inside, met, total, left, KIND)
         if KIND.BIAS != "":
-            tl.store(t.delta + rows, delta, mask=inside)
+            places, padded = line_places(strides.delta, batch, head, q_idx)
+            tl.store(t.delta + places, delta, mask=padded)
         if t.dbias is not None:  # sum_j p_ij = 1
             tl.store(t.dbias + rows, taken * met + d_lse, mask=inside)
 

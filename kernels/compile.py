@@ -130,7 +130,7 @@ def launches(target: str, head_dim: int, dtype: str, form: str) -> dict[str, lau
     tiles = target if target in ANCESTORS else TILES_OF[target]
     dbias = None if inputs.bias is None else launch.empty_dbias(spec, inputs.bias)
     dsinks = None if inputs.sinks is None else launch.empty_dsinks(spec, inputs.sinks, tiles)
-    tensors = launch.Backward(out, lse, out, lse, lse, *inputs[:3], dbias, dsinks)
+    tensors = launch.Backward(out, lse, out, lse, *launch.empty_terms(spec, lse), *inputs[:3], dbias, dsinks)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(made.float32)
     try:

@@ -31,6 +31,8 @@ from fastattn.kernels.veil import veil
 from fastattn.kernels.walk import Sizes
 from fastattn.spec import AttnInputs, AttnSpec
 
+ROW_PAD = 16
+"""Rows; Triton knows of a stride that 16 divides."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels above were made for Triton's interpreter: it reads the variable when a kernel is defined."""
 
@@ -138,8 +140,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
     tensors = operands(
         row.descriptors,
         tiled if packed else tiled | whole,
-        {name: tensor for name, (tensor, _) in whole.items()} if packed else {},
-        {"bias": problem.bias},
+        {"bias": problem.bias} | ({name: tensor for name, (tensor, _) in whole.items()} if packed else {}),
         lse=part_lse,
         sinks=inputs.sinks,
         seed=inputs.dropout_seed,
@@ -150,14 +151,14 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
     )
     if splits == 1:
         return [first]
-    merged = operands(False, {}, {"part_out": part_out, "out": out}, {}, part_lse=part_lse, lse=lse, sinks=inputs.sinks)
+    merged = operands(False, {}, {"part_out": part_out, "out": out}, part_lse=part_lse, lse=lse, sinks=inputs.sinks)
     return [first, problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, splits)]
 
 
 class Backward(NamedTuple):
     """The tensors of a backward pass: saved, incoming, to be written.
 
-    delta is float32 [batch, num_heads, q_len] for the kernels alone. `dbias` is the table's gradient, or a
+    `total` and `delta` are for the kernels alone: see empty_terms. `dbias` is the table's gradient, or a
     float32 part of it: [batch, num_heads, q_len, 1] where it varies over queries or neither, [..., 1, kv_len] where
     over keys. `dsinks` float32 [batch, num_heads, tiles].
     """
@@ -166,12 +167,22 @@ class Backward(NamedTuple):
     lse: Tensor
     d_out: Tensor
     d_lse: Tensor | None
+    total: Tensor
     delta: Tensor
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dbias: Tensor | None
     dsinks: Tensor | None
+
+
+def empty_terms(spec: AttnSpec, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """total and delta of each row (attn_bwd_delta.py), float32 [batch, num_heads, q_len padded]: with whole steps of
+    TMA_BYTES the copy engine can move them, and a program's loads are aligned whatever the length.
+    """
+    padded = tiles_of(spec.q_len, ROW_PAD) * ROW_PAD
+    total, delta = lse.new_empty(2, spec.batch, spec.num_heads, padded, dtype=torch.float32)
+    return total, delta
 
 
 def empty_dbias(spec: AttnSpec, bias: Tensor) -> Tensor:
@@ -193,18 +204,18 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     """Writes delta, then the gradients."""
     problem = Problem(spec, inputs, target)
     axes = bias_axes(spec)
-    small = operands(
+    given = operands(
         False,
         {},
-        {"out": grads.out, "d_out": grads.d_out},
-        {},
+        {"out": grads.out, "d_out": grads.d_out, "total": grads.total, "delta": grads.delta},
         lse=grads.lse,
         d_lse=grads.d_lse,
         sinks=inputs.sinks,
-        delta=grads.delta,
     )
-    launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), small)]
-    rest = {"lse": grads.lse, "delta": grads.delta, "sinks": inputs.sinks, "seed": inputs.dropout_seed}
+    launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), given)]
+    rest = {"sinks": inputs.sinks, "seed": inputs.dropout_seed}
+    bias = {"bias": problem.bias}
+    terms = {"total": grads.total, "delta": grads.delta}
     q_side = {"query": inputs.query, "d_out": grads.d_out}
     kv_side = {"key": inputs.key, "value": inputs.value}
 
@@ -212,30 +223,30 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     tiled = _tiled(row.block_m, **q_side, dq=grads.dq) | _tiled(row.block_n, **kv_side)
     by_rows = grads.dbias if axes in ("q", "1") else None
     own = {"d_lse": grads.d_lse, "dsinks": grads.dsinks, "dbias": by_rows}
-    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **rest, **own)
+    given = operands(row.descriptors, tiled, bias | terms, **rest, **own)
     programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
     section = section_of(spec, spec.kv_len) * spec.group
     launches.append(problem.walking(attn_dq_kernel, row, programs, section, given))
 
     row = pick(spec, "dkv", target)
-    tiled = _tiled(row.block_m, **q_side) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
+    tiled = _tiled(row.block_m, **q_side, **terms) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
     by_keys = grads.dbias if axes == "k" else None
-    given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **rest, dbias=by_keys)
+    given = operands(row.descriptors, tiled, bias, **rest, dbias=by_keys)
     programs = tiles_of(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
     section = section_of(spec, spec.q_len * spec.group)
     launches.append(problem.walking(attn_dkv_kernel, row, programs, section, given, mirror=True))
 
     if axes == "qk":
-        launches.append(_dbias(problem, grads, q_side | kv_side, rest))
+        launches.append(_dbias(problem, grads, q_side | kv_side | terms | bias, rest))
     return launches
 
 
-def _dbias(problem: Problem, grads: Backward, tiled: dict[str, Tensor], rest: dict[str, Tensor | None]) -> Launch:
+def _dbias(problem: Problem, grads: Backward, strided: dict[str, Tensor | None], rest: dict[str, Any]) -> Launch:
     """The gradient of a bias that varies over queries and keys, for one table or several."""
     spec, row = problem.spec, pick(problem.spec, "dbias", problem.target)
     table = _four_dims(grads.dbias)
     batch, heads, q_len, kv_len = table.shape
-    given = operands(False, {}, tiled | {"dbias": table}, {"bias": problem.bias}, **rest)
+    given = operands(False, {}, strided | {"dbias": table}, **rest)
     programs = tiles_of(q_len, row.block_m) * tiles_of(kv_len, row.block_n) * heads * batch
     shared = named(
         own_heads=veil(heads), heads=veil(spec.num_heads // max(heads, 1)), batches=veil(spec.batch // max(batch, 1))

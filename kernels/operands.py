@@ -16,26 +16,27 @@ TMA_BYTES = 16
 def operands(
     descriptors: bool,
     tiled: dict[str, tuple[Tensor, int]],
-    strided: dict[str, Tensor],
-    tables: dict[str, Tensor | None],
+    strided: dict[str, Tensor | None],
     **plain: Tensor | None,
 ) -> tuple[Any, Any]:
     """The tensors of a kernel by name, and their strides.
 
     Args:
         descriptors: whether the target has a copy engine.
-        tiled: [batch, heads, length, dim] tensors with how many rows are moved at a time.
-        strided: such tensors whose rows are addressed one by one.
-        tables: others that need strides, or None.
+        tiled: [batch, heads, length, dim] tensors with how many rows are moved at a time, and [batch, heads, length]
+            ones with how many numbers.
+        strided: tensors whose elements are addressed one by one, or None.
         plain: contiguous tensors, or None.
     """
     tensors: dict[str, Any] = {}
     strides: dict[str, Any] = {}
-    for name, (tensor, rows) in tiled.items():
-        described = descriptors and movable(tensor)
-        tensors[name] = _descriptor(tensor, rows) if described else tensor
+    for name, (tensor, count) in tiled.items():
+        rows = tensor if tensor.dim() == 4 else tensor[:, :, None]
+        described = descriptors and movable(rows)
+        block = [count, wide(tensor.shape[3])] if tensor.dim() == 4 else [1, count]
+        tensors[name] = _descriptor(rows, block) if described else tensor
         strides[name] = () if described else tensor.stride()
-    for name, table in (strided | tables).items():
+    for name, table in strided.items():
         tensors[name], strides[name] = table, () if table is None else table.stride()
     return named(**tensors, **plain), named(**strides)
 
@@ -50,14 +51,14 @@ def movable(tensor: Tensor) -> bool:
     return aligned and steady and tensor.numel() > 0 and (tensor.stride(3) == 1 or tensor.shape[3] == 1)
 
 
-def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """Moves [1, 1, rows, width] at a time. The step of an axis of size 1 is never taken and may be anything legal."""
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Moves [rows, columns] at a time. The step of an axis of size 1 is never taken and may be anything legal."""
     sizes = list(tensor.shape)
     steps = [
         stride if size > 1 else TMA_BYTES // tensor.itemsize
         for stride, size in zip(tensor.stride()[:3], sizes[:3], strict=True)
     ]
-    return TensorDescriptor(tensor, sizes, [*steps, 1], [1, 1, rows, wide(sizes[3])])
+    return TensorDescriptor(tensor, sizes, [*steps, 1], [1, 1, *block])
 
 
 def named(**fields: Any) -> Any:

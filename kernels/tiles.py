@@ -62,6 +62,25 @@ def row_places(batch, num_heads, head, q_len, q_idx):
 
 
 @triton.jit
+def load_line(tensor, strides, batch, head, rows, start, other: tl.constexpr):
+    """[len(rows)] of a [batch, heads, padded] tensor, `rows` from `start` on; pointer or descriptor, see load_tile.
+    What lies past the end is `other`, or 0 from a descriptor.
+    """
+    if len(strides) == 0:
+        line = tensor.load([batch, head, 0, start])
+        return tl.reshape(line, [line.shape[3]])
+    else:
+        places, inside = line_places(strides, batch, head, rows)
+        return tl.load(tensor + places, mask=inside, other=other)
+
+
+@triton.jit
+def line_places(strides, batch, head, rows):
+    """Where rows lie in a contiguous [batch, heads, padded], 64 bits wide, and which of them do."""
+    return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + rows, rows < strides[1]
+
+
+@triton.jit
 def only_seen(tile, kept, AXIS: tl.constexpr):
     """Rows of a tile that a partner sees; the others as 0, for they may hold anything. `kept` is reduced over AXIS."""
     seen = tl.max(kept.to(tl.int32), AXIS) > 0

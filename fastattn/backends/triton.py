@@ -70,7 +70,8 @@ def backward(
     target = launch.target_for(spec.device)
     dbias = None if inputs.bias is None else launch.empty_dbias(spec, inputs.bias)
     dsinks = None if inputs.sinks is None else launch.empty_dsinks(spec, inputs.sinks, target)
-    tensors = launch.Backward(out, lse, d_out, d_lse, torch.empty_like(lse), dq, dk, dv, dbias, dsinks)
+    terms = launch.empty_terms(spec, lse)
+    tensors = launch.Backward(out, lse, d_out, d_lse, *terms, dq, dk, dv, dbias, dsinks)
     with _on(spec.device):
         for each in launch.backward(spec, inputs, tensors, target):
             each.run()
@@ -124,7 +125,7 @@ def _device_reason(spec: AttnSpec) -> str | None:
         return f"the device has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
     width, needed = WIDE_FLOAT32
     if spec.needs_grad and spec.dtype == torch.float32 and max(spec.head_dim, spec.head_dim_v) > width:
-        has = torch.cuda.get_device_properties(spec.device).shared_memory_per_block_optin
+        has = torch.cuda.get_device_properties(spec.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
         if has < needed:
             return (
                 f"float32 gradients at head_dim above {width} need {needed // 1024} KiB of shared memory a block, "
