@@ -48,6 +48,13 @@ GATES = (
 )
 
 
+def figure(row: Compiled) -> str:
+    """What chose a row of the tile table that has not been timed: of its first form in compile.table_plan."""
+    clocks = row.main.clocks if row.main is not None else None
+    bound = f", {clocks['bound']:.0%}" if clocks else ""
+    return f"{row.registers} registers, {row.spilled_bytes} B{bound}"
+
+
 def broken(row: Compiled) -> list[str]:
     """The gates that a row breaks, in words."""
     return [gate.words for gate in GATES if gate.concerns(row) and not gate.holds(row)]
