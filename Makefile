@@ -1,4 +1,4 @@
-# make setup | bench | test | lint | compile-all. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
+# make setup | bench | test | gpu | lint | compile-all. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
 # No compiler and no GPU are needed. What has been set up is not set up again.
 
 # The interpreter, 3.10 to 3.13. A torch that it can import (2.11 or newer) is the one that is used.
@@ -12,20 +12,36 @@ ARGS ?=
 # Test processes; each computes with one thread.
 JOBS ?= 2
 
+# make gpu: cuda or cpu; seconds it may take; where its JSON goes; a folder of unpacked wheels of other libraries;
+# RESUME=1 goes on where the last run of this commit stopped.
+DEVICE ?= cuda
+BUDGET ?= 480
+OUT ?= bench/results
+PEERS ?=
+RESUME ?=
+
 # Modules, not the scripts in .venv/bin: what a torch's environment already has is used from there. And without the
 # working folder on the path: transformers asks for a package `kernels`, and would get the folder of that name.
-RUN := .venv/bin/python -c 'import runpy, sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; \
+AS_MODULE := -c 'import runpy, sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; \
 	runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)'
+RUN := .venv/bin/python $(AS_MODULE)
+# A machine with a GPU may have no network: an environment of its own, of PYTHON's torch and what lies beside it.
+GPU_VENV := $(if $(filter cpu,$(DEVICE)),.venv,.venv-offline)
+GPU_RUN := $(GPU_VENV)/bin/python $(AS_MODULE) fastattn.bench.pipeline --device '$(DEVICE)' --budget '$(BUDGET)' \
+	--out '$(OUT)' $(if $(PEERS),--peers '$(PEERS)') $(if $(RESUME),--resume)
 OWN_TORCH := $(if $(filter file,$(origin TORCH)),,--own-torch)
 TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint compile-all clean
+.PHONY: help setup bench test gpu gpu-build gpu-test gpu-check gpu-bench gpu-setup lint compile-all clean
 
 help:
 	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
 	@echo 'make test    set up what is missing, then run the tests (ARGS=... as pytest takes them, JOBS=$(JOBS))'
+	@echo 'make gpu     on a machine with an NVIDIA GPU: test, check and time everything in BUDGET=$(BUDGET) seconds, with'
+	@echo '             what PYTHON has (no network): OUT=$(OUT) PEERS=folder RESUME=1; DEVICE=cpu tries it without a GPU'
+	@echo '             its steps alone: make gpu-build gpu-test gpu-check gpu-bench'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
@@ -42,6 +58,21 @@ bench: setup
 test: setup
 	@$(RUN) pytest -n $(JOBS) $(ARGS)
 
+gpu: gpu-setup
+	@$(GPU_RUN) $(ARGS)
+
+gpu-build gpu-test gpu-check gpu-bench: gpu-setup
+	@$(GPU_RUN) $(subst gpu-,,$@) $(ARGS)
+
+ifeq ($(DEVICE),cpu)
+gpu-setup: setup
+else
+gpu-setup:
+	@command -v '$(PYTHON)' >/dev/null || { echo '$(PYTHON) is not found; name a Python: make gpu PYTHON=/path/to/python3'; exit 1; }
+	@'$(PYTHON)' -c '$(CHECK)'
+	@'$(PYTHON)' .ci/setup_venv.py --offline
+endif
+
 lint: setup
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
@@ -51,4 +82,4 @@ compile-all: setup
 	@$(RUN) fastattn.cli inspect --all --jobs $(JOBS) $(ARGS)
 
 clean:
-	rm -rf .venv build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-offline build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

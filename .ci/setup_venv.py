@@ -1,7 +1,8 @@
 """Makes .venv and installs fastattn into it, editable: what `make setup` runs. Standard library alone.
 
 A torch that this interpreter can import is used through the system's site-packages; otherwise .venv gets its own. What
-was done is written into .venv/fastattn-setup.json, and nothing is done twice.
+was done is written into .venv/fastattn-setup.json, and nothing is done twice. With --offline nothing is downloaded:
+.venv-offline sees what this interpreter has (what `make gpu` runs on).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+OFFLINE = "--offline" in sys.argv
+VENV = ROOT / (".venv-offline" if OFFLINE else ".venv")
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "fastattn-setup.json"
 LOG = VENV / "setup.log"
@@ -41,6 +43,7 @@ NO_TORCH_HINT = (
     "another build of torch: make TORCH=torch==<version>"
 )
 NO_TRITON_HINT = "everything but the Triton room works without it; to try once more: make clean setup"
+OFFLINE_HINT = f"it is built with {BUILD_WITH} of this Python"
 NETWORK_HINT = "check the network and run make again: what is already installed stays"
 
 
@@ -48,6 +51,12 @@ def main() -> int:
     options = arguments()
     torch_here = importable_torch()
     use_system = usable(torch_here) and not options.own_torch
+    if OFFLINE and not use_system:
+        found = f"has torch {torch_here}" if torch_here else "has none"
+        raise SystemExit(
+            f"without a network, torch 2.11 or newer must be there already, and {sys.executable} {found}; "
+            "name a Python that has it: make gpu PYTHON=/path/to/python3"
+        )
     base = {
         "python": [sys.version, sys.executable],
         "root": str(ROOT),
@@ -64,7 +73,7 @@ def main() -> int:
         print("\n".join(plan))
         return 0
     if VENV.exists() and not done:
-        raise SystemExit(".venv is there, but `make setup` did not make it; move it away, then run make again")
+        raise SystemExit(f"{VENV.name} is there, but make did not make it; move it away, then run make again")
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
         version = ".".join(map(str, sys.version_info[:2]))
         raise SystemExit(
@@ -72,7 +81,7 @@ def main() -> int:
             f"on Debian and Ubuntu: sudo apt install python{version}-venv; then run make again"
         )
     start = time.monotonic()
-    print("setting up .venv (once):", *plan, sep="\n  ", flush=True)
+    print(f"setting up {VENV.name} (once):", *plan, sep="\n  ", flush=True)
     if done.get("base") != base or not PYTHON.exists():
         make_venv(base)
     install(base)
@@ -86,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--torch", default="torch==2.13.0", help="what pip installs where no torch can be imported")
     parser.add_argument("--triton", default="triton==3.6.0", help="what pip installs on Linux where there is no Triton")
     parser.add_argument("--own-torch", action="store_true", help="install --torch even where a torch can be imported")
+    parser.add_argument("--offline", action="store_true", help="make .venv-offline of what this Python has")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
     return parser.parse_args()
 
@@ -123,6 +133,12 @@ def stamp() -> dict:
 
 def steps(base: dict, torch_here: str | None, own_torch: bool) -> list[str]:
     """What will be done, in words."""
+    if OFFLINE:
+        return [
+            f"Python {platform.python_version()} at {sys.executable}",
+            f"torch {torch_here} and all else that this Python has; nothing is downloaded",
+            "fastattn, editable",
+        ]
     if base["system_torch"]:
         torch = f"torch {torch_here} is the one that this Python has"
     elif torch_here and not own_torch:
@@ -158,6 +174,9 @@ def make_venv(base: dict) -> None:
 
 def install(base: dict) -> None:
     """Torch, Triton, then fastattn; nothing that pip finds on the way may replace the first two."""
+    if OFFLINE:
+        pip("fastattn", ["--no-build-isolation", "--no-deps", "-e", str(ROOT)], OFFLINE_HINT)
+        return
     pip("setuptools", [BUILD_WITH], NETWORK_HINT)
     if base["system_torch"]:
         if version("torch") is None:

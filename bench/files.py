@@ -29,7 +29,7 @@ def write_json(
         "rows": [row.record() for row in rows],
         "model": model,
     }
-    _open(path).write_text(json.dumps(_plain(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _open(path).write_text(json.dumps(plain(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -104,12 +104,12 @@ def _open(path: Path) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NaN and infinities are not JSON: they become null and a word."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None if value != value else str(value)
     return value

@@ -133,7 +133,7 @@ def test_a_python_that_cannot_make_environments_says_what_to_install(checkout):
 def test_an_environment_of_somebody_else_is_left_alone(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "theirs").touch()
-    assert ".venv is there, but `make setup` did not make it; move it away" in refusal(checkout)
+    assert ".venv is there, but make did not make it; move it away" in refusal(checkout)
     assert (checkout / ".venv" / "theirs").exists()
 
 

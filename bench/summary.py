@@ -1,0 +1,98 @@
+"""What `make gpu` says at its end, on one screen: failures first, ratios last."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from fastattn.bench.env import headline
+from fastattn.bench.report import say_case
+from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MOST_FAILURES = 8
+"""Of each kind; the file has all of them."""
+
+MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("-", "yellow")}
+
+
+def print_summary(console: Console, record: dict[str, Any]) -> None:
+    console.print()
+    console.print(headline(record["environment"]), style="bold")
+    for name, step in record["steps"].items():
+        mark, style = MARKS[step["ok"]]
+        console.print(f"{mark} {name:<6} {step['seconds']:>5.0f} s  {step['words']}", style=style)
+    _print_failures(console, failures(record))
+    rows = [Row.of(row) for row in record.get("rows", [])]
+    if rows:
+        _print_ratios(console, rows)
+    if record.get("left"):
+        console.print(f"not reached within the budget: {len(record['left'])} cells", style="yellow")
+
+
+def failures(record: dict[str, Any]) -> dict[str, list[str]]:
+    """What went wrong, by kind, a line each."""
+    tests = record.get("tests", {"failed": {}})["failed"]
+    checks = [row for row in record.get("checks", []) if row["ok"] is False]
+    rows = [row for row in record.get("rows", []) if row["correct"] is False or row["crashed"]]
+    return {
+        "tests": [f"{name}: {why}".removesuffix(": ") for name, why in tests.items()],
+        "checks": [f"{row['room']}, {row['case']}: {row['words']}" for row in checks],
+        "results": [f"{row['name']}: {row['reason']}" for row in rows],
+        "crashes": [f"{name}: {why}" for name, why in record.get("crashed", {}).items()],
+    }
+
+
+def _print_failures(console: Console, found: dict[str, list[str]]) -> None:
+    for kind, lines in found.items():
+        for line in lines[:MOST_FAILURES]:
+            console.print(f"✗ {line[:200]}", style="red")
+        if len(lines) > MOST_FAILURES:
+            console.print(f"  and {len(lines) - MOST_FAILURES} more {kind}", style="red")
+
+
+def _print_ratios(console: Console, rows: list[Row]) -> None:
+    """A line a cell: fastattn, the best of the others, and how many times faster fastattn is."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
+    table.add_column("cell", no_wrap=True)
+    for title in ("room", "time", "TFLOP/s", "best other", "its time", "ratio"):
+        table.add_column(title, justify="right" if title != "best other" else "left", no_wrap=True)
+    ratios = []
+    for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
+        ours, best = best_two(list(group))
+        cells = [f"{case.op} {say_case(case)} {mode}"]
+        if ours is None:
+            cells += ["", "-", "", "", "", ""]
+        else:
+            cells += [ours.label, say_time(ours.median_ms), say_rate(ours.tflops())]
+        if ours is not None and best is not None:
+            ratio = best.median_ms / ours.median_ms
+            ratios.append(ratio)
+            shown = Text(say_speedup(ratio), style="green" if ratio >= 1 else "red")
+            table.add_row(*cells, best.provider, say_time(best.median_ms), shown)
+        else:
+            table.add_row(*cells)
+    console.print(table)
+    if ratios:
+        middle = statistics.geometric_mean(ratios)
+        least, most = say_speedup(min(ratios)), say_speedup(max(ratios))
+        console.print(
+            f"against the best other: {say_speedup(middle)} on average (geometric), {least} to {most}, "
+            f"{len(ratios)} cells",
+            style="bold",
+        )
+
+
+def best_two(rows: list[Row]) -> tuple[Row | None, Row | None]:
+    """fastattn's own choice, and the fastest of the others; None where there is none that was timed."""
+    timed = [row for row in rows if row.timed]
+    ours = next((row for row in timed if row.provider == "fastattn"), None)
+    others = [row for row in timed if not row.provider.startswith("fastattn")]
+    return ours, min(others, key=lambda row: row.median_ms, default=None)
