@@ -164,6 +164,8 @@ def make_venv(base: dict) -> None:
     VENV.mkdir()
     STAMP.write_text(json.dumps({"base": base}))
     system = ["--system-site-packages"] if base["system_torch"] else []
+    if OFFLINE:
+        system.append("--without-pip")  # with pip may come a setuptools that is too old and hides this Python's
     run("making the environment", [sys.executable, "-m", "venv", *system, str(VENV)], "is the disk full?")
     if base["system_torch"] and sys.prefix != sys.base_prefix:
         # An environment made from an environment looks past it to the interpreter below; this line leads to its torch.
