@@ -34,14 +34,14 @@ TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name anot
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test gpu gpu-build gpu-test gpu-check gpu-bench gpu-setup lint compile-all clean
+.PHONY: help setup bench test gpu gpu-build gpu-test gpu-check gpu-bench gpu-tune gpu-setup lint compile-all clean
 
 help:
 	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
 	@echo 'make test    set up what is missing, then run the tests (ARGS=... as pytest takes them, JOBS=$(JOBS))'
 	@echo 'make gpu     on a machine with an NVIDIA GPU: test, check and time everything in BUDGET=$(BUDGET) seconds, with'
 	@echo '             what PYTHON has (no network): OUT=$(OUT) PEERS=folder RESUME=1; DEVICE=cpu tries it without a GPU'
-	@echo '             its steps alone: make gpu-build gpu-test gpu-check gpu-bench'
+	@echo '             its steps alone: make gpu-build gpu-test gpu-check gpu-bench gpu-tune'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
@@ -61,7 +61,7 @@ test: setup
 gpu: gpu-setup
 	@$(GPU_RUN) $(ARGS)
 
-gpu-build gpu-test gpu-check gpu-bench: gpu-setup
+gpu-build gpu-test gpu-check gpu-bench gpu-tune: gpu-setup
 	@$(GPU_RUN) $(subst gpu-,,$@) $(ARGS)
 
 ifeq ($(DEVICE),cpu)

@@ -81,12 +81,12 @@ class Run:
         part.write_text(json.dumps(plain(self.record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(self.path)
 
-    def child(self, command: list[str], seconds: float) -> Child:
+    def child(self, command: list[str], seconds: float, more: dict[str, str] | None = None) -> Child:
         """A Python module as a child, on what this process runs on."""
         variables = {"PYTHONSAFEPATH": "1"}  # the working folder holds a folder `kernels`, which transformers asks for
         if self.settings.peers is not None:
             variables["PEERS"] = str(self.settings.peers)
-        return Child([sys.executable, "-m", *command], seconds, SILENCE, variables, self.now)
+        return Child([sys.executable, "-m", *command], seconds, SILENCE, variables | (more or {}), self.now)
 
     def steps(self) -> None:
         for step in self.settings.steps:

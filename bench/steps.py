@@ -132,11 +132,29 @@ def bench(run: Run, seconds: float) -> Outcome:
     return False if wrong or crashed else None if left else True, ", ".join(filter(None, [words, crashed]))
 
 
+def tune(run: Run, seconds: float) -> Outcome:
+    """Candidate rows of the Triton room's tile table, beside the rows in it."""
+    rows = run.record["tune"] = []
+    task = {"device": run.settings.device, "seconds": seconds}
+    variables = {"TRITON_INTERPRET": "1"} if run.settings.device == "cpu" else {}
+    child = run.child(["fastattn.kernels.tune", json.dumps(task)], seconds + AFTER_THE_END, variables)
+    for row in _objects(child):
+        rows.append(row)
+        if row["ms"] is not None:
+            run.say(f"{row['tflops']:.1f} TFLOP/s, {row['table_ms'] / row['ms']:.2f}x: {row['mask']} {row['row']}")
+    ending = _ended(child)
+    timed = sum(row["ms"] is not None for row in rows)
+    words = f"{timed} rows timed, {len(rows) - timed} refused"
+    ok = None if ending.code is None else ending.well
+    return ok, ", ".join(filter(None, [words, ending.words]))
+
+
 DOES: dict[str, Callable[[Run, float], Outcome]] = {
     "build": build,
     "test": test,
     "check": check,
     "bench": bench,
+    "tune": tune,
 }
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MOST_FAILURES = 8
 """Of each kind; the file has all of them."""
 
+WORTH_PASTING = 1.02
+"""Times the speed of the row in the table; less is noise."""
+
 MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("-", "yellow")}
 
 
@@ -29,6 +32,8 @@ def print_summary(console: Console, record: dict[str, Any]) -> None:
     rows = [Row.of(row) for row in record.get("rows", [])]
     if rows:
         _print_ratios(console, rows)
+    if record.get("tune"):
+        _print_tuned(console, record["tune"])
     if record.get("left"):
         console.print(f"not reached within the budget: {len(record['left'])} cells", style="yellow")
 
@@ -88,6 +93,21 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
             f"{len(ratios)} cells",
             style="bold",
         )
+
+
+def _print_tuned(console: Console, lines: list[dict[str, Any]]) -> None:
+    """For each problem the fastest row, to be pasted into the tile table where it beats the one that is there."""
+    by_problem = groupby(lines, key=lambda line: (line["kernel"], line["head_dim"], line["mask"]))
+    for (kernel, head_dim, mask), group in by_problem:
+        timed = [line for line in group if line["ms"] is not None]
+        if not timed:
+            continue
+        best = min(timed, key=lambda line: line["ms"])
+        gain = best["table_ms"] / best["ms"]
+        kept = best["row"] == best["table"] or gain < WORTH_PASTING
+        figures = f"{best['tflops']:.0f} TFLOP/s, {gain:.2f}x the table's row"
+        console.print(f"{kernel} d{head_dim} {mask}: {figures}", style="bold")
+        console.print("    the row stays" if kept else f"    {best['row']},")
 
 
 def best_two(rows: list[Row]) -> tuple[Row | None, Row | None]:

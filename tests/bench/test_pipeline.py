@@ -91,7 +91,7 @@ class Machine:
     clock: Clock = field(default_factory=Clock)
     asked: list = field(default_factory=list)
 
-    def child(self, command, seconds):
+    def child(self, command, seconds, more=None):
         self.asked.append((" ".join(command), seconds))
         name = next(name for name in self.scripts if " ".join(command).startswith(name))
         script = self.scripts[name]
@@ -225,10 +225,31 @@ def test_a_file_of_another_schema_is_refused(go):
         go(WHOLE, resume=True)
 
 
+def test_tuning_names_the_row_to_paste_or_says_that_it_stays(go, capsys):
+    line = {
+        "kernel": "fwd",
+        "head_dim": 64,
+        "mask": "full",
+        "table": "A",
+        "table_ms": 2.0,
+        "tflops": 1.0,
+        "reason": None,
+    }
+    other = line | {"head_dim": 128}
+    lines = [line | {"row": "A", "ms": 2.0}, line | {"row": "B", "ms": 1.0}, line | {"row": "C", "ms": None}]
+    lines += [other | {"row": "A", "ms": 2.0}, other | {"row": "B", "ms": 1.99}]
+    run, said, _ = go({"fastattn.kernels.tune": Script(lines)}, steps=("tune",))
+    assert run.record["steps"]["tune"]["words"] == "4 rows timed, 1 refused" and "2.00x: full B" in said[2]
+    print_summary(Console(width=110, highlight=False, markup=False), run.record)
+    said = capsys.readouterr().out.splitlines()
+    assert said[said.index("fwd d64 full: 1 TFLOP/s, 2.00x the table's row") + 1].strip() == "B,"
+    assert said[said.index("fwd d128 full: 1 TFLOP/s, 1.01x the table's row") + 1].strip() == "the row stays"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["tests"], "step 'tests' is not known; there are build, test, check, bench; did you mean 'test'?"),
+        (["tests"], "step 'tests' is not known; there are build, test, check, bench, tune; did you mean 'test'?"),
         (["--budget", "3"], "BUDGET must be more than 5 seconds, got 3"),
         (["--peers", "nowhere"], "PEERS=nowhere is no folder"),
     ],
@@ -256,7 +277,7 @@ def test_one_real_cell_from_a_real_worker(tmp_path, monkeypatch):
     run = Run(Settings(device="cpu", out=tmp_path, budget=100.0, steps=("bench",)), lambda words: None)
     started = run.child
 
-    def child(command, seconds):
+    def child(command, seconds, more=None):
         made = started(command, seconds)
         made.command = [made.command[0], "-c", line, command[-1]]
         return made
