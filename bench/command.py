@@ -15,6 +15,7 @@ import torch
 from fastattn.bench import env, files, model, report
 from fastattn.bench.clock import clock_for
 from fastattn.bench.options import Options
+from fastattn.bench.presets import PRESETS
 from fastattn.bench.progress import progress_on
 from fastattn.bench.providers import known_providers
 from fastattn.bench.rows import Row
@@ -154,6 +155,10 @@ def _print_list(console: Any, rows: list[Row]) -> None:
     console.print("operations", style="bold")
     for name, op in OPS.items():
         console.print(f"  {name:<10} {op.says}")
+    console.print("presets, attention of known models", style="bold")
+    for name, preset in PRESETS.items():
+        console.print(f"  {name:<18} {preset.says}", soft_wrap=True)
+        console.print(f"  {'':<18} from {preset.source}", style="dim", soft_wrap=True)
     console.print("providers", style="bold")
     console.print("  " + "  ".join(known_providers()))
     console.print(f"rows ({len(rows)}), by the name that --only sees", style="bold")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
@@ -12,12 +13,16 @@ from fastattn.bench import options as flags
 from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.options import Options
-from fastattn.bench.problem import Problem
+from fastattn.bench.overhead import overhead_us
+from fastattn.bench.presets import preset_cases
+from fastattn.bench.problem import Made, Problem
 from fastattn.bench.progress import Progress
-from fastattn.bench.providers import Made, Provider, provider
+from fastattn.bench.providers import Provider, provider
+from fastattn.bench.ratios import paired
 from fastattn.bench.rows import Row
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases
 
+SIZE_OPTIONS = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "window")
 BASELINE = "sdpa"
 BUDGETS = {
     ("cpu", False): Budget(rounds=7, min_time=0.3, max_time=2.0),
@@ -43,26 +48,34 @@ def plan(options: Options, device: torch.device) -> list[Row]:
     baseline = options.baseline or (BASELINE if BASELINE in names else None)
     for name in names:
         provider(name)
+    rows = [
+        Row(case, mode, name, device.type, baseline=baseline)
+        for case, modes in _cases(options, device)
+        for mode in options.modes or modes
+        for name in names
+    ]
+    return [row for row in rows if options.only is None or options.only.search(row.name)]
+
+
+def _cases(options: Options, device: torch.device) -> list[tuple[BenchCase, tuple[str, ...]]]:
+    """What to time, and in which modes unless they are named."""
+    sizes = {name: getattr(options, name) for name in SIZE_OPTIONS}
+    if options.presets:
+        given = [name for name, values in {"ops": options.ops, **sizes}.items() if values is not None]
+        if given:
+            raise ValueError(
+                f"presets: {', '.join(options.presets)} bring their own operation and sizes, and {', '.join(given)} "
+                f"came too; give one or the other"
+            )
+        return preset_cases(options.presets, device.type, options.dtypes)
     cases = bench_cases(
         device.type,
         ops=list(OPS) if options.ops == ["all"] else options.ops or list(DEFAULT_OPS),
         dtypes=options.dtypes,
-        batch=options.batch,
-        num_heads=options.num_heads,
-        num_kv_heads=options.num_kv_heads,
-        q_len=options.q_len,
-        kv_len=options.kv_len,
-        head_dim=options.head_dim,
-        window=options.window,
+        **sizes,
         quick=options.quick,
     )
-    rows = [
-        Row(case, mode, name, device.type, baseline=baseline)
-        for case in cases
-        for mode in options.modes or ["fwd", "bwd"]
-        for name in names
-    ]
-    return [row for row in rows if options.only is None or options.only.search(row.name)]
+    return [(case, ("fwd", "bwd")) for case in cases]
 
 
 def budget_for(options: Options, device: torch.device) -> Budget:
@@ -123,6 +136,7 @@ class CaseRunner:
         for row in rows:
             if base is not None and row.timed:
                 row.speedup = base.median_ms / row.median_ms
+                row.speedup_low, row.speedup_high = paired(base.samples_ms, row.samples_ms) or (None, None)
 
     def _ready(self, row: Row) -> Callable[[], object] | None:
         """What to time for a row; None, with the reason in the row, where it cannot run or is wrong."""
@@ -136,12 +150,12 @@ class CaseRunner:
             if row.reason is not None:
                 return None
             made = self._make(who, problem)
-            row.label, row.compile_s = made.label, made.compile_s
+            row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
+            row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
             if self.check and not self._right(row, problem, made):
                 return None
-            call = problem.call(row.mode, made.forward)
-            if not self.check:
-                call()  # what a first call allocates for good is not the call's own
+            call = problem.call(row.mode, made)
+            row.overhead_us = overhead_us(who, self.case, row.mode, self.device)
             peak, row.memory_method = peak_bytes(call, self.device)
             row.peak_bytes = None if peak is None else peak + made.prepared_bytes
             return call
@@ -149,8 +163,16 @@ class CaseRunner:
             _refuse(row, failure)
             return None
 
+    def _first_call(self, mode: str, made: Made, problem: Problem) -> float:
+        """Seconds; what it allocates for good is not in the peak of later ones."""
+        start = time.perf_counter()
+        problem.call(mode, made)()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
     def _right(self, row: Row, problem: Problem, made: Made) -> bool:
-        results = problem.results(row.mode, made.forward, poisoned=made.compile_s is None)
+        results = problem.results(row.mode, made, poisoned=made.compile_s is None)
         try:
             verdict = problem.check(results)
         except Exception as failure:
