@@ -33,7 +33,10 @@ def write_json(
         "growth": [each.record() for each in growth(rows)],
         "model": model,
     }
-    _open(path).write_text(json.dumps(plain(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # The whole file at once: a run that is killed leaves the last one, not half of this.
+    part = _open(path).with_name(path.name + ".part")
+    part.write_text(json.dumps(plain(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

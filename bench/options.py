@@ -15,7 +15,8 @@ LARGEST_RANGE = 1000
 
 EPILOG = """
 sizes are lists: 512   1k,2k,4k   512:8k:*2 (512, 1024 ... 8192)   1k:4k:+1k
-exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran
+fastattn bench compare A B [--threshold 5%] [--fail]     two runs side by side, by name (--save) or file
+exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran; 130 Ctrl-C
 examples:
   fastattn bench                                     this machine's default run, a real model at its end
   fastattn bench llama3-8b-prefill vit-b             attention of known models
@@ -49,6 +50,10 @@ class Options:
     md: Path | None = None
     plot: list[Path] | None = None
     out: Path | None = None
+    save: str | None = None
+    resume: bool = False
+    repro: bool = False
+    dry_run: bool = False
     quick: bool = False
     list: bool = False
     check: bool = True
@@ -91,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", choices=MODELS, help="a real model: alone, or with the flags above at the end")
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds, no compiled provider")
     what.add_argument("--list", action="store_true", help="print operations, providers and the rows that would run")
+    what.add_argument("--dry-run", action="store_true", help="print the rows with the memory each will take, and leave")
+    what.add_argument("--repro", action="store_true", help="print the one line that runs each row again")
     sizes = parser.add_argument_group("sizes")
     for flags, target, text in (
         (("-B", "--batch"), "batch", "batch"),
@@ -112,6 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder of the JSON and the plots (default bench/out/...)"
     )
     where.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show an earlier run, measure nothing")
+    where.add_argument("--save", metavar="NAME", help="keep the run under a name, for `fastattn bench compare A B`")
+    where.add_argument(
+        "--resume", action="store_true", help="keep the rows that the file of --save, --json or --out already has"
+    )
     where.add_argument("--json", type=Path, metavar="FILE")
     where.add_argument("--csv", type=Path, metavar="FILE")
     where.add_argument("--md", type=Path, metavar="FILE")

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 
 import torch
 
-from fastattn.bench.problem import Problem
+from fastattn.bench.problem import Problem, tiny
 from fastattn.bench.providers import Provider
 from fastattn.bench_cases import BenchCase
 
 ROUNDS = 7
 CALLS = 50
 """In a row before a GPU is waited for: far fewer than its queue holds, so that only the host's part is seen."""
-
-
-def tiny(case: BenchCase) -> BenchCase:
-    """The smallest case that takes the same way: one query, one key, one group of heads."""
-    return dataclasses.replace(
-        case,
-        batch=1,
-        num_heads=case.num_heads // case.num_kv_heads,
-        num_kv_heads=1,
-        q_len=1,
-        kv_len=1,
-        window=None if case.window is None else 1,
-    )
 
 
 def overhead_us(who: Provider, case: BenchCase, mode: str, device: torch.device) -> float | None:

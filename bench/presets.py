@@ -1,6 +1,6 @@
 """Attention of known models: sizes and masks by name, with the source of each number.
 
-Sizes are those of one layer. On a CPU lengths and batches are what it does in seconds; heads and widths are the model's.
+Sizes are those of one layer. On a CPU lengths and batches are what it does in seconds; heads and widths are a model's.
 """
 
 from __future__ import annotations

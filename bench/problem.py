@@ -171,6 +171,19 @@ class Problem:
         return made, pick
 
 
+def tiny(case: BenchCase) -> BenchCase:
+    """The smallest case that takes the same way: one query, one key, one group of heads."""
+    return dataclasses.replace(
+        case,
+        batch=1,
+        num_heads=case.num_heads // case.num_kv_heads,
+        num_kv_heads=1,
+        q_len=1,
+        kv_len=1,
+        window=None if case.window is None else 1,
+    )
+
+
 def _badness(row: Agreement) -> tuple[bool, float]:
     return row.problem is not None, row.share
 

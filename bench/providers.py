@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.bench import estimate
 from fastattn.bench.env import cxx
-from fastattn.bench.problem import Made, Problem
-from fastattn.bench_cases import OPS, known
+from fastattn.bench.problem import Made, Problem, tiny
+from fastattn.bench_cases import OPS, BenchCase, known
 from fastattn.dispatch import BACKENDS
 from fastattn.masks import Causal, Full
 
@@ -41,6 +42,10 @@ class Provider:
         """A short reason why this provider cannot run `mode` of `problem`, or None."""
         return None
 
+    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
+        """Bytes, about, that `mode` of `case` will take beside its inputs and outputs."""
+        return 0
+
     def make(self, problem: Problem) -> Made:
         raise NotImplementedError
 
@@ -58,6 +63,14 @@ class Fastattn(Provider):
         except fastattn.BackendUnavailable:
             return fastattn.explain(*problem.qkv, mask=problem.mask).reasons[self.room]
         return None
+
+    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
+        problem = Problem(tiny(case), device)
+        try:
+            room = fastattn.explain(*problem.qkv, mask=problem.mask, backend=self.room).backend
+        except fastattn.BackendUnavailable:
+            return 0
+        return estimate.plain_bytes(case, mode) if room == "reference" else 0
 
     def make(self, problem: Problem) -> Made:
         mask, room = problem.mask, self.room
@@ -84,6 +97,10 @@ class Sdpa(Provider):
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         return "needs CUDA" if self.kernel in CUDA_ONLY and problem.device.type != "cuda" else None
+
+    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
+        plain = estimate.plain_bytes(case, mode) if self.kernel == "math" else 0
+        return plain + estimate.mask_bytes(case)
 
     def make(self, problem: Problem) -> Made:
         from torch.nn.attention import SDPBackend, sdpa_kernel

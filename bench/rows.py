@@ -48,6 +48,7 @@ class Row:
     least_bytes: int | None = None
     peak_bytes: int | None = None
     memory_method: str | None = None
+    estimated_bytes: int | None = None
     baseline: str | None = None
 
     @property
@@ -63,6 +64,11 @@ class Row:
     @property
     def timed(self) -> bool:
         return bool(self.samples_ms)
+
+    @property
+    def done(self) -> bool:
+        """Whether its turn has come: it was timed, or says why not."""
+        return self.timed or self.reason is not None
 
     @property
     def failed(self) -> bool:

@@ -9,6 +9,7 @@ from itertools import groupby
 
 import torch
 
+from fastattn.bench import estimate
 from fastattn.bench import options as flags
 from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
 from fastattn.bench.memory import peak_bytes
@@ -19,7 +20,7 @@ from fastattn.bench.problem import Made, Problem
 from fastattn.bench.progress import Progress
 from fastattn.bench.providers import Provider, provider
 from fastattn.bench.ratios import paired
-from fastattn.bench.rows import Row
+from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases
 
 SIZE_OPTIONS = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "window")
@@ -88,10 +89,12 @@ def run(rows: list[Row], options: Options, device: torch.device, progress: Progr
     """Fill the rows, yielding them case by case."""
     clock, budget = clock_for(device), budget_for(options, device)
     for case, group in groupby(rows, key=lambda row: row.case):
-        runner = CaseRunner(case, device, clock, budget, options.check, progress)
         of_case = list(group)
+        runner = CaseRunner(case, device, clock, budget, options.check, progress)
         for _, of_mode in groupby(of_case, key=lambda row: row.mode):
-            runner.run(list(of_mode))
+            together = list(of_mode)
+            if not all(row.done for row in together):  # an earlier run may have timed them
+                runner.run(together)
         yield of_case
 
 
@@ -141,18 +144,21 @@ class CaseRunner:
     def _ready(self, row: Row) -> Callable[[], object] | None:
         """What to time for a row; None, with the reason in the row, where it cannot run or is wrong."""
         try:
+            who = provider(row.provider)
+            row.reason = too_large(row, self.device)
+            if row.reason is not None:
+                return None
             problem = self._problem()
             row.useful_flops = problem.spec.flops(row.mode, useful=True)
             row.dense_flops = problem.spec.flops(row.mode)
             row.least_bytes = problem.spec.bytes(row.mode)
-            who = provider(row.provider)
             row.reason = who.why_not(problem, row.mode)
             if row.reason is not None:
                 return None
             made = self._make(who, problem)
             row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
             row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
-            if self.check and not self._right(row, problem, made):
+            if self._checks and not self._right(row, problem, made):
                 return None
             call = problem.call(row.mode, made)
             row.overhead_us = overhead_us(who, self.case, row.mode, self.device)
@@ -162,6 +168,12 @@ class CaseRunner:
         except Exception as failure:
             _refuse(row, failure)
             return None
+
+    @property
+    def _checks(self) -> bool:
+        """Whether results are held against float64: where that was asked for, and its tables fit."""
+        free = estimate.free_bytes(self.device)
+        return self.check and (free is None or estimate.check_bytes(self.case, self.device) < free)
 
     def _first_call(self, mode: str, made: Made, problem: Problem) -> float:
         """Seconds; what it allocates for good is not in the peak of later ones."""
@@ -196,6 +208,16 @@ class CaseRunner:
         if who.name not in self.made:
             self.made[who.name] = who.make(problem)
         return self.made[who.name]
+
+
+def too_large(row: Row, device: torch.device) -> str | None:
+    """Writes down what a row will take; a sentence where that is more than there is."""
+    extra = provider(row.provider).extra_bytes(row.case, row.mode, device)
+    row.estimated_bytes = estimate.tensor_bytes(row.case, row.mode) + extra
+    free = estimate.free_bytes(device)
+    if free is None or row.estimated_bytes <= free:
+        return None
+    return f"does not fit: needs about {say_bytes(row.estimated_bytes)}, {say_bytes(free)} are free"
 
 
 def _refuse(row: Row, failure: Exception) -> None:

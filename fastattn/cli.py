@@ -94,8 +94,10 @@ def _print_version() -> int:
 
 
 def _bench(namespace: argparse.Namespace, argv: list[str]) -> int:
-    from fastattn.bench import command, options
+    from fastattn.bench import command, compare, options
 
+    if argv[1:2] == ["compare"]:
+        return compare.main(argv[2:])
     return command.main(options.parse(argv[1:]))
 
 

@@ -9,7 +9,8 @@ import pytest
 from fastattn.bench import ratios
 from fastattn.bench.files import read_json
 from fastattn.bench.growth import growth
-from fastattn.bench.overhead import overhead_us, tiny
+from fastattn.bench.overhead import overhead_us
+from fastattn.bench.problem import tiny
 from fastattn.bench.providers import Flex, provider
 from fastattn.bench.rows import Row
 from fastattn.bench_cases import OPS, BenchCase, bench_cases
