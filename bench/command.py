@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import sys
 from dataclasses import asdict
@@ -12,16 +11,17 @@ from typing import Any
 
 import torch
 
-from fastattn.bench import env, files, model, report
+from fastattn.bench import env, estimate, files, model, report, store
 from fastattn.bench.clock import clock_for
 from fastattn.bench.options import Options
+from fastattn.bench.presets import PRESETS
 from fastattn.bench.progress import progress_on
 from fastattn.bench.providers import known_providers
-from fastattn.bench.rows import Row
-from fastattn.bench.run import budget_for, pick_device, plan, run
+from fastattn.bench.rows import Row, say_bytes
+from fastattn.bench.run import budget_for, pick_device, plan, run, too_large
 from fastattn.bench_cases import OPS
 
-OK, WRONG, USAGE, NOTHING_RAN = 0, 1, 2, 3
+OK, WRONG, USAGE, NOTHING_RAN, STOPPED = 0, 1, 2, 3, 130
 
 NO_RICH = "fastattn bench draws its table with rich, which is not installed; pip install 'fastattn[bench]' brings it."
 NO_PLOT = "No plot: matplotlib is not installed; pip install 'fastattn[plot]' brings it."
@@ -39,14 +39,22 @@ def main(options: Options) -> int:
         if options.source is not None:
             return _show(console, options, *files.read_json(options.source))
         device = pick_device(options.device)
-        rows = plan(options, device) if options.wants_cases or options.list else []
+        rows = plan(options, device) if options.wants_cases or options.list or options.dry_run else []
+        if options.list or options.dry_run:
+            (_print_list if options.list else _print_dry_run)(console, rows, device)
+            if options.repro:
+                _print_commands(console, rows)
+            return OK
+        environment = env.environment(device.type, list(options.argv))
+        path = store.json_path(options, environment)
+        if options.resume:
+            if not (options.save or options.json or options.out):
+                raise ValueError("resume: which run goes on? Name it by --save NAME, --json FILE or --out DIR")
+            rows, environment = store.resume(path, rows, environment)
     except ValueError as failure:
         print(f"fastattn bench: {failure}", file=sys.stderr)
         return USAGE
-    if options.list:
-        _print_list(console, rows)
-        return OK
-    return _measure(console, rows, options, device)
+    return _measure(console, rows, options, device, environment, path)
 
 
 def _show(console: Any, options: Options, rows: list[Row], environment: dict[str, Any]) -> int:
@@ -59,39 +67,56 @@ def _show(console: Any, options: Options, rows: list[Row], environment: dict[str
         last_op = case.op
     if rows:
         report.print_legend(console, rows)
+    if options.repro:
+        _print_commands(console, rows)
     _print_written(console, _write_named(console, rows, options, environment, options.plot or []))
     return WRONG if any(row.failed for row in rows) else OK
 
 
-def _measure(console: Any, rows: list[Row], options: Options, device: torch.device) -> int:
-    environment = env.environment(device.type, list(options.argv))
+def _measure(
+    console: Any, rows: list[Row], options: Options, device: torch.device, environment: dict[str, Any], path: Path
+) -> int:
+    """Each case is written as soon as it is measured, so that a run that ends early keeps what it has."""
     report.table_header(console, environment)
-    result = None
+    settings = _settings(rows, options, device)
+    result, stopped = None, False
     with progress_on(console, len(rows) + options.wants_model) as progress:
-        last_op = None
-        for of_case in run(rows, options, device, progress):
-            report.print_case(console, of_case, first_of_op=of_case[0].case.op != last_op)
-            last_op = of_case[0].case.op
-        if any(row.timed for row in rows):
-            report.print_legend(console, rows)
-        if options.wants_model:
-            progress.step("model")
-            reason = model.missing()
-            if reason is None:
-                result = model.run_model(device, progress.say)
-            else:
-                console.print(f"\n{reason}", style="yellow", soft_wrap=True)
+        try:
+            last_op = None
+            for of_case in run(rows, options, device, progress):
+                report.print_case(console, of_case, first_of_op=of_case[0].case.op != last_op)
+                last_op = of_case[0].case.op
+                files.write_json(path, [row for row in rows if row.done], environment, settings, None)
+            if any(row.timed for row in rows):
+                report.print_legend(console, rows)
+            if options.wants_model:
+                progress.step("model")
+                reason = model.missing()
+                if reason is None:
+                    result = model.run_model(device, progress.say)
+                else:
+                    console.print(f"\n{reason}", style="yellow", soft_wrap=True)
+        except KeyboardInterrupt:
+            stopped = True
     environment["load_average_after"] = env.load_average()
     if result is not None:
         model.print_model(console, result)
-    ran = any(row.timed or row.failed for row in rows) or result is not None
+    done = [row for row in rows if row.done]
+    ran = any(row.timed or row.failed for row in done) or result is not None
     if ran:
-        out = options.out or _default_out(environment)
-        path = options.json or out / "bench.json"
         found = None if result is None else result.record()
-        files.write_json(path, rows, environment, _settings(rows, options, device), found)
-        plots = options.plot or [out / "bench.svg", out / "bench.png"]
-        _print_written(console, [path, *_write_named(console, rows, options, environment, plots)])
+        files.write_json(path, done, environment, settings, found)
+        folder = store.out_folder(options, environment)
+        plots = options.plot or [folder / "bench.svg", folder / "bench.png"]
+        _print_written(console, [path, *_write_named(console, done, options, environment, plots)])
+    if options.repro:
+        _print_commands(console, done)
+    if stopped:
+        flags = f"--save {options.save}" if options.save else f"--json {path}"
+        console.print(
+            f"\nstopped: {len(done)} of {len(rows)} rows were measured; --resume {flags} goes on", style="bold"
+        )
+        return STOPPED
     return _verdict(console, rows, result, ran)
 
 
@@ -132,6 +157,12 @@ def _print_written(console: Any, paths: list[Path]) -> None:
         console.print(f"written: {path}", soft_wrap=True)
 
 
+def _print_commands(console: Any, rows: list[Row]) -> None:
+    console.print("\neach row again:", style="bold")
+    for row in rows:
+        console.print(f"  {row.name}\n    {row.command}", soft_wrap=True)
+
+
 def _verdict(console: Any, rows: list[Row], result: model.ModelResult | None, ran: bool) -> int:
     if not ran:
         console.print("\nNothing ran:", style="bold red")
@@ -150,19 +181,33 @@ def _verdict(console: Any, rows: list[Row], result: model.ModelResult | None, ra
     return WRONG if wrong or (result is not None and not result.ok) else OK
 
 
-def _print_list(console: Any, rows: list[Row]) -> None:
+def _print_list(console: Any, rows: list[Row], device: torch.device) -> None:
     console.print("operations", style="bold")
     for name, op in OPS.items():
         console.print(f"  {name:<10} {op.says}")
+    console.print("presets, attention of known models", style="bold")
+    for name, preset in PRESETS.items():
+        console.print(f"  {name:<18} {preset.says}", soft_wrap=True)
+        console.print(f"  {'':<18} from {preset.source}", style="dim", soft_wrap=True)
     console.print("providers", style="bold")
     console.print("  " + "  ".join(known_providers()))
-    console.print(f"rows ({len(rows)}), by the name that --only sees", style="bold")
+    console.print(f"rows ({len(rows)} on {device.type}), by the name that --only sees", style="bold")
     for row in rows:
         console.print(f"  {row.name}", soft_wrap=True)
 
 
-def _default_out(environment: dict[str, Any]) -> Path:
-    """bench/out/ in a checkout, fastattn-bench/ elsewhere; a folder a run."""
-    root = Path("bench/out") if Path("bench/options.py").is_file() else Path("fastattn-bench")
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
-    return root / f"{stamp}-{env.device_name(environment)}"
+def _print_dry_run(console: Any, rows: list[Row], device: torch.device) -> None:
+    """The rows with what each will take; what does not fit is marked, nothing is allocated."""
+    free = estimate.free_bytes(device)
+    there = "" if free is None else f"; {say_bytes(free)} are free"
+    console.print(f"{len(rows)} rows would run on {device.type}{there}", style="bold")
+    for row in rows:
+        reason = too_large(row, device)
+        mark = "✗" if reason else " "
+        console.print(
+            f"{mark} {say_bytes(row.estimated_bytes):>9}  {row.name}", style="red" if reason else "", soft_wrap=True
+        )
+    large = [row for row in rows if free is not None and estimate.check_bytes(row.case, device) > free]
+    if large:
+        console.print(f"{len(large)} rows would not be checked: their float64 tables do not fit.", style="yellow")
+    console.print("Estimates count inputs, outputs, gradients, masks and tables of what is not fused.", style="dim")

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.env import headline
+from fastattn.bench.growth import growth
 from fastattn.bench.report import by_op, say_case
-from fastattn.bench.rows import Row, say_bytes, say_error, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, say_against, say_bytes, say_error, say_rate, say_speedup, say_time, three
 from fastattn.bench_cases import OPS
 
-SCHEMA = "fastattn-bench/1"
+SCHEMA = "fastattn-bench/2"
+RATES = "useful TFLOP/s | dense-equivalent TFLOP/s"
+MORE = "memory | mask made in | first call | overhead"
 LONG = ("samples_ms", "errors")
 """Fields of a row that are lists; a CSV leaves them out."""
 
@@ -27,9 +30,13 @@ def write_json(
         "environment": environment,
         "settings": settings,
         "rows": [row.record() for row in rows],
+        "growth": [each.record() for each in growth(rows)],
         "model": model,
     }
-    _open(path).write_text(json.dumps(plain(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # The whole file at once: a run that is killed leaves the last one, not half of this.
+    part = _open(path).with_name(path.name + ".part")
+    part.write_text(json.dumps(plain(whole), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -52,8 +59,8 @@ def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
     for op, of_op in by_op(rows).items():
         against = f"vs {of_op[0].baseline}" if of_op[0].baseline else "speed-up"
         lines += [f"### {op}: {OPS[op].says}", ""]
-        lines += [f"| case | mode | provider | time | IQR | {against} | TFLOP/s | memory | error |"]
-        lines += ["|---|---|---|--:|--:|--:|--:|--:|---|"]
+        lines += [f"| case | mode | provider | time | IQR | {against} | {RATES} | {MORE} | error |"]
+        lines += ["|---|---|---|" + "--:|" * 9 + "---|"]
         lines += [_markdown_row(row) for row in of_op] + [""]
     return "\n".join(lines)
 
@@ -73,30 +80,51 @@ def _summary(rows: list[Row]) -> list[str]:
 def _summary_cell(row: Row) -> str:
     if not row.timed:
         return ("✗ " if row.failed else "") + (row.reason or "not timed")
-    against = "" if row.speedup is None or row.provider == row.baseline else f" ({say_speedup(row.speedup)})"
-    return say_time(row.median_ms) + against
+    against = say_against(row)
+    return say_time(row.median_ms) + (f" ({against})" if against else "")
 
 
 def _markdown_row(row: Row) -> str:
     start = f"| {say_case(row.case)} | {row.mode} | {row.who} |"
     if not row.timed:
-        return f"{start} {row.reason} | | | | | {say_error(row)} |"
-    speedup = "" if row.speedup is None else say_speedup(row.speedup)
-    return (
-        f"{start} {say_time(row.median_ms)} | {100 * row.spread:.0f}% | {speedup} | {say_rate(row.tflops())} | "
-        f"{say_bytes(row.peak_bytes)} | {say_error(row)} |"
-    )
+        return f"{start} {row.reason} | | | | | | | | | {say_error(row)} |"
+    cells = [
+        say_time(row.median_ms),
+        f"{100 * row.spread:.0f}%",
+        _say_interval(row),
+        say_rate(row.tflops()),
+        say_rate(row.tflops(dense=True)),
+        say_bytes(row.peak_bytes),
+        "" if row.mask_s is None else say_time(1e3 * row.mask_s),
+        "" if row.first_call_s is None else say_time(1e3 * row.first_call_s),
+        "" if row.overhead_us is None else say_time(1e-3 * row.overhead_us),
+        say_error(row),
+    ]
+    return f"{start} " + " | ".join(cells) + " |"
+
+
+def _say_interval(row: Row) -> str:
+    if row.speedup is None:
+        return ""
+    if row.speedup_low is None or row.speedup_high is None or row.provider == row.baseline:
+        return say_speedup(row.speedup)
+    tie = ", tie" if row.tie else ""
+    return f"{say_speedup(row.speedup)} [{three(row.speedup_low)}, {three(row.speedup_high)}]{tie}"
 
 
 def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
     """Rows and environment of an earlier run. ValueError where the file is none."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
-        if whole["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {whole['schema']!r}, not {SCHEMA!r}")
-        return [Row.of(record) for record in whole["rows"]], whole["environment"]
+        schema = whole["schema"]
+        if schema == SCHEMA:
+            return [Row.of(record) for record in whole["rows"]], whole["environment"]
     except (OSError, KeyError, TypeError, ValueError) as failure:
-        raise ValueError(f"from: {path} is not a run of fastattn bench ({failure})") from failure
+        raise ValueError(f"{path} is not a run of fastattn bench ({failure!r})") from failure
+    raise ValueError(
+        f"{path} is not a run that this version reads: its schema is {schema!r}, and {SCHEMA!r} is needed; "
+        f"measure again, or read it with the fastattn that wrote it"
+    )
 
 
 def _open(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MODES = ("fwd", "bwd", "fwd+bwd")
@@ -15,9 +15,11 @@ LARGEST_RANGE = 1000
 
 EPILOG = """
 sizes are lists: 512   1k,2k,4k   512:8k:*2 (512, 1024 ... 8192)   1k:4k:+1k
-exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran
+fastattn bench compare A B [--threshold 5%] [--fail]     two runs side by side, by name (--save) or file
+exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran; 130 Ctrl-C
 examples:
   fastattn bench                                     this machine's default run, a real model at its end
+  fastattn bench llama3-8b-prefill vit-b             attention of known models
   fastattn bench --op truncated -N 1k:8k:*2 --window 256 --mode fwd
   fastattn bench --op all --providers fastattn,sdpa,sdpa-math --dtype bf16,fp32 --md report.md
   fastattn bench --model minilm                      the real model alone
@@ -28,6 +30,7 @@ examples:
 class Options:
     """What was asked for; None means the default of the device."""
 
+    presets: list[str] = field(default_factory=list)
     ops: list[str] | None = None
     providers: list[str] | None = None
     baseline: str | None = None
@@ -47,6 +50,10 @@ class Options:
     md: Path | None = None
     plot: list[Path] | None = None
     out: Path | None = None
+    save: str | None = None
+    resume: bool = False
+    repro: bool = False
+    dry_run: bool = False
     quick: bool = False
     list: bool = False
     check: bool = True
@@ -61,7 +68,7 @@ class Options:
     def narrowed(self) -> bool:
         """Whether the caller chose what to time, rather than taking the default run."""
         sizes = (self.batch, self.num_heads, self.num_kv_heads, self.q_len, self.kv_len, self.head_dim, self.window)
-        return any(
+        return bool(self.presets) or any(
             given is not None for given in (self.ops, self.only, self.providers, self.dtypes, self.modes, *sizes)
         )
 
@@ -78,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what to time")
     names, numbers = _list_of(str), _list_of(_sizes)
+    what.add_argument("presets", nargs="*", metavar="PRESET", help="attention of known models by name, see --list")
     what.add_argument("--op", dest="ops", type=names, metavar="LIST", help="operations; `all`, or see --list")
     what.add_argument("--providers", type=names, metavar="LIST", help=f"who computes (default {','.join(PROVIDERS)})")
     what.add_argument("--baseline", metavar="NAME", help="whose time the speed-up is against (default sdpa)")
@@ -88,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", choices=MODELS, help="a real model: alone, or with the flags above at the end")
     what.add_argument("--quick", action="store_true", help="small sizes, few rounds, no compiled provider")
     what.add_argument("--list", action="store_true", help="print operations, providers and the rows that would run")
+    what.add_argument("--dry-run", action="store_true", help="print the rows with the memory each will take, and leave")
+    what.add_argument("--repro", action="store_true", help="print the one line that runs each row again")
     sizes = parser.add_argument_group("sizes")
     for flags, target, text in (
         (("-B", "--batch"), "batch", "batch"),
@@ -109,6 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder of the JSON and the plots (default bench/out/...)"
     )
     where.add_argument("--from", dest="source", type=Path, metavar="JSON", help="show an earlier run, measure nothing")
+    where.add_argument("--save", metavar="NAME", help="keep the run under a name, for `fastattn bench compare A B`")
+    where.add_argument(
+        "--resume", action="store_true", help="keep the rows that the file of --save, --json or --out already has"
+    )
     where.add_argument("--json", type=Path, metavar="FILE")
     where.add_argument("--csv", type=Path, metavar="FILE")
     where.add_argument("--md", type=Path, metavar="FILE")
@@ -119,10 +133,7 @@ def parse(argv: list[str]) -> Options:
     """Options from the words behind `fastattn bench`; a mistake prints a sentence and exits with code 2."""
     parser = argparse.ArgumentParser("fastattn bench", description="Time attention beside PyTorch's own.")
     add_arguments(parser)
-    return from_namespace(parser.parse_args(argv), argv)
-
-
-def from_namespace(namespace: argparse.Namespace, argv: list[str]) -> Options:
+    namespace = parser.parse_intermixed_args(argv)
     given = {name: value for name, value in vars(namespace).items() if name in Options.__dataclass_fields__}
     return Options(**given, argv=("bench", *argv))
 

@@ -19,13 +19,29 @@ from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.yardstick import Agreement, Truth, agreement, truth
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""query, key, value -> out [batch, num_heads, q_len, head_dim]."""
+"""query, key, value -> out, all of them in the layout of the `Made` that has it."""
 
 SLICE_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """(query, key) pairs of a float64 table that one check makes at a time; larger problems are checked head by head."""
 
 ALL_PAIRS = {"cpu": 1 << 25, "cuda": 1 << 30}
 """Pairs that are checked in all; beyond, evenly spread heads stand for the rest, and the report says how many."""
+
+
+@dataclass
+class Made:
+    """A provider ready for one problem."""
+
+    forward: Forward
+    label: str
+    """What really runs, for the table: a room or a kernel of PyTorch's."""
+    compile_s: float | None = None
+    prepared_bytes: int = 0
+    """Memory of the mask in the form this provider needs."""
+    mask_s: float = 0.0
+    """Seconds that making this form took."""
+    layout: str = "bhld"
+    """How the tensors lie that `forward` takes and gives: bhld, or blhd (heads after length)."""
 
 
 @dataclass(frozen=True)
@@ -59,39 +75,55 @@ class Problem:
             each.detach().clone().requires_grad_() for each in (made.inputs.query, made.inputs.key, made.inputs.value)
         )  # type: ignore[assignment]
         self.spec = AttnSpec.of(AttnInputs(*self.qkv), mask=self.mask)
+        self._by_layout: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
 
     @property
     def detached(self) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (each.detach() for each in self.qkv)
         return query, key, value
 
-    def call(self, mode: str, forward: Forward) -> Callable[[], object]:
+    def call(self, mode: str, made: Made) -> Callable[[], object]:
         """What is timed: `fwd` without autograd, `bwd` the backward alone on a kept graph, `fwd+bwd` both.
 
-        For `bwd` this runs the forward once.
+        The tensors lie as `made` likes them; bringing them there is no part of the call. For `bwd` this runs the
+        forward once.
         """
-        qkv, d_out = self.qkv, self.d_out
+        forward = made.forward
+        qkv, d_out = self._leaves(made.layout)
         if mode == "fwd":
-            plain = self.detached
+            plain = tuple(each.detach() for each in qkv)
             return lambda: _no_grad(forward, plain)
         if mode == "bwd":
             out = forward(*qkv)
             return lambda: torch.autograd.grad(out, qkv, d_out, retain_graph=True)
         return lambda: torch.autograd.grad(forward(*qkv), qkv, d_out)
 
-    def results(self, mode: str, forward: Forward, *, poisoned: bool = True) -> dict[str, Tensor]:
+    def results(self, mode: str, made: Made, *, poisoned: bool = True) -> dict[str, Tensor]:
         """What a mode computes, by name: out for `fwd`, the three gradients for `bwd`, all for `fwd+bwd`.
 
         `poisoned`: on memory filled with NaN. That is a global flag of PyTorch's, at which compiled code compiles anew.
         """
+        qkv, d_out = self._leaves(made.layout)
         with warnings.catch_warnings(), testing.poison() if poisoned else contextlib.nullcontext():
             # Under that flag PyTorch warns of its own kernels that are not deterministic.
             warnings.simplefilter("ignore")
             if mode == "fwd":
-                return {"out": _no_grad(forward, self.detached)}
-            out = forward(*self.qkv)
-            grads = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, self.qkv, self.d_out), strict=True))
-        return grads if mode == "bwd" else {"out": out.detach(), **grads}
+                found = {"out": _no_grad(made.forward, tuple(each.detach() for each in qkv))}
+            else:
+                out = made.forward(*qkv)
+                found = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, qkv, d_out), strict=True))
+                if mode == "fwd+bwd":
+                    found = {"out": out.detach(), **found}
+        return found if made.layout == "bhld" else {name: each.transpose(1, 2) for name, each in found.items()}
+
+    def _leaves(self, layout: str) -> tuple[tuple[Tensor, ...], Tensor]:
+        """query, key, value that take gradients, and d_out; `blhd` has the heads after the length, in memory too."""
+        if layout == "bhld":
+            return self.qkv, self.d_out
+        if layout not in self._by_layout:
+            turned = [each.detach().transpose(1, 2).contiguous() for each in (*self.qkv, self.d_out)]
+            self._by_layout[layout] = tuple(each.requires_grad_() for each in turned[:3]), turned[3]
+        return self._by_layout[layout]
 
     def check(self, results: dict[str, Tensor]) -> Verdict:
         """Hold results against float64 by the library's yardstick."""
@@ -139,10 +171,23 @@ class Problem:
         return made, pick
 
 
+def tiny(case: BenchCase) -> BenchCase:
+    """The smallest case that takes the same way: one query, one key, one group of heads."""
+    return dataclasses.replace(
+        case,
+        batch=1,
+        num_heads=case.num_heads // case.num_kv_heads,
+        num_kv_heads=1,
+        q_len=1,
+        kv_len=1,
+        window=None if case.window is None else 1,
+    )
+
+
 def _badness(row: Agreement) -> tuple[bool, float]:
     return row.problem is not None, row.share
 
 
-def _no_grad(forward: Forward, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _no_grad(forward: Forward, qkv: tuple[Tensor, ...]) -> Tensor:
     with torch.no_grad():
         return forward(*qkv)

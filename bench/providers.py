@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastattn
+from fastattn.bench import estimate
 from fastattn.bench.env import cxx
-from fastattn.bench.problem import Forward, Problem
+from fastattn.bench.problem import Made, Problem, tiny
+from fastattn.bench_cases import OPS, BenchCase, known
 from fastattn.dispatch import BACKENDS
 from fastattn.masks import Causal, Full
 
@@ -30,26 +31,20 @@ SDPA_BACKENDS = {
 CUDA_ONLY = ("efficient", "cudnn")
 
 
-@dataclass
-class Made:
-    """A provider ready for one problem."""
-
-    forward: Forward
-    label: str
-    """What really runs, for the table: a room or a kernel of PyTorch's."""
-    compile_s: float | None = None
-    prepared_bytes: int = 0
-    """Memory of the mask in the form this provider needs."""
-
-
 class Provider:
     """Base: a name, a reason not to run, a callable."""
 
     name: str
+    compiles = False
+    """Whether each size is compiled anew, so that a tiny call says nothing of a large one's overhead."""
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         """A short reason why this provider cannot run `mode` of `problem`, or None."""
         return None
+
+    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
+        """Bytes, about, that `mode` of `case` will take beside its inputs and outputs."""
+        return 0
 
     def make(self, problem: Problem) -> Made:
         raise NotImplementedError
@@ -69,14 +64,25 @@ class Fastattn(Provider):
             return fastattn.explain(*problem.qkv, mask=problem.mask).reasons[self.room]
         return None
 
+    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
+        problem = Problem(tiny(case), device)
+        try:
+            room = fastattn.explain(*problem.qkv, mask=problem.mask, backend=self.room).backend
+        except fastattn.BackendUnavailable:
+            return 0
+        return estimate.plain_bytes(case, mode) if room == "reference" else 0
+
     def make(self, problem: Problem) -> Made:
         mask, room = problem.mask, self.room
         verdict = fastattn.explain(*problem.qkv, mask=mask, backend=room)
+        start = time.perf_counter()
+        OPS[problem.case.op].mask(problem.case, problem.device)
+        mask_s = time.perf_counter() - start
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return fastattn.attention(query, key, value, mask=mask, backend=room)
 
-        return Made(forward, verdict.backend)
+        return Made(forward, verdict.backend, mask_s=mask_s)
 
 
 class Sdpa(Provider):
@@ -92,13 +98,19 @@ class Sdpa(Provider):
     def why_not(self, problem: Problem, mode: str) -> str | None:
         return "needs CUDA" if self.kernel in CUDA_ONLY and problem.device.type != "cuda" else None
 
+    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
+        plain = estimate.plain_bytes(case, mode) if self.kernel == "math" else 0
+        return plain + estimate.mask_bytes(case)
+
     def make(self, problem: Problem) -> Made:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         case, mask = problem.case, problem.mask
         is_causal = isinstance(mask, Causal) and case.q_len == case.kv_len
         visible = isinstance(mask, Full) or is_causal
+        start = time.perf_counter()
         table = None if visible else mask.dense(case.q_len, case.kv_len, device=problem.device)
+        mask_s = time.perf_counter() - start
         options: dict[str, Any] = {"attn_mask": table, "is_causal": is_causal}
         if case.num_heads != case.num_kv_heads:
             options["enable_gqa"] = True
@@ -106,7 +118,7 @@ class Sdpa(Provider):
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(query, key, value, **options)
 
-        made = Made(forward, self.kernel or "", prepared_bytes=0 if table is None else table.numel())
+        made = Made(forward, self.kernel or "", prepared_bytes=0 if table is None else table.numel(), mask_s=mask_s)
         if self.kernel is not None:
             backend = getattr(SDPBackend, SDPA_BACKENDS[self.kernel])
 
@@ -122,6 +134,7 @@ class Flex(Provider):
     """torch.nn.attention.flex_attention, compiled; block masks are made from the mask's own row intervals."""
 
     name = "flex"
+    compiles = True
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         if problem.device.type == "cpu":
@@ -141,7 +154,9 @@ class Flex(Provider):
         # Each case is compiled anew and for its own sizes; the compiler's limit on versions of one function stays away.
         torch.compiler.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
+        start = time.perf_counter()
         block_mask, prepared = _block_mask(problem)
+        mask_s = time.perf_counter() - start
         enable_gqa = problem.case.num_heads != problem.case.num_kv_heads
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -153,7 +168,7 @@ class Flex(Provider):
         if problem.device.type == "cuda":
             torch.autograd.grad(forward(*problem.qkv), problem.qkv, problem.d_out)
             torch.cuda.synchronize()
-        return Made(forward, "compiled", time.perf_counter() - start, prepared)
+        return Made(forward, "compiled", time.perf_counter() - start, prepared, mask_s)
 
 
 def _block_mask(problem: Problem) -> tuple[Any, int]:
@@ -186,10 +201,9 @@ def _block_mask(problem: Problem) -> tuple[Any, int]:
 
 def provider(name: str) -> Provider:
     """The provider of that name; ValueError lists them."""
-    known = known_providers()
-    if name not in known:
-        raise ValueError(f"providers: {name!r} is not known; there are {', '.join(known)}")
-    return known[name]
+    every = known_providers()
+    known("providers", [name], every)
+    return every[name]
 
 
 def known_providers() -> dict[str, Provider]:

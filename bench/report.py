@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import env
+from fastattn.bench.growth import growth
 from fastattn.bench.rows import Row, say_bytes, say_error, say_rate, say_speedup, say_time
 from fastattn.bench_cases import OPS, BenchCase
 
@@ -51,8 +53,11 @@ def print_case(console: Console, rows: list[Row], *, first_of_op: bool) -> None:
 def print_legend(console: Console, rows: list[Row]) -> None:
     """How to read the table, in as few lines as it takes."""
     baseline = rows[0].baseline
-    against = f"vs {baseline}: how many times faster than {baseline}. " if baseline else ""
+    against = f"vs {baseline}: how many times faster than {baseline}; ≈ a tie, its 95% interval spans 1. "
+    against = against if baseline else ""
     console.print()
+    _print_growth(console, rows)
+    _print_overhead(console, rows)
     console.print(
         f"Time: median. {against}TFLOP/s: on visible pairs alone. Memory: a call's peak beyond its inputs, "
         "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick.",
@@ -69,6 +74,24 @@ def print_legend(console: Console, rows: list[Row]) -> None:
     if partly:
         fewest = min(row.heads_checked or 0 for row in partly)
         console.print(f"Large cases were checked on some of their heads, {fewest} at least.", style="dim")
+
+
+def _print_growth(console: Console, rows: list[Row]) -> None:
+    for (case, mode), group in groupby(growth(rows), key=lambda each: (each.case, each.mode)):
+        lines = list(group)
+        shown = ", ".join(f"{each.provider} {each.exponent:.2f}" for each in lines)
+        lengths = f"{lines[0].lengths[0]} to {lines[0].lengths[-1]} keys"
+        console.print(f"{case} {mode}, {lengths}: time grows with length to the power of {shown}", soft_wrap=True)
+
+
+def _print_overhead(console: Console, rows: list[Row]) -> None:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.overhead_us is not None and row.mode == "fwd":
+            found.setdefault(row.provider, []).append(row.overhead_us)
+    if found:
+        shown = ", ".join(f"{name} {say_time(1e-3 * statistics.median(each))}" for name, each in found.items())
+        console.print(f"Call overhead, forward on one query and one key: {shown}", soft_wrap=True)
 
 
 def say_case(case: BenchCase) -> str:
@@ -117,7 +140,8 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
     if what == "spread":
         return f"{100 * row.spread:.0f}%", "yellow" if row.spread > NOISY else "dim"
     if what == "speedup":
-        return ("-", "dim") if row.speedup is None else (say_speedup(row.speedup), _speed_style(row))
+        tie = "≈" if row.tie else ""
+        return ("-", "dim") if row.speedup is None else (tie + say_speedup(row.speedup), _speed_style(row))
     if what == "rate":
         return say_rate(row.tflops()), ""
     if what == "memory":
@@ -128,7 +152,7 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
 def _speed_style(row: Row) -> str:
     if row.provider == row.baseline or row.speedup is None:
         return "dim"
-    return "green" if row.speedup >= 1.05 else "red" if row.speedup <= 0.95 else ""
+    return "" if row.tie else "green" if row.speedup > 1 else "red"
 
 
 def by_op(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastattn.bench.clock import quartiles
+from fastattn.bench.ratios import Interval
 from fastattn.bench_cases import BenchCase
 
 
@@ -15,6 +16,9 @@ from fastattn.bench_cases import BenchCase
 class Row:
     """Times in milliseconds a call, memory in bytes, floating-point operations by `AttnSpec`.
 
+    `first_call_s`: seconds of the first call of this mode, with what it compiles or builds. `mask_s`: seconds that the
+    mask took in this provider's form. `overhead_us`: microseconds of the host for a call that does next to nothing.
+    `speedup_low`, `speedup_high`: the 95% interval of the speed-up.
     Exactly one of `reason` (why there is no time) and `samples_ms` is filled once the row has run.
     """
 
@@ -31,14 +35,20 @@ class Row:
     errors: list[dict[str, Any]] = field(default_factory=list)
     heads_checked: int | None = None
     compile_s: float | None = None
+    first_call_s: float | None = None
+    mask_s: float | None = None
+    overhead_us: float | None = None
     samples_ms: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
     speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
     useful_flops: int | None = None
     dense_flops: int | None = None
     least_bytes: int | None = None
     peak_bytes: int | None = None
     memory_method: str | None = None
+    estimated_bytes: int | None = None
     baseline: str | None = None
 
     @property
@@ -56,6 +66,11 @@ class Row:
         return bool(self.samples_ms)
 
     @property
+    def done(self) -> bool:
+        """Whether its turn has come: it was timed, or says why not."""
+        return self.timed or self.reason is not None
+
+    @property
     def failed(self) -> bool:
         """A wrong result, from anybody; or a crash of fastattn's own."""
         return self.correct is False or (self.crashed and self.provider.startswith("fastattn"))
@@ -69,14 +84,22 @@ class Row:
         return quartiles(self.samples_ms)
 
     @property
+    def tie(self) -> bool:
+        """Whether the interval of its speed-up spans 1: neither it nor the baseline is shown to be faster."""
+        if self.speedup_low is None or self.speedup_high is None or self.provider == self.baseline:
+            return False
+        return Interval(self.speedup_low, self.speedup_high).tie
+
+    @property
     def spread(self) -> float:
         """Interquartile range as a share of the median."""
         low, high = self.quartiles_ms
         return (high - low) / self.median_ms
 
-    def tflops(self, milliseconds: float | None = None) -> float:
-        """Useful TFLOP/s: operations on visible pairs alone."""
-        return (self.useful_flops or 0) / ((milliseconds or self.median_ms) * 1e9)
+    def tflops(self, milliseconds: float | None = None, *, dense: bool = False) -> float:
+        """Useful TFLOP/s: operations on visible pairs alone; dense-equivalent ones count all pairs."""
+        flops = self.dense_flops if dense else self.useful_flops
+        return (flops or 0) / ((milliseconds or self.median_ms) * 1e9)
 
     @property
     def command(self) -> str:
@@ -113,8 +136,9 @@ class Row:
             "median_ms": self.median_ms if timed else None,
             "q1_ms": low,
             "q3_ms": high,
+            "tie": self.tie,
             "tflops": self.tflops() if timed else None,
-            "dense_tflops": (self.dense_flops or 0) / (self.median_ms * 1e9) if timed else None,
+            "dense_tflops": self.tflops(dense=True) if timed else None,
             "gb_per_s": (self.least_bytes or 0) / (self.median_ms * 1e6) if timed else None,
         }
 
@@ -147,6 +171,13 @@ def say_rate(tflops: float) -> str:
 
 def say_speedup(ratio: float) -> str:
     return f"{three(ratio)}x" if ratio >= 10 else f"{ratio:.2f}x" if ratio >= 0.1 else f"{ratio:.3f}x"
+
+
+def say_against(row: Row) -> str:
+    """The speed-up; ties are marked. Nothing for the baseline itself."""
+    if row.speedup is None or row.provider == row.baseline:
+        return ""
+    return say_speedup(row.speedup) + (", tie" if row.tie else "")
 
 
 def say_error(row: Row) -> str:

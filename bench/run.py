@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
 
+from fastattn.bench import estimate
 from fastattn.bench import options as flags
 from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.options import Options
-from fastattn.bench.problem import Problem
+from fastattn.bench.overhead import overhead_us
+from fastattn.bench.presets import preset_cases
+from fastattn.bench.problem import Made, Problem
 from fastattn.bench.progress import Progress
-from fastattn.bench.providers import Made, Provider, provider
-from fastattn.bench.rows import Row
+from fastattn.bench.providers import Provider, provider
+from fastattn.bench.ratios import paired
+from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases
 
+SIZE_OPTIONS = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "window")
 BASELINE = "sdpa"
 BUDGETS = {
     ("cpu", False): Budget(rounds=7, min_time=0.3, max_time=2.0),
@@ -43,26 +49,34 @@ def plan(options: Options, device: torch.device) -> list[Row]:
     baseline = options.baseline or (BASELINE if BASELINE in names else None)
     for name in names:
         provider(name)
+    rows = [
+        Row(case, mode, name, device.type, baseline=baseline)
+        for case, modes in _cases(options, device)
+        for mode in options.modes or modes
+        for name in names
+    ]
+    return [row for row in rows if options.only is None or options.only.search(row.name)]
+
+
+def _cases(options: Options, device: torch.device) -> list[tuple[BenchCase, tuple[str, ...]]]:
+    """What to time, and in which modes unless they are named."""
+    sizes = {name: getattr(options, name) for name in SIZE_OPTIONS}
+    if options.presets:
+        given = [name for name, values in {"ops": options.ops, **sizes}.items() if values is not None]
+        if given:
+            raise ValueError(
+                f"presets: {', '.join(options.presets)} bring their own operation and sizes, and {', '.join(given)} "
+                f"came too; give one or the other"
+            )
+        return preset_cases(options.presets, device.type, options.dtypes)
     cases = bench_cases(
         device.type,
         ops=list(OPS) if options.ops == ["all"] else options.ops or list(DEFAULT_OPS),
         dtypes=options.dtypes,
-        batch=options.batch,
-        num_heads=options.num_heads,
-        num_kv_heads=options.num_kv_heads,
-        q_len=options.q_len,
-        kv_len=options.kv_len,
-        head_dim=options.head_dim,
-        window=options.window,
+        **sizes,
         quick=options.quick,
     )
-    rows = [
-        Row(case, mode, name, device.type, baseline=baseline)
-        for case in cases
-        for mode in options.modes or ["fwd", "bwd"]
-        for name in names
-    ]
-    return [row for row in rows if options.only is None or options.only.search(row.name)]
+    return [(case, ("fwd", "bwd")) for case in cases]
 
 
 def budget_for(options: Options, device: torch.device) -> Budget:
@@ -75,10 +89,12 @@ def run(rows: list[Row], options: Options, device: torch.device, progress: Progr
     """Fill the rows, yielding them case by case."""
     clock, budget = clock_for(device), budget_for(options, device)
     for case, group in groupby(rows, key=lambda row: row.case):
-        runner = CaseRunner(case, device, clock, budget, options.check, progress)
         of_case = list(group)
+        runner = CaseRunner(case, device, clock, budget, options.check, progress)
         for _, of_mode in groupby(of_case, key=lambda row: row.mode):
-            runner.run(list(of_mode))
+            together = list(of_mode)
+            if not all(row.done for row in together):  # an earlier run may have timed them
+                runner.run(together)
         yield of_case
 
 
@@ -123,25 +139,29 @@ class CaseRunner:
         for row in rows:
             if base is not None and row.timed:
                 row.speedup = base.median_ms / row.median_ms
+                row.speedup_low, row.speedup_high = paired(base.samples_ms, row.samples_ms) or (None, None)
 
     def _ready(self, row: Row) -> Callable[[], object] | None:
         """What to time for a row; None, with the reason in the row, where it cannot run or is wrong."""
         try:
+            who = provider(row.provider)
+            row.reason = too_large(row, self.device)
+            if row.reason is not None:
+                return None
             problem = self._problem()
             row.useful_flops = problem.spec.flops(row.mode, useful=True)
             row.dense_flops = problem.spec.flops(row.mode)
             row.least_bytes = problem.spec.bytes(row.mode)
-            who = provider(row.provider)
             row.reason = who.why_not(problem, row.mode)
             if row.reason is not None:
                 return None
             made = self._make(who, problem)
-            row.label, row.compile_s = made.label, made.compile_s
-            if self.check and not self._right(row, problem, made):
+            row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
+            row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
+            if self._checks and not self._right(row, problem, made):
                 return None
-            call = problem.call(row.mode, made.forward)
-            if not self.check:
-                call()  # what a first call allocates for good is not the call's own
+            call = problem.call(row.mode, made)
+            row.overhead_us = overhead_us(who, self.case, row.mode, self.device)
             peak, row.memory_method = peak_bytes(call, self.device)
             row.peak_bytes = None if peak is None else peak + made.prepared_bytes
             return call
@@ -149,8 +169,22 @@ class CaseRunner:
             _refuse(row, failure)
             return None
 
+    @property
+    def _checks(self) -> bool:
+        """Whether results are held against float64: where that was asked for, and its tables fit."""
+        free = estimate.free_bytes(self.device)
+        return self.check and (free is None or estimate.check_bytes(self.case, self.device) < free)
+
+    def _first_call(self, mode: str, made: Made, problem: Problem) -> float:
+        """Seconds; what it allocates for good is not in the peak of later ones."""
+        start = time.perf_counter()
+        problem.call(mode, made)()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
     def _right(self, row: Row, problem: Problem, made: Made) -> bool:
-        results = problem.results(row.mode, made.forward, poisoned=made.compile_s is None)
+        results = problem.results(row.mode, made, poisoned=made.compile_s is None)
         try:
             verdict = problem.check(results)
         except Exception as failure:
@@ -174,6 +208,16 @@ class CaseRunner:
         if who.name not in self.made:
             self.made[who.name] = who.make(problem)
         return self.made[who.name]
+
+
+def too_large(row: Row, device: torch.device) -> str | None:
+    """Writes down what a row will take; a sentence where that is more than there is."""
+    extra = provider(row.provider).extra_bytes(row.case, row.mode, device)
+    row.estimated_bytes = estimate.tensor_bytes(row.case, row.mode) + extra
+    free = estimate.free_bytes(device)
+    if free is None or row.estimated_bytes <= free:
+        return None
+    return f"does not fit: needs about {say_bytes(row.estimated_bytes)}, {say_bytes(free)} are free"
 
 
 def _refuse(row: Row, failure: Exception) -> None:

@@ -6,6 +6,7 @@ Sizes stand for real layers: the CPU's for one layer of a small encoder, the GPU
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -171,8 +172,8 @@ def bench_cases(
     Raises ValueError for an unknown op or dtype and for heads that do not divide.
     """
     sizes = SIZES[device]
-    _known("op", ops, OPS)
-    _known("dtype", dtypes or (), DTYPES)
+    known("op", ops, OPS)
+    known("dtype", dtypes or (), DTYPES)
     given = {
         "batch": batch,
         "num_heads": num_heads,
@@ -216,7 +217,11 @@ def _case(
     return OPS[op].bend(replace(case, window=window) if op == "truncated" else case, named)
 
 
-def _known(what: str, names: Sequence[str], table: Iterable[str]) -> None:
+def known(what: str, names: Iterable[str], table: Iterable[str]) -> None:
+    """ValueError for a name that is not in `table`: it lists what there is, and the nearest."""
+    there = list(table)
     for name in names:
-        if name not in table:
-            raise ValueError(f"{what}: {name!r} is not known; there are {', '.join(table)}")
+        if name not in there:
+            near = difflib.get_close_matches(name, there, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{what}: {name!r} is not known; there are {', '.join(there)}{hint}")

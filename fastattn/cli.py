@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     parser = _parser()
-    namespace = parser.parse_args(argv)
+    # Its words and flags come in any order, which argparse allows to no command of a command.
+    namespace = parser.parse_args(argv[:1] if argv[:1] == ["bench"] else argv)
     if namespace.version:
         return _print_version()
     if namespace.command is None:
@@ -62,7 +63,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     bench = commands.add_parser("bench", help="time attention beside PyTorch's own, and a real model")
-    options.add_arguments(bench)
     bench.set_defaults(run=_bench)
     check = commands.add_parser("check", help="hold every room against float64 on this machine")
     check.add_argument("--rooms", type=_names, metavar="LIST", help="only these rooms")
@@ -94,9 +94,11 @@ def _print_version() -> int:
 
 
 def _bench(namespace: argparse.Namespace, argv: list[str]) -> int:
-    from fastattn.bench import command, options
+    from fastattn.bench import command, compare, options
 
-    return command.main(options.from_namespace(namespace, argv[1:]))
+    if argv[1:2] == ["compare"]:
+        return compare.main(argv[2:])
+    return command.main(options.parse(argv[1:]))
 
 
 # ---- info

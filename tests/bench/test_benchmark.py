@@ -24,7 +24,7 @@ def test_case(benchmark, op, mode, name):
     reason = who.why_not(problem, mode)
     if reason:
         pytest.skip(reason)
-    call = problem.call(mode, who.make(problem).forward)
+    call = problem.call(mode, who.make(problem))
 
     def run():
         call()

@@ -58,7 +58,7 @@ def test_the_json_holds_every_sample_and_the_machine(bench):
     _, _, report = bench(
         "--op", "truncated", "--window", "5", "--providers", "fastattn,sdpa", "--mode", "fwd,bwd,fwd+bwd"
     )
-    assert report["schema"] == "fastattn-bench/1"
+    assert report["schema"] == "fastattn-bench/2"
     assert {"date", "command", "cpu", "threads", "load_average", "torch", "python", "commit", "dirty"} <= set(
         report["environment"]
     )

@@ -87,7 +87,7 @@ def test_the_environment_block_is_plain_json_and_knows_the_machine():
 def test_large_cases_are_checked_head_by_head_with_the_same_verdict(op, cpu, monkeypatch):
     [case] = bench_cases("cpu", ops=[op], q_len=[24], num_heads=[8], head_dim=[8], batch=[2])
     whole = Problem(case, cpu)
-    results = whole.results("fwd+bwd", provider("sdpa-math").make(whole).forward)
+    results = whole.results("fwd+bwd", provider("sdpa-math").make(whole))
     monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
     by_head = Problem(case, cpu)
     everything, parts = whole.check(results), by_head.check(results)
