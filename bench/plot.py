@@ -30,6 +30,9 @@ SPARE = ("#009E73", "#D55E00", "#F0E442", "#000000")
 NAME_HEIGHT = 0.075
 """Of a panel of lines: the least distance between two names at its right edge."""
 
+WIDE = 200
+"""Of an axis: the last over the first rate from which powers of ten are ticks enough."""
+
 MOST_BARS = 2
 """Panels with more cases than this are drawn as lines over the length."""
 
@@ -68,7 +71,7 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
                 else:
                     _lines(panel, shown, colors, environment.get("ceilings"))
                 panel.set_title(f"{op}, {mode}", loc="left", fontweight="bold", pad=4)
-                if panel is not line[0] and _labels(panel) == _labels(line[0]):
+                if bars and panel is not line[0] and _labels(panel) == _labels(line[0]):
                     panel.set_yticklabels([])
         if bars:
             for panel in axes[-1]:
@@ -79,11 +82,10 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
         where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
         baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""
-        figures = (
-            f"TFLOP/s, median time{baseline}"
-            if bars
-            else "median TFLOP/s, quartiles shaded; dashed: this machine's roofline"
-        )
+        if bars:
+            figures = f"TFLOP/s, median time{baseline}"
+        else:
+            figures = "median rate, quartiles shaded" + ("; dashed: its roofline" if "ceilings" in environment else "")
         title = f"Attention on {where}, {dtypes}: {figures}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         figure.text(0.99, 0.004, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
@@ -139,6 +141,8 @@ def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
 
 def _lines(panel: Axes, rows: list[Row], colors: dict[str, str], measured: dict[str, Any] | None) -> None:
     """TFLOP/s over the key length on logarithms, a line a provider with its name at the end, quartiles shaded."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     ends: list[tuple[float, str, str, str]] = []
     for name in dict.fromkeys(row.provider for row in rows):
         timed = sorted((row for row in rows if row.provider == name and row.timed), key=lambda row: row.case.kv_len)
@@ -168,12 +172,15 @@ def _lines(panel: Axes, rows: list[Row], colors: dict[str, str], measured: dict[
     panel.set_xticks(lengths, [f"{each // 1024}k" if each % 1024 == 0 else str(each) for each in lengths])
     panel.set_xlim(lengths[0] * 0.92, lengths[-1] * 1.08)
     panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
-    panel.yaxis.set_minor_formatter(lambda rate, _: "")
-    panel.tick_params(which="minor", length=0)
+    low, high = panel.get_ylim()
+    # Between powers of ten too, where there are few of them.
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < WIDE else (1,)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    small = high < 1
+    panel.yaxis.set_major_formatter(lambda rate, _: f"{1e3 * rate if small else rate:g}")
     _name_ends(panel, ends)
     panel.set_xlabel("keys")
-    panel.set_ylabel("useful TFLOP/s")
+    panel.set_ylabel("useful GFLOP/s" if small else "useful TFLOP/s")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#E4E4E4", linewidth=0.7)
     panel.set_axisbelow(True)

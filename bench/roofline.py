@@ -17,7 +17,7 @@ BUDGET = Budget(rounds=5, min_time=0.05, max_time=0.5)
 
 
 def ceilings(dtypes: list[str], device: torch.device) -> dict[str, Any]:
-    """{"tflops": {dtype: TFLOP/s of a matrix product}, "gb_per_s": bytes read and written by a copy}, the best sample."""
+    """{"tflops": {dtype: TFLOP/s of a matrix product}, "gb_per_s": GB/s of a copy}: the best samples."""
     size, clock = PRODUCT[device.type], clock_for(device)
     found: dict[str, float] = {}
     for name in dtypes:
