@@ -17,6 +17,7 @@ from fastattn.bench.options import Options
 from fastattn.bench.presets import PRESETS
 from fastattn.bench.progress import progress_on
 from fastattn.bench.providers import known_providers
+from fastattn.bench.roofline import ceilings
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench.run import budget_for, pick_device, plan, run, too_large
 from fastattn.bench_cases import OPS
@@ -79,6 +80,8 @@ def _measure(
     """Each case is written as soon as it is measured, so that a run that ends early keeps what it has."""
     report.table_header(console, environment)
     settings = _settings(rows, options, device)
+    if rows and "ceilings" not in environment:
+        environment["ceilings"] = ceilings(list(dict.fromkeys(row.case.dtype for row in rows)), device)
     result, stopped = None, False
     with progress_on(console, len(rows) + options.wants_model) as progress:
         try:

@@ -10,7 +10,7 @@ from fastattn.bench.problem import SLICE_PAIRS
 from fastattn.bench_cases import DTYPES, BenchCase
 
 COPIES = {"fwd": 2, "bwd": 3, "fwd+bwd": 3}
-"""Of the inputs: as drawn, as leaves, and their gradients. With the output comes the gradient that arrives."""
+"""Of the inputs: as drawn, as leaves, and their gradients. The output comes with the gradient that arrives."""
 
 TRUTH_TABLES = 6
 """Tables of float64 that the definition and its gradient hold at a time."""

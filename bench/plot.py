@@ -1,13 +1,16 @@
-"""One picture of a run: a panel for each operation and mode, TFLOP/s by provider, quartiles as whiskers."""
+"""One picture of a run: a panel for each operation and mode. TFLOP/s by provider as bars, quartiles as whiskers; over
+several lengths as lines, quartiles shaded, the roofline of the machine's measured product and copy dashed."""
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.env import headline
 from fastattn.bench.report import by_op, say_case
+from fastattn.bench.roofline import attainable
 from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
 
 if TYPE_CHECKING:
@@ -22,11 +25,15 @@ COLORS = {
     "sdpa-math": "#CC79A7",
     "flex": "#E69F00",
 }
+ROOF = "#9A9A9A"
 SPARE = ("#009E73", "#D55E00", "#F0E442", "#000000")
 NAME_HEIGHT = 0.075
 """Of a panel of lines: the least distance between two names at its right edge."""
 
-MOST_BARS = 3
+WIDE = 200
+"""Of an axis: the last over the first rate from which powers of ten are ticks enough."""
+
+MOST_BARS = 2
 """Panels with more cases than this are drawn as lines over the length."""
 
 
@@ -59,9 +66,12 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
         for line, (op, of_op) in zip(axes, ops.items(), strict=True):
             for panel, mode in zip(line, modes, strict=True):
                 shown = [row for row in of_op if row.mode == mode]
-                (_bars if bars else _lines)(panel, shown, providers, colors)
+                if bars:
+                    _bars(panel, shown, colors)
+                else:
+                    _lines(panel, shown, colors, environment.get("ceilings"))
                 panel.set_title(f"{op}, {mode}", loc="left", fontweight="bold", pad=4)
-                if panel is not line[0] and _labels(panel) == _labels(line[0]):
+                if bars and panel is not line[0] and _labels(panel) == _labels(line[0]):
                     panel.set_yticklabels([])
         if bars:
             for panel in axes[-1]:
@@ -72,7 +82,10 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
         where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
         baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""
-        figures = f"TFLOP/s, median time{baseline}" if bars else "median TFLOP/s, quartiles shaded"
+        if bars:
+            figures = f"TFLOP/s, median time{baseline}"
+        else:
+            figures = "median rate, quartiles shaded" + ("; dashed: its roofline" if "ceilings" in environment else "")
         title = f"Attention on {where}, {dtypes}: {figures}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         figure.text(0.99, 0.004, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
@@ -83,7 +96,7 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
         pyplot.close(figure)
 
 
-def _bars(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str, str]) -> None:
+def _bars(panel: Axes, rows: list[Row], colors: dict[str, str]) -> None:
     """A group of bars a case; who could not run says why in its place."""
     place, ticks = 0.0, []
     for case, group in groupby(rows, key=lambda row: row.case):
@@ -126,51 +139,81 @@ def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
     )
 
 
-def _lines(panel: Axes, rows: list[Row], providers: list[str], colors: dict[str, str]) -> None:
-    """TFLOP/s over the key length, a line a provider with its name at the end, quartiles shaded."""
-    ends: list[tuple[float, Row]] = []
-    for name in providers:
+def _lines(panel: Axes, rows: list[Row], colors: dict[str, str], measured: dict[str, Any] | None) -> None:
+    """TFLOP/s over the key length on logarithms, a line a provider with its name at the end, quartiles shaded."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    ends: list[tuple[float, str, str, str]] = []
+    for name in dict.fromkeys(row.provider for row in rows):
         timed = sorted((row for row in rows if row.provider == name and row.timed), key=lambda row: row.case.kv_len)
         if not timed:
             continue
         lengths = [row.case.kv_len for row in timed]
-        ends.append((timed[-1].tflops(), timed[-1]))
+        ours = name.startswith("fastattn")
         panel.plot(
-            lengths, [row.tflops() for row in timed], color=colors[name], marker="o", markersize=3.5, linewidth=1.6
+            lengths,
+            [row.tflops() for row in timed],
+            color=colors[name],
+            marker="o",
+            markersize=4,
+            linewidth=2.2 if ours else 1.5,
+            zorder=3 if ours else 2,
         )
         slow, fast = zip(
             *((row.tflops(row.quartiles_ms[1]), row.tflops(row.quartiles_ms[0])) for row in timed), strict=True
         )
         panel.fill_between(lengths, slow, fast, color=colors[name], alpha=0.2, linewidth=0)
-    panel.set_xscale("log", base=2)
+        ends.append((timed[-1].tflops(), timed[-1].who, colors[name], "bold" if ours else "normal"))
+    ceiling = _roofline(panel, rows, measured)
+    if ceiling is not None:
+        ends.append((ceiling, "roofline", ROOF, "normal"))
     lengths = sorted({row.case.kv_len for row in rows})
+    panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [f"{each // 1024}k" if each % 1024 == 0 else str(each) for each in lengths])
-    panel.minorticks_off()
-    panel.set_ylim(bottom=0)
-    _name_ends(panel, ends, colors)
+    panel.set_xlim(lengths[0] * 0.92, lengths[-1] * 1.08)
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    # Between powers of ten too, where there are few of them.
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < WIDE else (1,)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    small = high < 1
+    panel.yaxis.set_major_formatter(lambda rate, _: f"{1e3 * rate if small else rate:g}")
+    _name_ends(panel, ends)
     panel.set_xlabel("keys")
-    panel.set_ylabel("useful TFLOP/s")
+    panel.set_ylabel("useful GFLOP/s" if small else "useful TFLOP/s")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#E4E4E4", linewidth=0.7)
     panel.set_axisbelow(True)
 
 
-def _name_ends(panel: Axes, ends: list[tuple[float, Row]], colors: dict[str, str]) -> None:
+def _roofline(panel: Axes, rows: list[Row], measured: dict[str, Any] | None) -> float | None:
+    """What the machine's measured product and copy allow, dashed; its last height, None where there is none."""
+    if measured is None:
+        return None
+    heights = {row.case.kv_len: attainable(row, measured) for row in rows}
+    points = sorted((length, height) for length, height in heights.items() if height is not None)
+    if not points:
+        return None
+    panel.plot(*zip(*points, strict=True), color=ROOF, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1)
+    return points[-1][1]
+
+
+def _name_ends(panel: Axes, ends: list[tuple[float, str, str, str]]) -> None:
     """Each line's name right of its last point, moved up where two would lie on each other."""
-    top = panel.get_ylim()[1]
+    low, high = map(math.log, panel.get_ylim())
     last = -1.0
-    for rate, row in sorted(ends, key=lambda end: end[0]):
-        last = max(rate / top, last + NAME_HEIGHT)
+    for rate, name, color, weight in sorted(ends):
+        last = max((math.log(rate) - low) / (high - low), last + NAME_HEIGHT)
         panel.annotate(
-            row.who,
+            name,
             (1.0, last),
             xycoords="axes fraction",
             xytext=(3, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
-            color=colors[row.provider],
-            fontweight="bold" if row.provider.startswith("fastattn") else "normal",
+            color=color,
+            fontweight=weight,
         )
 
 
