@@ -7,7 +7,7 @@ not.
 
     visit, full     bool [batch or 1, num_heads or 1, q_tiles, kv_tiles]
     checked, full   int32 [..., q_tiles]             how many tiles to visit: partly visible ones, full ones
-    tiles           int32 [..., q_tiles, kv_tiles]   their indices, checked ones first, each kind ascending; then the rest
+    tiles           int32 [..., q_tiles, kv_tiles]   their indices: checked ones first, each kind ascending; the rest
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ and every run gives the same bits.
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attn_fwd import FREE
 from fastattn.kernels.gradients import gradient_tile
 from fastattn.kernels.masks import read_numbers
 from fastattn.kernels.tiles import dot, load_tile, narrow, row_places
+from fastattn.kernels.veil import unveil
+from fastattn.kernels.walk import read_sizes
 
 
-@triton.jit(do_not_specialize=[*FREE, "shared"])
+@triton.jit
 def attn_dbias_kernel(
     t,  # query, key, value, d_out, lse, delta, bias, sinks, seed, dbias
     strides,  # of query, key, value, d_out, bias, dbias
@@ -23,6 +24,7 @@ def attn_dbias_kernel(
     shared,  # own_heads: tables of a batch item; heads, batches: how many share a table
     KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    sizes = read_sizes(sizes)
     q_len, kv_len = sizes.q_len, sizes.kv_len
     kv_tiles = tl.cdiv(kv_len, BLOCK_N)
     program = tl.program_id(0)
@@ -31,10 +33,11 @@ def attn_dbias_kernel(
     q_lo, table = rest % q_tiles * BLOCK_M, rest // q_tiles
     q_idx, kv_idx = q_lo + tl.arange(0, BLOCK_M), kv_lo + tl.arange(0, BLOCK_N)
     inside = q_idx < q_len
-    own_head, own_batch = table % shared.own_heads, table // shared.own_heads
+    own_heads, heads, batches = unveil(shared.own_heads), unveil(shared.heads), unveil(shared.batches)
+    own_head, own_batch = table % own_heads, table // own_heads
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for sharer in tl.range(0, shared.heads * shared.batches):
-        head, batch = own_head + sharer % shared.heads, own_batch + sharer // shared.heads
+    for sharer in tl.range(0, heads * batches):
+        head, batch = own_head + sharer % heads, own_batch + sharer // heads
         kv_head = head // sizes.group
         numbers = read_numbers(KIND, mask_args, batch, head, q_len, kv_len)
         q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, q_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)

@@ -6,13 +6,12 @@ delta_i = left_i sum_d do_id out_id - d_lse_i        0 where the row saw nothing
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attn_fwd import FREE
 from fastattn.kernels.gradients import new_delta
 from fastattn.kernels.tiles import load_tile, row_places
-from fastattn.kernels.walk import owned
+from fastattn.kernels.walk import owned, read_sizes
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit
 def attn_delta_kernel(
     t,  # out, d_out, lse, d_lse or None, sinks, delta
     strides,  # of out, d_out
@@ -20,6 +19,7 @@ def attn_delta_kernel(
     KIND: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    sizes = read_sizes(sizes)
     tile, head, batch, _ = owned(tl.program_id(0), tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads, sizes, KIND)
     q_lo = tile * BLOCK_M
     q_idx = q_lo + tl.arange(0, BLOCK_M)

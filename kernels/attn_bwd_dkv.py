@@ -11,18 +11,18 @@ products are computed as such ([BLOCK_N, BLOCK_M]), never by transposing a resul
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attn_fwd import FREE
 from fastattn.kernels.gradients import gradient_tile
 from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
-from fastattn.kernels.walk import CHECKED, FULL, owned, query_walk, tile_start
+from fastattn.kernels.walk import CHECKED, FULL, owned, query_walk, read_sizes, tile_start
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit
 def attn_dkv_kernel(
     t,  # query, key, value, d_out, lse, delta, bias, sinks, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
     strides,  # of query, key, value, d_out, bias, dk, dv
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    sizes = read_sizes(sizes)
     kv_len, kv_heads = sizes.kv_len, sizes.kv_heads
     tile, kv_head, batch, _ = owned(tl.program_id(0), tl.cdiv(kv_len, BLOCK_N), kv_heads, sizes, KIND)
     kv_lo = tile * BLOCK_N

@@ -11,18 +11,18 @@ taken here again, in float32, and delta written anew for the kernels that follow
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attn_fwd import FREE
 from fastattn.kernels.gradients import gradient_tile, new_delta
 from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
-from fastattn.kernels.walk import CHECKED, FULL, query_tile, tile_start
+from fastattn.kernels.walk import CHECKED, FULL, query_tile, read_sizes, tile_start
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit
 def attn_dq_kernel(
     t,  # query, key, value, d_out, lse, d_lse, delta, bias, sinks, seed, dq, dbias, dsinks
     strides,  # of query, key, value, d_out, bias, dq
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    sizes = read_sizes(sizes)
     batch, head, kv_head, q_lo, q_idx, numbers, walk, _ = query_tile(
         tl.program_id(0), sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
     )

@@ -18,13 +18,10 @@ from fastattn.kernels.dropout import kept_weights
 from fastattn.kernels.online import LOG2E
 from fastattn.kernels.scores import score_tile
 from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_places, store_tile
-from fastattn.kernels.walk import CHECKED, FULL, owned, part, query_tile, tile_start
-
-FREE = ["sizes", "scales", "mask_args", "lists"]
-"""Arguments whose values make no other kernel: a new length does not compile."""
+from fastattn.kernels.walk import CHECKED, FULL, owned, part, query_tile, read_sizes, tile_start
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit
 def attn_fwd_kernel(
     t,  # query, key, value, out, lse, bias, sinks, seed
     strides,  # of query, key, value, out, bias; None of a descriptor
@@ -36,6 +33,7 @@ def attn_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    sizes = read_sizes(sizes)
     if KIND.PERSISTENT:
         for program in tl.range(tl.program_id(0), sizes.programs, tl.num_programs(0)):
             _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
@@ -99,7 +97,7 @@ def _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND: tl.
     return add_dot(acc * rescale[:, None], weights, v, KIND), row_max, row_sum
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit
 def attn_merge_kernel(
     t,  # out and lse of the splits; out, lse; sinks
     strides,  # of the parts' out, of out
@@ -108,6 +106,7 @@ def attn_merge_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """Partial results over disjoint keys, each with its lse, into one: weighted by exp(lse - total)."""
+    sizes = read_sizes(sizes)
     tile, head, batch, _ = owned(tl.program_id(0), tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads, sizes, KIND)
     q_lo = tile * BLOCK_M
     q_idx = q_lo + tl.arange(0, BLOCK_M)

@@ -108,6 +108,8 @@ TABLE: tuple[TileConfig, ...] = (
     TileConfig("sm90", "dkv", 64, 16, 64, 128, 8, 3, **TMA),
     TileConfig("sm90", "dkv", 128, 16, 32, 128, 8, 3, **TMA),
     TileConfig("sm90", "dbias", 128, 16, 64, 64, 8, 1),
+    TileConfig("sm100", "fwd", 128, 16, 128, 32, 8, 2, **TMA, **LADEN),
+    TileConfig("sm100", "fwd", 128, 16, 128, 64, 8, 3, **TMA, **BUSY),
     TileConfig("sm100", "fwd", 64, 16, 128, 128, 8, 3, **TMA),
     TileConfig("sm100", "fwd", 128, 16, 128, 64, 8, 3, **TMA),
     # Small uneven tiles: several of them in a test's short sequences. Half precision by descriptors, float32 without.

@@ -27,6 +27,7 @@ from fastattn.kernels.configs import (
 from fastattn.kernels.kind import bias_axes, kind_of
 from fastattn.kernels.operands import named, operands
 from fastattn.kernels.scores import Scales, score_of
+from fastattn.kernels.veil import veil
 from fastattn.kernels.walk import Sizes
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -84,16 +85,24 @@ class Problem:
         spec = self.spec
         heads = spec.num_heads, spec.num_kv_heads, spec.group
         section = max(1, min(section, spec.batch * spec.num_heads))  # its tiles are counted in 32 bits
-        return Sizes(spec.batch, *heads, spec.q_len, spec.kv_len, programs, section, splits)
+        return Sizes(*map(veil, (spec.batch, *heads, spec.q_len, spec.kv_len, programs, section, splits)))
 
     def walking(
-        self, kernel: Any, row: TileConfig, sizes: Sizes, operands: tuple, *, mirror: bool = False, **flags: bool
+        self,
+        kernel: Any,
+        row: TileConfig,
+        programs: int,
+        section: int,
+        operands: tuple,
+        *,
+        splits: int = 1,
+        mirror: bool = False,
+        **flags: bool,
     ) -> Launch:
         """A kernel whose programs own tiles and walk the other side."""
         lists = None if self.mask.terms else lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
         tables = (bias_axes(self.spec) == "qk") + self.mask.rules.count("Dense")
-        args = (*operands, sizes, self.scales, self.mask.args, lists)
-        programs = sizes.programs
+        args = (*operands, self.sizes(programs, section, splits), self.scales, self.mask.args, lists)
         if row.persistent:
             programs = min(programs, _processors(self.spec.device) or PROCESSORS[self.target])
         launch = self.launch(kernel, row, programs, args, persistent=row.persistent, **flags)
@@ -136,8 +145,9 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
         seed=inputs.dropout_seed,
     )
     section = section_of(spec, spec.kv_len) * (1 if packed else spec.group)
-    sizes = problem.sizes(programs * splits, section, splits)
-    first = problem.walking(attn_fwd_kernel, row, sizes, tensors, packed=packed, split=splits > 1)
+    first = problem.walking(
+        attn_fwd_kernel, row, programs * splits, section, tensors, splits=splits, packed=packed, split=splits > 1
+    )
     if splits == 1:
         return [first]
     merged = operands(False, {}, {"part_out": part_out, "out": out}, {}, part_lse=part_lse, lse=lse, sinks=inputs.sinks)
@@ -204,16 +214,16 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     own = {"d_lse": grads.d_lse, "dsinks": grads.dsinks, "dbias": by_rows}
     given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **rest, **own)
     programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
-    sizes = problem.sizes(programs, section_of(spec, spec.kv_len) * spec.group)
-    launches.append(problem.walking(attn_dq_kernel, row, sizes, given))
+    section = section_of(spec, spec.kv_len) * spec.group
+    launches.append(problem.walking(attn_dq_kernel, row, programs, section, given))
 
     row = pick(spec, "dkv", target)
     tiled = _tiled(row.block_m, **q_side) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
     by_keys = grads.dbias if axes == "k" else None
     given = operands(row.descriptors, tiled, {}, {"bias": problem.bias}, **rest, dbias=by_keys)
     programs = tiles_of(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
-    sizes = problem.sizes(programs, section_of(spec, spec.q_len * spec.group))
-    launches.append(problem.walking(attn_dkv_kernel, row, sizes, given, mirror=True))
+    section = section_of(spec, spec.q_len * spec.group)
+    launches.append(problem.walking(attn_dkv_kernel, row, programs, section, given, mirror=True))
 
     if axes == "qk":
         launches.append(_dbias(problem, grads, q_side | kv_side, rest))
@@ -227,7 +237,9 @@ def _dbias(problem: Problem, grads: Backward, tiled: dict[str, Tensor], rest: di
     batch, heads, q_len, kv_len = table.shape
     given = operands(False, {}, tiled | {"dbias": table}, {"bias": problem.bias}, **rest)
     programs = tiles_of(q_len, row.block_m) * tiles_of(kv_len, row.block_n) * heads * batch
-    shared = named(own_heads=heads, heads=spec.num_heads // max(heads, 1), batches=spec.batch // max(batch, 1))
+    shared = named(
+        own_heads=veil(heads), heads=veil(spec.num_heads // max(heads, 1)), batches=veil(spec.batch // max(batch, 1))
+    )
     args = (*given, problem.sizes(programs, 1), problem.scales, problem.mask.args, shared)
     return problem.launch(attn_dbias_kernel, row, programs, args)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.masks import AND, FAR, OR, RULES
+from fastattn.kernels.veil import veil
 from fastattn.spec import AttnSpec
 
 MOST_TERMS = 2
@@ -89,16 +90,17 @@ def _hides(names: list[str], args: list[tuple], spec: AttnSpec) -> bool:
         return True
     if any(offsets is not None for _, _, offsets in args):
         return True
-    low = max((each for each, _, _ in args if each is not None), default=-FAR.value)
-    high = min((each for _, each, _ in args if each is not None), default=FAR.value)
-    queries = high >= 0 and low <= spec.kv_len - spec.q_len
-    return not (queries and low <= 0 and high >= spec.kv_len - spec.q_len)
+    # Veiled numbers keep their order.
+    low = max((each for each, _, _ in args if each is not None), default=veil(-FAR.value))
+    high = min((each for _, each, _ in args if each is not None), default=veil(FAR.value))
+    corner = veil(spec.kv_len - spec.q_len)
+    return not (low <= min(veil(0), corner) and high >= max(veil(0), corner))
 
 
 def _by_head(names: list[str], args: list[tuple]) -> bool:
     """The strides of heads are 0 where one table serves all."""
-    strides = {"Rows": lambda of: of[3][1], "Dense": lambda of: of[1][1]}
-    return any(strides[name](each) != 0 for name, each in zip(names, args, strict=True) if name in strides)
+    strides = {"Rows": lambda of: of[3][1] != veil(0), "Dense": lambda of: of[1][1] != 0}
+    return any(strides[name](each) for name, each in zip(names, args, strict=True) if name in strides)
 
 
 class Lists(NamedTuple):
@@ -127,8 +129,8 @@ def _block_lists(spec: AttnSpec, block_m: int, block_n: int, mirror: bool) -> Li
     return Lists(
         counts,
         lists.tiles,
-        (steps[0] * heads * rows, steps[1] * rows, batch * heads * rows),
-        (steps[0] * heads * rows * others, steps[1] * rows * others),
+        tuple(map(veil, (steps[0] * heads * rows, steps[1] * rows, batch * heads * rows))),
+        tuple(map(veil, (steps[0] * heads * rows * others, steps[1] * rows * others))),
     )
 
 
@@ -164,7 +166,8 @@ def _remembered(mask: Any, sizes: tuple, device: torch.device, make: Callable[[]
 def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
     """low, high, offsets [batch] or None. A fixed offset is in the bounds already."""
     at, offsets = _offset(mask, spec)
-    return None if left is None else near(at - left), None if right is None else near(at + right), offsets
+    low, high = None if left is None else near(at - left), None if right is None else near(at + right)
+    return *(None if bound is None else veil(bound) for bound in (low, high)), offsets
 
 
 def _offset(mask: Any, spec: AttnSpec) -> tuple[int, Tensor | None]:
@@ -187,7 +190,7 @@ def _chunked(mask: Any, spec: AttnSpec) -> tuple:
         at = max(0, size - (mask.size - at))
     back = FAR.value if mask.left_chunks is None else near(mask.left_chunks - whole)
     ahead = FAR.value if mask.right_chunks is None else near(mask.right_chunks + whole)
-    return size, back, ahead, at, offsets
+    return *map(veil, (size, back, ahead, at)), offsets
 
 
 def _rows(mask: Any, spec: AttnSpec) -> tuple:
@@ -215,7 +218,8 @@ def _row_table(mask: Any, spec: AttnSpec) -> tuple:
     bounds = torch.stack([torch.searchsorted(edge.contiguous(), keys, right=True) for edge in edges], 2)
     start, stop, bounds = (each.to(torch.int32).contiguous() for each in (start, stop, bounds))
     steps = (heads if batch > 1 else 0), (1 if heads > 1 else 0)
-    return start, stop, bounds, tuple(n * spec.q_len for n in steps), tuple(n * 4 * spec.kv_len for n in steps)
+    rows, keys = (tuple(veil(n * length) for n in steps) for length in (spec.q_len, 4 * spec.kv_len))
+    return start, stop, bounds, rows, keys
 
 
 def _least_after(rows: Tensor) -> Tensor:
@@ -225,7 +229,7 @@ def _least_after(rows: Tensor) -> Tensor:
 def _segments(mask: Any, spec: AttnSpec) -> tuple:
     """ids of queries and keys, their batch strides."""
     queries, keys = mask.q_ids.contiguous(), mask.key_ids.contiguous()
-    return queries, keys, *(0 if each.shape[0] == 1 else each.shape[1] for each in (queries, keys))
+    return queries, keys, *(veil(0 if each.shape[0] == 1 else each.shape[1]) for each in (queries, keys))
 
 
 def _dense(mask: Any, spec: AttnSpec) -> tuple:

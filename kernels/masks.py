@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-FAR = tl.constexpr(2**30 - 1)  # beyond every length; the sum of two and one more still fits an int32
+from fastattn.kernels.veil import unveil
+
+FAR = tl.constexpr(2**29 - 1)  # beyond every length; fits an int32 veiled, and so does the sum of three
 AND, OR = tl.constexpr(-1), tl.constexpr(-2)
 
 
@@ -130,9 +132,9 @@ def _diagonal(bound, offsets, batch, OPEN: tl.constexpr):
     if bound is None:
         return OPEN
     elif offsets is None:
-        return bound
+        return unveil(bound)
     else:
-        moved = tl.minimum(tl.maximum(tl.load(offsets + batch), -FAR), FAR).to(tl.int32) + bound
+        moved = tl.minimum(tl.maximum(tl.load(offsets + batch), -FAR), FAR).to(tl.int32) + unveil(bound)
         return tl.minimum(tl.maximum(moved, -FAR), FAR)
 
 
@@ -227,7 +229,7 @@ def _chunk(position, size):
 @triton.jit
 def _chunked_numbers(args, batch, head, q_len, kv_len):
     """size, chunks back, chunks ahead, offset; none back or ahead is FAR."""
-    return args[0], args[1], args[2], _diagonal(args[3], args[4], batch, 0)
+    return unveil(args[0]), unveil(args[1]), unveil(args[2]), _diagonal(args[3], args[4], batch, 0)
 
 
 @triton.jit
@@ -300,8 +302,8 @@ def _prefix_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 @triton.jit
 def _rows_numbers(args, batch, head, q_len, kv_len):
     """Where this head's rows begin: starts, stops (a number a query); bounds (four a key, see lower.py)."""
-    rows = batch.to(tl.int64) * args[3][0] + head.to(tl.int64) * args[3][1]
-    bounds = batch.to(tl.int64) * args[4][0] + head.to(tl.int64) * args[4][1]
+    rows = batch.to(tl.int64) * unveil(args[3][0]) + head.to(tl.int64) * unveil(args[3][1])
+    bounds = batch.to(tl.int64) * unveil(args[4][0]) + head.to(tl.int64) * unveil(args[4][1])
     return args[0] + rows, args[1] + rows, args[2] + bounds, q_len, kv_len
 
 
@@ -333,7 +335,8 @@ def _rows_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _segments_numbers(args, batch, head, q_len, kv_len):
-    return args[0] + batch.to(tl.int64) * args[2], args[1] + batch.to(tl.int64) * args[3], q_len, kv_len
+    q_step, kv_step = unveil(args[2]), unveil(args[3])
+    return args[0] + batch.to(tl.int64) * q_step, args[1] + batch.to(tl.int64) * kv_step, q_len, kv_len
 
 
 @triton.jit

@@ -106,7 +106,7 @@ def score_tile(
             at += q_idx.to(tl.int64) * bias_strides[2]
         else:
             at += q_idx.to(tl.int64) * bias_strides[2] + kv_idx.to(tl.int64) * bias_strides[3]
-        added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)  # who is not there sees nobody
         kept = kept & (added != float("-inf"))
         scores += added
     if CHECK or KIND.BIAS != "":

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.masks import kv_span, q_span, read_numbers
+from fastattn.kernels.veil import unveil
 
 CHECKED, FULL = tl.constexpr(0), tl.constexpr(1)
 
 
 class Sizes(NamedTuple):
-    """The lengths of a launch, all int32."""
+    """The lengths of a launch, all int32; veiled until `read_sizes`."""
 
     batch: Any
     num_heads: Any
@@ -27,6 +28,15 @@ class Sizes(NamedTuple):
     programs: Any  # tiles to own, over all heads and splits
     section: Any  # heads whose keys and values stay in the cache together
     splits: Any  # programs that share one tile's walk
+
+
+@triton.jit
+def read_sizes(sizes):
+    """The sizes of a launch, unveiled."""
+    heads = unveil(sizes.num_heads), unveil(sizes.kv_heads), unveil(sizes.group)
+    lengths = unveil(sizes.q_len), unveil(sizes.kv_len)
+    walk = unveil(sizes.programs), unveil(sizes.section), unveil(sizes.splits)
+    return Sizes(unveil(sizes.batch), heads[0], heads[1], heads[2], lengths[0], lengths[1], walk[0], walk[1], walk[2])
 
 
 @triton.jit
@@ -169,6 +179,8 @@ def _counted(cut, KIND: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _listed(lists, batch, head, tile, others):
     """The same from block lists (lower.Lists): the two counts, and where the tiles are listed."""
-    counts = lists.counts + batch.to(tl.int64) * lists.count_strides[0] + head * lists.count_strides[1] + tile
-    row = batch.to(tl.int64) * lists.tile_strides[0] + head * lists.tile_strides[1] + tile * others.to(tl.int64)
-    return tl.load(counts), tl.load(counts + lists.count_strides[2]), lists.tiles + row
+    counts = lists.counts + batch.to(tl.int64) * unveil(lists.count_strides[0])
+    counts += head * unveil(lists.count_strides[1]) + tile
+    row = batch.to(tl.int64) * unveil(lists.tile_strides[0]) + head.to(tl.int64) * unveil(lists.tile_strides[1])
+    row += tile * others.to(tl.int64)
+    return tl.load(counts), tl.load(counts + unveil(lists.count_strides[2])), lists.tiles + row

@@ -18,7 +18,7 @@ OLDEST = (3, 6)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
-MAX_LEN = 2**29  # the sum of a position, an offset and a tile fits an int32
+MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32, and so does a veiled one
 SMALLEST_CAPABILITY = (8, 0)
 WIDE_FLOAT32 = (256, 163 * 1024)  # float32 gradients of wider heads need this much shared memory, in bytes
 

@@ -1,5 +1,10 @@
-"""Masks for the tests of the Triton room: every class with a rule in every form, users' own, and combinations."""
+"""For the tests of the Triton room: its masks (every class with a rule in every form, users' own, combinations), and an
+interpreter that does not do its work twice.
+"""
 
+import importlib.util
+import inspect
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -234,3 +239,34 @@ def name(request):
 def zoo():
     """All their names."""
     return tuple(ZOO)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patch_the_language_once():
+    """Triton's interpreter patches its language at each call of a device function, though the kernel's launch has
+    done so already: nearly half of its time.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched = set()
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_once(function):
+        modules = {id(each) for each in function.__globals__.values() if inspect.ismodule(each)}
+        langs = modules & {id(interpreter.tl), id(interpreter.tl.core)}
+        if langs <= patched:
+            return None
+        patched.update(langs)
+        return patch_lang(function)
+
+    def launch_anew(*arguments, **options):
+        patched.clear()
+        return launch(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield

@@ -187,7 +187,8 @@ def test_numbers_of_a_grid_fit_32_bits():
         inputs = AttnInputs(query, key, key)
         spec = AttnSpec.of(inputs)
         out, lse = spec.empty_out(query), spec.empty_lse(query)
-        tensors = launch.Backward(out, lse, out, lse, lse, lse, query, key, key, None, None)
+        given = {"out": out, "d_out": out, "dq": query, "dk": key, "dv": key, "dbias": None, "dsinks": None}
+        tensors = launch.Backward(**dict.fromkeys(launch.Backward._fields, lse) | given)
         launched = launch.forward(spec, inputs, out, lse, "sm90") + launch.backward(spec, inputs, tensors, "sm90")
         sizes = [(each, part) for each in launched for part in each.args if isinstance(part, walk.Sizes)]
         assert len(sizes) >= 4
