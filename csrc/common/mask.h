@@ -1,13 +1,21 @@
 // The mask's rules: which keys a query sees, and from that which tiles of keys a tile of queries visits.
+//
+// What a query sees of the 64 keys of a tile is one word, a bit a key. What a tile of queries sees through a leaf is a
+// Span, and of a tile of keys a TileClass; both join through the program as the bits do.
 #pragma once
 
 #include "params.h"
 
 namespace fastattn {
 
-// Whether a query with the interval [start, stop) sees the key.
-static inline bool keep_interval(int64_t kv_idx, int64_t start, int64_t stop) {
-  return kv_idx >= start && kv_idx < stop;
+constexpr int64_t kTileKeys = 64;
+
+// Bits of the keys [start, stop) in the tile that starts at `first`.
+static inline uint64_t interval_bits(int64_t start, int64_t stop, int64_t first) {
+  const int64_t from = start - first, to = stop - first;
+  const int64_t lo = from < 0 ? 0 : from > kTileKeys ? kTileKeys : from;
+  const int64_t hi = to < 0 ? 0 : to > kTileKeys ? kTileKeys : to;
+  return hi > lo ? ~uint64_t{0} >> (kTileKeys - (hi - lo)) << lo : 0;
 }
 
 // Equal ids see each other; a negative id sees nothing and is not seen.
@@ -15,21 +23,30 @@ static inline bool keep_ids(int64_t q_id, int64_t kv_id) { return q_id == kv_id 
 
 enum TileClass : uint8_t { kSkip = 0, kCheck = 1, kFull = 2 };
 
-// What a tile of queries sees through one interval each: some of them [lo, hi), all of them [full_lo, full_hi).
-struct Span {
-  int64_t lo = INT64_MAX, hi = INT64_MIN;
-  int64_t full_lo = INT64_MIN, full_hi = INT64_MAX;
+static inline TileClass join_classes(TileClass a, TileClass b, int32_t word) {
+  return word == kAnd ? (a < b ? a : b) : (a > b ? a : b);
+}
 
-  void add(int64_t start, int64_t stop) {
-    if (start < stop) {
-      lo = start < lo ? start : lo;
-      hi = stop > hi ? stop : hi;
-    }
-    full_lo = start > full_lo ? start : full_lo;
-    full_hi = stop < full_hi ? stop : full_hi;
-  }
-  bool touches(int64_t first, int64_t last) const { return lo < last && hi > first; }
-  bool covers(int64_t first, int64_t last) const { return full_lo <= first && last <= full_hi; }
+// What a tile of queries sees through one leaf: some of them [lo, hi), all of them [full_lo, full_hi).
+struct Span {
+  int64_t lo, hi, full_lo, full_hi;
 };
+
+static inline Span empty_span() { return {INT64_MAX, INT64_MIN, INT64_MIN, INT64_MAX}; }
+
+static inline void add_interval(Span& span, int64_t start, int64_t stop) {
+  if (start < stop) {
+    span.lo = start < span.lo ? start : span.lo;
+    span.hi = stop > span.hi ? stop : span.hi;
+  }
+  span.full_lo = start > span.full_lo ? start : span.full_lo;
+  span.full_hi = stop < span.full_hi ? stop : span.full_hi;
+}
+
+static inline TileClass span_class(const Span& span, int64_t first) {
+  const int64_t last = first + kTileKeys;
+  if (span.full_lo <= first && last <= span.full_hi) return kFull;
+  return span.lo < last && span.hi > first ? kCheck : kSkip;
+}
 
 }  // namespace fastattn

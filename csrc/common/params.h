@@ -39,16 +39,9 @@ struct MaskProgram {
   int32_t words = 0;
   MaskLeaf leaf[kMostLeaves];
   int32_t word[kMostWords];
-  // Which tiles to visit where there is no interval for every query: 0 skip, 1 check, 2 full;
-  // [batch, heads, q_tiles, kv_tiles].
-  const uint8_t* tile_class = nullptr;
-  int64_t tile_stride[4] = {0, 0, 0, 0};
-
-  // At most two intervals a row, joined by `or`: tiles follow from them in closed form.
-  bool is_intervals() const { return tile_class == nullptr; }
 };
 
-// Runs body(first, last, context) over parts of [0, n), in parallel.
+// Runs body(first, last, context) over parts of [0, n), in parallel and each part once; n is at most `threads`.
 using ParallelFor = void (*)(int64_t n, void (*body)(int64_t first, int64_t last, void* context), void* context);
 
 struct Params {
@@ -70,8 +63,13 @@ struct Params {
   const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
   float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
   float* dsinks = nullptr;       // [num_heads]
-  float* dbias = nullptr;        // contiguous, bias_shape
+  float* dbias = nullptr;        // contiguous, bias_shape, zeros on entry
   int64_t bias_shape[4] = {1, 1, 1, 1};
+
+  // Weights from lse: float32 [batch, num_heads, rows, kv_len]; `rows` null: every query.
+  Table weights;
+  const int64_t* rows = nullptr;
+  int64_t row_count = 0;
 
   int threads = 1;
   ParallelFor parallel_for = nullptr;

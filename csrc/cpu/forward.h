@@ -8,12 +8,13 @@
 #include <cmath>
 
 #include "tiles.h"
+#include "work.h"
 
 namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t MOST_TILES = 8;      // tiles of queries an item
-constexpr int64_t ENOUGH_TILES = 16;   // of queries, below which keys are split
-constexpr int64_t LEAST_KEY_TILES = 8;  // a part of the keys
+constexpr int64_t ENOUGH_TILES = 64;    // of queries, below which keys are split
+constexpr int64_t LEAST_KEY_TILES = 16;  // a part of the keys
 
 struct ForwardPlan {
   int64_t units, tiles, per_item, blocks, parts, part_tiles;
@@ -21,7 +22,7 @@ struct ForwardPlan {
 
   explicit ForwardPlan(const Params& p) {
     units = Unit::count(p);
-    tiles = (Unit::rows(p) + BLOCK_M - 1) / BLOCK_M;
+    tiles = Unit::tiles(p);
     const int64_t kv_tiles = (p.kv_len + BLOCK_N - 1) / BLOCK_N, all = units * tiles;
     parts = all && all < ENOUGH_TILES ? kv_tiles / LEAST_KEY_TILES : 1;
     const int64_t most = all ? 2 * ENOUGH_TILES / all : 1;
@@ -57,25 +58,28 @@ struct State {
     const vf shift = now == splat(-kInfinity) ? vf{} : now;
     if (any(now != before)) {
       store(max + n, now);
-      if (any(before != splat(-kInfinity))) scale(n, exponential(before - shift), width);
+      if (any(before != splat(-kInfinity))) scale(n, exp2(before - shift), width);
     }
     return shift;
   }
 };
 
-// Scores times `factor` -> weights in place, with the running maximum and sum.
-static void soften(float* s, float factor, State& state, int64_t width) {
-  for (int n = 0; n < BLOCK_M; n += VL) {
+// Scores times `factor`, powers of two from here on, -> weights in place, with the running maximum and sum.
+static void soften(int vectors, float* s, float factor, State& state, int64_t width) {
+  for (int n = 0; n < vectors * VL; n += VL) {
     vf found = splat(-kInfinity);
     for (int j = 0; j < BLOCK_N; ++j) found = larger(found, load(s + j * BLOCK_M + n));
     const vf shift = state.raise(n, found * factor, width);
-    vf sum = load(state.sum + n);
-    for (int j = 0; j < BLOCK_N; ++j) {
-      const vf weight = exponential(load(s + j * BLOCK_M + n) * factor - shift);
-      sum = sum + weight;
-      store(s + j * BLOCK_M + n, weight);
+    vf even = load(state.sum + n), odd = vf{};
+    for (int j = 0; j < BLOCK_N; j += 2) {
+      const vf first = exp2(load(s + j * BLOCK_M + n) * factor - shift);
+      const vf second = exp2(load(s + (j + 1) * BLOCK_M + n) * factor - shift);
+      even = even + first;
+      odd = odd + second;
+      store(s + j * BLOCK_M + n, first);
+      store(s + (j + 1) * BLOCK_M + n, second);
     }
-    store(state.sum + n, sum);
+    store(state.sum + n, even + odd);
   }
 }
 
@@ -85,7 +89,7 @@ static void finish_tile(const Params& p, const QueryTile& tile, const State& sta
   for (int lane = 0; lane < tile.count; ++lane) {
     const float sum = state.sum[lane], max = state.max[lane];
     const bool none = max == -kInfinity && sum == 0.0f;
-    const float lse = none ? -kInfinity : max + logf(sum);
+    const float lse = none ? -kInfinity : max * kLn2 + logf(sum);
     const int64_t h = tile.head[lane];
     factor[lane] = none ? 0.0f : 1.0f / sum;
     if (p.sinks) factor[lane] *= 1.0f / (1.0f + expf(p.sinks[h] - lse));
@@ -98,62 +102,65 @@ template <class Dot>
 struct ForwardWork {
   using Word = typename Dot::Word;
   KeyTile<Dot> keys;
-  ScoreScratch scores;
+  Meeting at;
+  QueryTile* tiles;
   QueryRows<Dot> rows[MOST_TILES];
   float *s, *states;
   Word* words;
 
   bool take(const Params& p, const ForwardPlan& plan, Scratch& from) {
-    const size_t bytes = KeyTile<Dot>::bytes(p) + ScoreScratch::bytes(p) + 2 * Scratch::bytes_for<float>(TILE) +
-                         plan.per_item * (QueryRows<Dot>::bytes(p.head_dim) +
+    const size_t bytes = KeyTile<Dot>::bytes(p) + Meeting::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
+                         Scratch::bytes_for<QueryTile>(plan.per_item) +
+                         plan.per_item * (QueryRows<Dot>::bytes(p.head_dim, false) +
                                           Scratch::bytes_for<float>(ForwardPlan::state_size(p)));
     if (!from.reset(bytes)) return false;
     keys.take(p, from);
-    scores.take(p, from);
+    at.take(from);
     s = from.take<float>(TILE);
     words = from.take<Word>(TILE);
+    tiles = from.take<QueryTile>(plan.per_item);
     states = from.take<float>(plan.per_item * ForwardPlan::state_size(p));
-    for (int64_t n = 0; n < plan.per_item; ++n) rows[n].take(p.head_dim, from);
+    for (int64_t n = 0; n < plan.per_item; ++n) rows[n].take(p.head_dim, false, from);
     return true;
   }
 };
 
 // One tile of keys for one tile of queries.
 template <class Dot>
-static void forward_step(const Params& p, const QueryTile& tile, const QueryRows<Dot>& query, int64_t kv_tile,
-                         bool check, ForwardWork<Dot>& work, State& state) {
+static void forward_step(const Params& p, const QueryTile& tile, const QueryRows<Dot>& query, ForwardWork<Dot>& work,
+                         State& state) {
   const int64_t width = padded(p.head_dim_v), steps = steps_of<Dot>(p.head_dim);
-  lane_product<Dot, false>(BLOCK_N, steps, work.keys.k_along, steps, 1, query.across, work.s);
-  const bool plain = !check && !p.bias.data && p.softcap == 0.0f && p.scale >= 0.0f;
-  if (!plain) finish_scores(p, tile, kv_tile * BLOCK_N, check, work.scores, work.s, nullptr);
-  const auto* values = work.keys.seen(work.s, work.keys.v_pairs, width);
-  soften(work.s, plain ? p.scale : 1.0f, state, width);
+  const Meeting& at = work.at;
+  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps, work.keys.k_along, steps, 1, query.across, work.s);
+  if (!at.plain) finish_scores(p, tile, at, work.s, nullptr);
+  const auto* values = work.keys.clean(at, tile, work.s, work.keys.v_pairs, width);
+  soften(tile.vectors, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, width);
   if (p.drop_below) {
-    dropout_factors(p, tile, kv_tile * BLOCK_N, work.scores.dropout);
-    for (int64_t at = 0; at < TILE; at += VL)
-      store(work.s + at, load(work.s + at) * load(work.scores.dropout + at));
+    dropout_factors(p, tile, at.first, at.dropout);
+    multiply(work.s, at.dropout);
   }
-  const auto* weights = weight_pairs<Dot>(work.s, work.words);
-  lane_product<Dot, true>(width, BLOCK_N / Dot::PER_WORD, values, 1, width, weights, state.out);
+  const auto* weights = weight_pairs<Dot>(tile.vectors, work.s, work.words);
+  lane_product<Dot, true>(tile.vectors, width, BLOCK_N / Dot::PER_WORD, values, 1, width, weights, state.out);
 }
 
 template <class Dot>
-static void forward_item(const Params& p, const ForwardPlan& plan, int64_t item, Scratch& scratch) {
-  static thread_local QueryTile tiles[MOST_TILES];
+static bool forward_item(const Params& p, const ForwardPlan& plan, int64_t item, Scratch& scratch) {
   ForwardWork<Dot> work;
-  if (!work.take(p, plan, scratch)) return;
+  if (!work.take(p, plan, scratch)) return false;
   const int64_t size = ForwardPlan::state_size(p), width = padded(p.head_dim_v);
-  const int64_t part = item % plan.parts, block = plan.blocks - 1 - item / plan.parts % plan.blocks;
-  const int64_t index = item / plan.parts / plan.blocks, first_tile = block * plan.per_item;
+  // Last queries first: under a causal mask they see most.
+  const int64_t part = item % plan.parts, index = item / plan.parts % plan.units;
+  const int64_t block = plan.blocks - 1 - item / plan.parts / plan.units, first_tile = block * plan.per_item;
   const int64_t left = plan.tiles - first_tile, count = left < plan.per_item ? left : plan.per_item;
-  const Unit unit(p, index);
+  const Unit unit = Unit::at(p, index);
   int64_t first = INT64_MAX, last = 0;
   for (int64_t n = 0; n < count; ++n) {
-    tiles[n].place(p, unit, (first_tile + n) * BLOCK_M);
-    work.rows[n].read(p.query, tiles[n], p.head_dim, false, nullptr);
+    work.tiles[n].place(p, unit.b, unit.head, unit.heads, (first_tile + n) * BLOCK_M);
+    work.rows[n].read(p.query, work.tiles[n], p.head_dim, nullptr);
     State(work.states + n * size).clear(width);
     int64_t from, to;
-    tiles[n].tiles(&from, &to);
+    work.tiles[n].tiles(&from, &to);
+    if (from >= to) continue;
     first = from < first ? from : first;
     last = to > last ? to : last;
   }
@@ -163,35 +170,37 @@ static void forward_item(const Params& p, const ForwardPlan& plan, int64_t item,
   for (int64_t kv_tile = first; kv_tile < last; ++kv_tile) {
     bool packed = false;
     for (int64_t n = 0; n < count; ++n) {
-      const TileClass found = tiles[n].tile_class(kv_tile);
-      if (found == kSkip) continue;
+      if (!work.at.meet(p, work.tiles[n], kv_tile)) continue;
       if (!packed) work.keys.read_forward(p, unit.b, unit.kv_head, kv_tile);
       packed = true;
       State state(work.states + n * size);
-      forward_step<Dot>(p, tiles[n], work.rows[n], kv_tile, found != kFull, work, state);
+      forward_step<Dot>(p, work.tiles[n], work.rows[n], work, state);
     }
   }
   for (int64_t n = 0; n < count; ++n) {
     if (plan.parts == 1)
-      finish_tile(p, tiles[n], State(work.states + n * size));
+      finish_tile(p, work.tiles[n], State(work.states + n * size));
     else
       std::memcpy(plan.partial + ((index * plan.tiles + first_tile + n) * plan.parts + part) * size,
                   work.states + n * size, size * sizeof(float));
   }
+  return true;
 }
 
 // Join the parts of one tile of queries, in order.
-static void join_parts(const Params& p, const ForwardPlan& plan, int64_t item) {
+static bool join_parts(const Params& p, const ForwardPlan& plan, int64_t item, Scratch& scratch) {
+  if (!scratch.reset(Scratch::bytes_for<QueryTile>(1))) return false;
+  QueryTile& tile = *scratch.take<QueryTile>(1);
   const int64_t size = ForwardPlan::state_size(p), width = padded(p.head_dim_v);
-  QueryTile tile;
-  tile.place(p, Unit(p, item / plan.tiles), item % plan.tiles * BLOCK_M);
+  const Unit unit = Unit::at(p, item / plan.tiles);
+  tile.place(p, unit.b, unit.head, unit.heads, item % plan.tiles * BLOCK_M);
   float* parts = plan.partial + item * plan.parts * size;
   State whole(parts);
   for (int64_t n = 1; n < plan.parts; ++n) {
     State part(parts + n * size);
-    for (int lane = 0; lane < BLOCK_M; lane += VL) {
+    for (int lane = 0; lane < tile.vectors * VL; lane += VL) {
       const vf shift = whole.raise(lane, load(part.max + lane), width);
-      const vf factor = exponential(load(part.max + lane) - shift);
+      const vf factor = exp2(load(part.max + lane) - shift);
       store(whole.sum + lane, load(whole.sum + lane) + load(part.sum + lane) * factor);
       for (int64_t d = 0; d < width; ++d) {
         float* to = whole.out + d * BLOCK_M + lane;
@@ -200,6 +209,28 @@ static void join_parts(const Params& p, const ForwardPlan& plan, int64_t item) {
     }
   }
   finish_tile(p, tile, whole);
+  return true;
+}
+
+template <class Dot>
+static const char* run_forward(const Params& p) {
+  ForwardPlan plan(p);
+  if (plan.units * plan.tiles == 0) return nullptr;
+  Scratch partial;
+  const int64_t size = ForwardPlan::state_size(p);
+  if (plan.parts > 1) {
+    const int64_t floats = plan.units * plan.tiles * plan.parts * size;
+    if (!partial.reset(Scratch::bytes_for<float>(floats))) return NO_MEMORY;
+    plan.partial = partial.take<float>(floats);
+  }
+  bool done = run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
+    return forward_item<Dot>(p, plan, item, scratch);
+  });
+  if (done && plan.parts > 1)
+    done = run_items(p, plan.units * plan.tiles, [&](int64_t item, Scratch& scratch) {
+      return join_parts(p, plan, item, scratch);
+    });
+  return done ? nullptr : NO_MEMORY;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

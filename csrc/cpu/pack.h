@@ -7,6 +7,7 @@
 // With floats, `along` and `pairs` are the same.
 #pragma once
 
+#include "half.h"
 #include "products.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -133,17 +134,14 @@ INLINE bool all_finite(const uint16_t* numbers, int64_t n) {
 
 // Weights [BLOCK_N][BLOCK_M] -> `pairs` over keys: [BLOCK_N / PER_WORD][BLOCK_M].
 template <class Dot>
-INLINE const typename Dot::Word* weight_pairs(const float* weights, typename Dot::Word* to) {
+INLINE const typename Dot::Word* weight_pairs(int vectors, const float* weights, typename Dot::Word* to) {
   if constexpr (Dot::PER_WORD == 1) {
     return weights;
   } else {
     for (int r = 0; r < BLOCK_N; r += 2)
-      for (int n = 0; n < BLOCK_M; n += VL) {
-        const vu even = load<vu>(weights + r * BLOCK_M + n), odd = load<vu>(weights + (r + 1) * BLOCK_M + n);
-        const vu low = (even + 0x7fffu + ((even >> 16) & 1u)) >> 16;
-        const vu high = (odd + 0x7fffu + ((odd >> 16) & 1u)) & 0xffff0000u;
-        store(to + r / 2 * BLOCK_M + n, low | high);
-      }
+      for (int n = 0; n < vectors * VL; n += VL)
+        store(to + r / 2 * BLOCK_M + n,
+              Dot::pair(load(weights + r * BLOCK_M + n), load(weights + (r + 1) * BLOCK_M + n)));
     return to;
   }
 }
@@ -154,8 +152,8 @@ INLINE const typename Dot::Word* weight_rows(const float* weights, typename Dot:
   if constexpr (Dot::PER_WORD == 1) {
     return weights;
   } else {
-    uint16_t* out = reinterpret_cast<uint16_t*>(to);
-    for (int at = 0; at < BLOCK_N * BLOCK_M; ++at) out[at] = from_float(weights[at], kBFloat16);
+    char* out = reinterpret_cast<char*>(to);
+    for (int at = 0; at < BLOCK_N * BLOCK_M; at += VL) Dot::narrow(out + at * 2, load(weights + at));
     return to;
   }
 }

@@ -6,130 +6,208 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+static_assert(BLOCK_N == kTileKeys, "what a query sees of a tile of keys is one word");
+
 // Query rows that share keys: one head's, or, where there are few, those of all heads of a group one after another.
 struct Unit {
   int64_t b, kv_head, head, heads;
 
-  static bool folds_group(const Params& p) {
-    return p.group > 1 && p.q_len < BLOCK_M && p.mask.is_intervals();
-  }
+  static bool folds_group(const Params& p) { return p.group > 1 && p.q_len < BLOCK_M; }
   static int64_t count(const Params& p) { return p.batch * (folds_group(p) ? p.num_kv_heads : p.num_heads); }
   static int64_t rows(const Params& p) { return folds_group(p) ? p.group * p.q_len : p.q_len; }
+  static int64_t tiles(const Params& p) { return (rows(p) + BLOCK_M - 1) / BLOCK_M; }
 
-  Unit(const Params& p, int64_t index) {
-    heads = folds_group(p) ? p.group : 1;
-    const int64_t per_batch = p.num_heads / heads;
-    b = index / per_batch;
-    head = index % per_batch * heads;
-    kv_head = head / p.group;
+  static Unit at(const Params& p, int64_t index) {
+    const int64_t heads = folds_group(p) ? p.group : 1, per_batch = p.num_heads / heads;
+    const int64_t head = index % per_batch * heads;
+    return {index / per_batch, head / p.group, head, heads};
   }
 };
 
 struct QueryTile {
+  const Params* p;
   int64_t b;
-  int count;  // lanes in use
+  int count, vectors;  // lanes in use, and vectors that hold them
   int32_t head[BLOCK_M], q_idx[BLOCK_M];
-  alignas(64) int32_t start[2][BLOCK_M], stop[2][BLOCK_M];
-  Span span[2];
-  int spans;
-  const uint8_t* classes;
-  int64_t class_step, kv_len;
+  Span span[kMostLeaves];  // of the leaves; span[0] alone where there is no mask
 
-  void place(const Params& p, const Unit& unit, int64_t first) {
-    b = unit.b;
-    kv_len = p.kv_len;
-    const int64_t left = Unit::rows(p) - first;
+  // Rows from `first` on of the `heads` heads from `first_head` on, q_len each.
+  void place(const Params& params, int64_t batch, int64_t first_head, int64_t heads, int64_t first) {
+    p = &params;
+    b = batch;
+    const int64_t left = heads * p->q_len - first;
     count = static_cast<int>(left < BLOCK_M ? left : BLOCK_M);
+    vectors = (count + VL - 1) / VL;
     for (int lane = 0; lane < BLOCK_M; ++lane) {
       const int64_t row = first + (lane < count ? lane : 0);
-      head[lane] = static_cast<int32_t>(unit.head + row / p.q_len);
-      q_idx[lane] = static_cast<int32_t>(row % p.q_len);
+      head[lane] = static_cast<int32_t>(first_head + row / p->q_len);
+      q_idx[lane] = static_cast<int32_t>(row % p->q_len);
     }
-    classes = p.mask.tile_class;
-    spans = 0;
-    if (classes) {
-      const int64_t* stride = p.mask.tile_stride;
-      classes += b * stride[0] + unit.head * stride[1] + first / BLOCK_M * stride[2];
-      class_step = stride[3];
-      return;
-    }
-    spans = p.mask.leaves ? p.mask.leaves : 1;
-    for (int n = 0; n < spans; ++n) read_interval(n, p.mask.leaves ? &p.mask.leaf[n] : nullptr);
+    span[0] = {0, p->kv_len, 0, p->kv_len};
+    for (int n = 0; n < p->mask.leaves; ++n) span[n] = leaf_span(p->mask.leaf[n]);
   }
 
   // Tiles of keys that may hold something visible lie in [first, last).
   void tiles(int64_t* first, int64_t* last) const {
-    *first = 0;
-    *last = (kv_len + BLOCK_N - 1) / BLOCK_N;
-    if (classes) return;
-    int64_t lo = kv_len, hi = 0;
-    for (int n = 0; n < spans; ++n) {
-      lo = span[n].lo < lo ? span[n].lo : lo;
-      hi = span[n].hi > hi ? span[n].hi : hi;
+    int64_t lo[kMostLeaves + 1], hi[kMostLeaves + 1];
+    int top = 0;
+    lo[0] = 0;
+    hi[0] = p->kv_len;
+    for (int w = 0; w < p->mask.words; ++w) {
+      const int32_t word = p->mask.word[w];
+      if (word >= 0) {
+        const bool empty = span[word].lo >= span[word].hi;
+        lo[top] = empty ? 0 : span[word].lo;
+        hi[top++] = empty ? 0 : span[word].hi;
+        continue;
+      }
+      --top;
+      const int64_t lo_a = lo[top - 1], hi_a = hi[top - 1], lo_b = lo[top], hi_b = hi[top];
+      if (word == kAnd) {
+        lo[top - 1] = lo_a > lo_b ? lo_a : lo_b;
+        hi[top - 1] = hi_a < hi_b ? hi_a : hi_b;
+      } else if (lo_a >= hi_a || lo_b >= hi_b) {
+        lo[top - 1] = lo_a < hi_a ? lo_a : lo_b;
+        hi[top - 1] = lo_a < hi_a ? hi_a : hi_b;
+      } else {
+        lo[top - 1] = lo_a < lo_b ? lo_a : lo_b;
+        hi[top - 1] = hi_a > hi_b ? hi_a : hi_b;
+      }
     }
-    *first = lo / BLOCK_N;
-    *last = hi > lo ? (hi + BLOCK_N - 1) / BLOCK_N : *first;
+    *first = lo[0] / BLOCK_N;
+    *last = hi[0] > lo[0] ? (hi[0] + BLOCK_N - 1) / BLOCK_N : *first;
   }
 
-  TileClass tile_class(int64_t tile) const {
-    if (classes) return static_cast<TileClass>(classes[tile * class_step]);
-    const int64_t first = tile * BLOCK_N, last = first + BLOCK_N;
-    TileClass found = kSkip;
-    for (int n = 0; n < spans; ++n) {
-      if (span[n].covers(first, last)) return kFull;
-      if (span[n].touches(first, last)) found = kCheck;
+  // From spans alone: kCheck where only the bits can tell.
+  TileClass tile_class(int64_t kv_tile) const {
+    const int64_t first = kv_tile * BLOCK_N;
+    if (p->mask.words == 0) return span_class(span[0], first);
+    TileClass stack[kMostLeaves + 1];
+    int top = 0;
+    for (int w = 0; w < p->mask.words; ++w) {
+      const int32_t word = p->mask.word[w];
+      if (word >= 0) {
+        stack[top++] = leaf_class(p->mask.leaf[word], span[word], first);
+      } else {
+        --top;
+        stack[top - 1] = join_classes(stack[top - 1], stack[top], word);
+      }
     }
-    return found;
+    return stack[0];
+  }
+
+  // What every lane sees of a tile of keys; nothing in lanes out of use. Gives the tile's class.
+  TileClass see(int64_t kv_tile, uint64_t* bits) const {
+    const int64_t first = kv_tile * BLOCK_N;
+    uint64_t stack[kMostLeaves + 1][BLOCK_M];
+    int top = 0;
+    for (int w = 0; w < p->mask.words; ++w) {
+      const int32_t word = p->mask.word[w];
+      if (word >= 0) {
+        leaf_bits(p->mask.leaf[word], first, stack[top++]);
+        continue;
+      }
+      --top;
+      for (int lane = 0; lane < BLOCK_M; ++lane) {
+        const uint64_t a = stack[top - 1][lane], c = stack[top][lane];
+        stack[top - 1][lane] = word == kAnd ? a & c : a | c;
+      }
+    }
+    const uint64_t inside = interval_bits(0, p->kv_len, first);
+    uint64_t any_bits = 0, all_bits = ~uint64_t{0};
+    for (int lane = 0; lane < BLOCK_M; ++lane) {
+      const uint64_t seen = p->mask.words ? stack[0][lane] & inside : inside;
+      bits[lane] = lane < count ? seen : 0;
+      any_bits |= bits[lane];
+      if (lane < count) all_bits &= seen;
+    }
+    return !any_bits ? kSkip : ~all_bits ? kCheck : kFull;
   }
 
  private:
-  void read_interval(int n, const MaskLeaf* leaf) {
-    span[n] = Span();
-    for (int lane = 0; lane < BLOCK_M; ++lane) {
-      int32_t from = 0, to = static_cast<int32_t>(kv_len);
-      if (leaf) {
-        const int64_t at = b * leaf->stride[0] + head[lane] * leaf->stride[1] + q_idx[lane] * leaf->stride[2];
-        from = leaf->start[at];
-        to = leaf->stop[at];
-      }
-      if (lane < count) span[n].add(from, to);
-      start[n][lane] = from;
-      stop[n][lane] = lane < count ? to : from;
+  int64_t interval_at(const MaskLeaf& leaf, int lane) const {
+    return b * leaf.stride[0] + head[lane] * leaf.stride[1] + q_idx[lane] * leaf.stride[2];
+  }
+
+  Span leaf_span(const MaskLeaf& leaf) const {
+    if (leaf.kind == kElements) return {0, p->kv_len, INT64_MAX, INT64_MIN};
+    if (leaf.kind == kInterval) {
+      Span found = empty_span();
+      for (int lane = 0; lane < count; ++lane)
+        add_interval(found, leaf.start[interval_at(leaf, lane)], leaf.stop[interval_at(leaf, lane)]);
+      return found;
     }
+    // Ids: the range of those that may be seen in full_lo ... full_hi; all keys may be met.
+    Span found = {0, p->kv_len, INT64_MAX, -1};
+    bool seeing = false;
+    for (int lane = 0; lane < count; ++lane) {
+      const int64_t id = leaf.q_ids[interval_at(leaf, lane)];
+      if (id < found.full_lo) found.full_lo = id;
+      if (id > found.full_hi) found.full_hi = id;
+      seeing |= id >= 0;
+    }
+    if (!seeing) found.hi = 0;
+    return found;
+  }
+
+  TileClass leaf_class(const MaskLeaf& leaf, const Span& found, int64_t first) const {
+    if (leaf.kind == kInterval) return span_class(found, first);
+    if (leaf.kind == kElements || found.hi == 0) return found.hi == 0 ? kSkip : kCheck;
+    int64_t lo = INT64_MAX, hi = -1;
+    const int64_t last = first + BLOCK_N < p->kv_len ? first + BLOCK_N : p->kv_len;
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t id = leaf.kv_ids[b * leaf.kv_id_stride[0] + j * leaf.kv_id_stride[1]];
+      if (id < lo) lo = id;
+      if (id > hi) hi = id;
+    }
+    if (hi < 0 || hi < found.full_lo || lo > found.full_hi) return kSkip;
+    const bool one = lo == hi && found.full_lo == lo && found.full_hi == lo && last - first == BLOCK_N;
+    return one ? kFull : kCheck;
+  }
+
+  void leaf_bits(const MaskLeaf& leaf, int64_t first, uint64_t* bits) const {
+    const int64_t left = p->kv_len - first;
+    const int keys = static_cast<int>(left < BLOCK_N ? left : BLOCK_N);
+    int64_t kv_ids[BLOCK_N];
+    if (leaf.kind == kIds)
+      for (int j = 0; j < keys; ++j)
+        kv_ids[j] = leaf.kv_ids[b * leaf.kv_id_stride[0] + (first + j) * leaf.kv_id_stride[1]];
+    for (int lane = 0; lane < BLOCK_M; ++lane) {
+      const int64_t at = interval_at(leaf, lane);
+      if (leaf.kind == kInterval) {
+        bits[lane] = interval_bits(leaf.start[at], leaf.stop[at], first);
+        continue;
+      }
+      alignas(64) uint8_t seen[BLOCK_N] = {};
+      if (leaf.kind == kIds) {
+        const int64_t id = leaf.q_ids[at];
+        if (lane && id == leaf.q_ids[interval_at(leaf, lane - 1)]) {
+          bits[lane] = bits[lane - 1];
+          continue;
+        }
+        for (int j = 0; j < keys; ++j) seen[j] = keep_ids(id, kv_ids[j]);
+      } else {
+        if (lane && at == interval_at(leaf, lane - 1)) {
+          bits[lane] = bits[lane - 1];
+          continue;
+        }
+        const uint8_t* from = leaf.elements + at + first * leaf.stride[3];
+        if (leaf.stride[3] == 1)
+          std::memcpy(seen, from, keys);
+        else
+          for (int j = 0; j < keys; ++j) seen[j] = from[j * leaf.stride[3]];
+      }
+      bits[lane] = gather_bits(seen);
+    }
+  }
+
+  // 64 bytes of 0 or 1 to bits, eight at a time: the product moves byte n's bit to bit 56 + n.
+  static uint64_t gather_bits(const uint8_t* bytes) {
+    uint64_t bits = 0;
+    for (int n = 0; n < 8; ++n)
+      bits |= (load<uint64_t>(bytes + 8 * n) * uint64_t{0x0102040810204080} >> 56) << (8 * n);
+    return bits;
   }
 };
-
-// The queries' visibility of BLOCK_N keys from `first` on by the whole mask program, a byte each.
-static const uint8_t* evaluate_mask(const Params& p, const QueryTile& tile, int64_t first, uint8_t* stack) {
-  constexpr int64_t SIZE = BLOCK_N * BLOCK_M;
-  uint8_t* top = stack;
-  for (int w = 0; w < p.mask.words; ++w) {
-    const int32_t word = p.mask.word[w];
-    if (word < 0) {
-      top -= SIZE;
-      uint8_t* under = top - SIZE;
-      for (int64_t at = 0; at < SIZE; ++at) under[at] = word == kAnd ? under[at] & top[at] : under[at] | top[at];
-      continue;
-    }
-    const MaskLeaf& leaf = p.mask.leaf[word];
-    for (int lane = 0; lane < BLOCK_M; ++lane) {
-      const int64_t h = tile.head[lane], i = tile.q_idx[lane];
-      const int64_t at = tile.b * leaf.stride[0] + h * leaf.stride[1] + i * leaf.stride[2];
-      for (int j = 0; j < BLOCK_N; ++j) {
-        const int64_t kv_idx = first + j;
-        bool seen = lane < tile.count && kv_idx < p.kv_len;
-        if (seen && leaf.kind == kInterval) seen = keep_interval(kv_idx, leaf.start[at], leaf.stop[at]);
-        if (seen && leaf.kind == kElements) seen = leaf.elements[at + kv_idx * leaf.stride[3]] != 0;
-        if (seen && leaf.kind == kIds) {
-          const int64_t* kv_ids = leaf.kv_ids + tile.b * leaf.kv_id_stride[0];
-          seen = keep_ids(leaf.q_ids[at], kv_ids[kv_idx * leaf.kv_id_stride[1]]);
-        }
-        top[j * BLOCK_M + lane] = seen;
-      }
-    }
-    top += SIZE;
-  }
-  return stack;
-}
 
 }  // namespace fastattn::FASTATTN_ISA

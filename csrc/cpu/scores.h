@@ -3,53 +3,79 @@
 
 #include "../common/philox.h"
 #include "query_tile.h"
+#include "scratch.h"
 
 namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t TILE = BLOCK_N * BLOCK_M;
 
-struct ScoreScratch {
-  float* bias;     // [BLOCK_N][BLOCK_M]
-  float* dropout;  // [BLOCK_N][BLOCK_M]
-  uint8_t* mask;   // a tile for each leaf
+// One tile of keys as one tile of queries meets it.
+struct Meeting {
+  int64_t first;  // key
+  bool check;     // some pair is hidden
+  bool plain;     // the raw product times the scale is the score
+  alignas(64) uint64_t bits[BLOCK_M];
+  float *bias, *dropout;  // [BLOCK_N][BLOCK_M]
 
-  static size_t bytes(const Params& p) {
-    return 2 * Scratch::bytes_for<float>(TILE) + Scratch::bytes_for<uint8_t>(TILE * (p.mask.leaves + 1));
-  }
-  void take(const Params& p, Scratch& from) {
+  static size_t bytes() { return 2 * Scratch::bytes_for<float>(TILE); }
+  void take(Scratch& from) {
     bias = from.take<float>(TILE);
     dropout = from.take<float>(TILE);
-    mask = from.take<uint8_t>(TILE * (p.mask.leaves + 1));
+  }
+
+  // False: they see nothing of each other.
+  bool meet(const Params& p, const QueryTile& tile, int64_t kv_tile) {
+    first = kv_tile * BLOCK_N;
+    TileClass found = tile.tile_class(kv_tile);
+    if (found == kCheck) found = tile.see(kv_tile, bits);
+    check = found != kFull;
+    plain = !check && !p.bias.data && p.softcap == 0.0f && p.scale >= 0.0f;
+    return found != kSkip;
+  }
+
+  // A bit for each key that some query sees, by mask or by bias.
+  uint64_t seen(const float* scores, int vectors) const {
+    uint64_t found = 0;
+    for (int j = 0; j < BLOCK_N; ++j) {
+      vi visible = vi{};
+      for (int n = 0; n < vectors * VL; n += VL) visible |= load(scores + j * BLOCK_M + n) != splat(-kInfinity);
+      found |= static_cast<uint64_t>(any(visible)) << j;
+    }
+    return found;
   }
 };
 
-// The bias of every pair of the tile, hidden keys' too where they exist; 0 past the last key.
+// The bias of every pair of the tile; 0 past the last key.
 static void read_bias(const Params& p, const QueryTile& tile, int64_t first, float* to) {
   const int64_t left = p.kv_len - first, keys = left < BLOCK_N ? left : BLOCK_N;
   float row[BLOCK_N];
-  const bool shared = p.bias.stride[2] == 0 && (p.bias.stride[1] == 0 || tile.head[0] == tile.head[tile.count - 1]);
-  for (int lane = 0; lane < BLOCK_M; ++lane) {
-    if (lane == 0 || !shared) {
-      const char* at = row_at(p.bias, tile.b, tile.head[lane], tile.q_idx[lane]);
+  const char* before = nullptr;
+  for (int lane = 0; lane < tile.vectors * VL; ++lane) {
+    const char* at = row_at(p.bias, tile.b, tile.head[lane], tile.q_idx[lane]);
+    if (at != before)
       read_row(p.bias, at + first * p.bias.stride[3] * (p.bias.dtype == kFloat32 ? 4 : 2), keys, BLOCK_N, row);
-    }
+    before = at;
     for (int j = 0; j < BLOCK_N; ++j) to[j * BLOCK_M + lane] = row[j];
   }
 }
 
+// All ones in the lanes that see key j of the tile.
+INLINE vi visible_lanes(const Meeting& at, int j, int n) {
+  vi word;
+  for (int lane = 0; lane < VL; ++lane) word[lane] = static_cast<int32_t>(at.bits[n + lane] >> (j & 32));
+  return word;
+}
+
 // Scores in place, hidden pairs -inf. `slope`, where given, gets d score / d (scale * product), the soft cap's.
-static void finish_scores(const Params& p, const QueryTile& tile, int64_t first, bool check, const ScoreScratch& work,
-                          float* s, float* slope) {
+static void finish_scores(const Params& p, const QueryTile& tile, const Meeting& at, float* s, float* slope) {
   const bool has_bias = p.bias.data != nullptr;
-  const uint8_t* seen = nullptr;
-  if (has_bias) read_bias(p, tile, first, work.bias);
-  if (check && !p.mask.is_intervals()) seen = evaluate_mask(p, tile, first, work.mask);
+  if (has_bias) read_bias(p, tile, at.first, at.bias);
   const vf scale = splat(p.scale), cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
-  for (int j = 0; j < BLOCK_N; ++j) {
-    const vi kv_idx = splat_int(static_cast<int32_t>(first + j));
-    for (int n = 0; n < BLOCK_M; n += VL) {
-      float* at = s + j * BLOCK_M + n;
-      vf t = load(at) * scale;
+  for (int n = 0; n < tile.vectors * VL; n += VL) {
+    vi word = vi{};
+    for (int j = 0; j < BLOCK_N; ++j) {
+      float* pair = s + j * BLOCK_M + n;
+      vf t = load(pair) * scale;
       if (p.softcap != 0.0f) {
         const vf bent = hyperbolic_tangent(t * over_cap);
         t = cap * bent;
@@ -57,18 +83,15 @@ static void finish_scores(const Params& p, const QueryTile& tile, int64_t first,
       }
       vi hidden = vi{};
       if (has_bias) {
-        const vf bias = load(work.bias + j * BLOCK_M + n);
+        const vf bias = load(at.bias + j * BLOCK_M + n);
         t = t + bias;
         hidden = bias == splat(-kInfinity);
       }
-      if (seen) {
-        for (int lane = 0; lane < VL; ++lane) hidden[lane] |= seen[j * BLOCK_M + n + lane] ? 0 : -1;
-      } else if (check) {
-        vi kept = (kv_idx >= load<vi>(tile.start[0] + n)) & (kv_idx < load<vi>(tile.stop[0] + n));
-        if (tile.spans == 2) kept |= (kv_idx >= load<vi>(tile.start[1] + n)) & (kv_idx < load<vi>(tile.stop[1] + n));
-        hidden |= ~kept;
+      if (at.check) {
+        if (j % 32 == 0) word = visible_lanes(at, j, n);
+        hidden |= ~(word << (31 - j % 32) >> 31);
       }
-      store(at, hidden ? splat(-kInfinity) : t);
+      store(pair, hidden ? splat(-kInfinity) : t);
     }
   }
 }
@@ -90,13 +113,15 @@ static void dropout_factors(const Params& p, const QueryTile& tile, int64_t firs
   }
 }
 
-// Rows of keys that no query of the tile sees, zeroed in `pairs` form: their numbers may be anything.
+INLINE void multiply(float* to, const float* factor) {
+  for (int64_t at = 0; at < TILE; at += VL) store(to + at, load(to + at) * load(factor + at));
+}
+
+// Rows of keys without a bit in `seen`, zeroed in `pairs` form: their numbers may be anything.
 template <class Dot>
-static void clear_unseen(const float* scores, int64_t width, typename Dot::Word* pairs) {
+static void clear_unseen(uint64_t seen, int64_t width, typename Dot::Word* pairs) {
   for (int j = 0; j < BLOCK_N; ++j) {
-    vi seen = vi{};
-    for (int n = 0; n < BLOCK_M; n += VL) seen |= load(scores + j * BLOCK_M + n) != splat(-kInfinity);
-    if (any(seen)) continue;
+    if (seen >> j & 1) continue;
     typename Dot::Word* row = pairs + j / Dot::PER_WORD * width;
     for (int64_t d = 0; d < width; ++d) {
       if constexpr (Dot::PER_WORD == 1)

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstdlib>
 
-namespace fastattn {
+#include "../common/params.h"
+
+namespace fastattn::FASTATTN_ISA {
 
 class Scratch {
  public:
@@ -20,6 +22,14 @@ class Scratch {
     memory_ = static_cast<char*>(std::aligned_alloc(kAlign, bytes));
     size_ = memory_ ? bytes : 0;
     return memory_ != nullptr;
+  }
+
+  // Give memory back where it is more than `bytes`.
+  void keep(size_t bytes) {
+    if (size_ <= bytes) return;
+    std::free(memory_);
+    memory_ = nullptr;
+    size_ = 0;
   }
 
   template <class T>
@@ -40,4 +50,4 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-}  // namespace fastattn
+}  // namespace fastattn::FASTATTN_ISA

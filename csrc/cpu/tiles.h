@@ -2,7 +2,6 @@
 #pragma once
 
 #include "scores.h"
-#include "scratch.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -47,11 +46,11 @@ struct KeyTile {
     read_along(p.value, p, b, kv_head, tile, p.head_dim_v, v_along);
   }
 
-  // `pairs` for queries with these scores: themselves, or a copy without the rows that nobody sees.
-  const Word* seen(const float* scores, const Word* pairs, int64_t width) {
-    if (finite) return pairs;
+  // `pairs` as a tile of queries may use them: themselves, or a copy without the rows that none of them sees.
+  const Word* clean(const Meeting& at, const QueryTile& tile, const float* scores, const Word* pairs, int64_t width) {
+    if (finite || at.plain) return pairs;
     std::memcpy(cleaned, pairs, BLOCK_N / Dot::PER_WORD * width * sizeof(Word));
-    clear_unseen<Dot>(scores, width, cleaned);
+    clear_unseen<Dot>(at.seen(scores, tile.vectors), width, cleaned);
     return cleaned;
   }
 
@@ -88,16 +87,18 @@ struct QueryRows {
   Word *across, *pairs;
   Number* rows;
 
-  static size_t bytes(int64_t head_dim) { return 3 * Scratch::bytes_for<float>(BLOCK_M * padded(head_dim)); }
+  static size_t bytes(int64_t head_dim, bool with_pairs) {
+    return (with_pairs ? 3 : 2) * Scratch::bytes_for<float>(BLOCK_M * padded(head_dim));
+  }
 
-  void take(int64_t head_dim, Scratch& from) {
+  void take(int64_t head_dim, bool with_pairs, Scratch& from) {
     across = from.take<Word>(BLOCK_M * padded(head_dim));
-    pairs = from.take<Word>(BLOCK_M * padded(head_dim));
+    pairs = with_pairs ? from.take<Word>(BLOCK_M * padded(head_dim)) : nullptr;
     rows = from.take<Number>(BLOCK_M * padded(head_dim));
   }
 
   // Lanes out of use are 0, and so are those whose `lse`, where given, says that they see nothing.
-  void read(const Table& table, const QueryTile& tile, int64_t n, bool with_pairs, const float* lse) {
+  void read(const Table& table, const QueryTile& tile, int64_t n, const float* lse) {
     const int64_t width = padded(n);
     for (int lane = 0; lane < BLOCK_M; ++lane) {
       Number* to = rows + lane * width;
@@ -107,7 +108,7 @@ struct QueryRows {
         std::memset(static_cast<void*>(to), 0, width * sizeof(Number));
     }
     to_across<Dot>(rows, width, n, across);
-    if (with_pairs) to_pairs(rows, width, BLOCK_M, pairs);
+    if (pairs) to_pairs(rows, width, BLOCK_M, pairs);
   }
 };
 

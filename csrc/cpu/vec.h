@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -26,11 +26,10 @@ constexpr int COLUMN_VECTORS = 2, COLUMN_ROWS = 4;
 #else
 constexpr int VL = 4;
 constexpr int BLOCK_M = 48;
-constexpr int LANE_VECTORS = 2, LANE_ROWS = 4;
+constexpr int LANE_VECTORS = 3, LANE_ROWS = 4;
 constexpr int COLUMN_VECTORS = 2, COLUMN_ROWS = 4;
 #endif
-constexpr int BLOCK_N = 64;
-constexpr int VECTORS = BLOCK_M / VL;  // vectors that hold one number for each query of a tile
+constexpr int BLOCK_N = 64;  // a bit each in a word of visibility
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
@@ -72,36 +71,36 @@ INLINE bool any(vi mask) {
 #endif
 }
 
-// e^x to about one ulp: x = n ln 2 + r, a polynomial in r (Cephes' expf), n into the exponent. 0 below -87.3; NaN stays.
-INLINE vf exponential(vf x) {
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+// 2^y to about one ulp: y = n + r with |r| <= 1/2, a polynomial in r, n into the exponent. 0 far below; NaN stays.
+INLINE vf exp2(vf y) {
 #if defined(__AVX512F__)
-  // Scaling by 2^n saturates by itself.
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), 0);
+  // Scaling by 2^n saturates by itself; the bound keeps -inf - (-inf) out.
+  y = (vf)_mm512_max_ps((__m512)splat(-200.0f), (__m512)y);
+  const vf r = (vf)_mm512_reduce_ps((__m512)y, 0);
 #else
-  const vi tiny = x < -87.3f;
-  const vf bounded = x > 88.0f ? splat(88.0f) : tiny ? splat(-87.3f) : x;
+  const vi tiny = y < -126.0f;
+  const vf bounded = y > 128.0f ? splat(128.0f) : tiny ? splat(-126.0f) : y;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = bounded * 1.44269504088896341f + magic;
-  const vf n = shifted - magic;
+  const vf shifted = bounded + magic;
+  const vf r = bounded - (shifted - magic);
 #endif
-  vf r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  vf p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  // -inf - (-inf) above is NaN; what lies below the range is 0.
-  const __mmask16 tiny = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(-87.3f), _CMP_LT_OQ);
-  return (vf)_mm512_mask_blend_ps(tiny, _mm512_scalef_ps((__m512)p, (__m512)n), _mm512_setzero_ps());
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)y);
 #else
   const vi bits = ((vi)shifted - (vi)splat(magic)) << 23;
   const vf scaled = (vf)((vi)p + bits);
-  const vf huge = x > 88.0f ? splat(kInfinity) : scaled;
-  return tiny ? vf{} : x == x ? huge : x;
+  const vf large = y > 127.999f ? splat(kInfinity) : scaled;
+  return tiny ? vf{} : y == y ? large : y;
 #endif
 }
 
@@ -122,56 +121,6 @@ INLINE vf hyperbolic_tangent(vf given) {
   q = q * x2 + 2.26843463243900e-03f;
   q = q * x2 + 4.89352518554385e-03f;
   return x * p / q;
-}
-
-INLINE float to_float(uint16_t bits, DType dtype) {
-  uint32_t word;
-  if (dtype == kBFloat16) {
-    word = static_cast<uint32_t>(bits) << 16;
-  } else {
-#if defined(__F16C__) || defined(__AVX512F__)
-    return _cvtsh_ss(bits);
-#else
-    // Move exponent and fraction into place, then scale by 2^112: denormals come out right.
-    const uint32_t magnitude = static_cast<uint32_t>(bits & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &magnitude, 4);
-    value *= 5.192296858534828e33f;
-    std::memcpy(&word, &value, 4);
-    if ((bits & 0x7c00) == 0x7c00) word |= 0x7f800000u;
-    word |= static_cast<uint32_t>(bits & 0x8000) << 16;
-#endif
-  }
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
-
-// Rounds to nearest, ties to even.
-INLINE uint16_t from_float(float value, DType dtype) {
-  uint32_t word;
-  std::memcpy(&word, &value, 4);
-  if (dtype == kBFloat16) {
-    if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((word >> 16) | 0x40);
-    return static_cast<uint16_t>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-  }
-#if defined(__F16C__) || defined(__AVX512F__)
-  return static_cast<uint16_t>(_cvtss_sh(value, 0));
-#else
-  const uint16_t sign = static_cast<uint16_t>((word >> 16) & 0x8000);
-  word &= 0x7fffffffu;
-  if (word > 0x7f800000u) return sign | 0x7e00;
-  if (word >= 0x477ff000u) return sign | 0x7c00;
-  if (word < 0x38800000u) {  // a denormal: let an addition at its scale round
-    float magnitude;
-    std::memcpy(&magnitude, &word, 4);
-    magnitude += 0.5f;
-    std::memcpy(&word, &magnitude, 4);
-    return static_cast<uint16_t>(sign | (word - 0x3f000000u));
-  }
-  word += 0xfff + ((word >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((word - 0x38000000u) >> 13));
-#endif
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -1,0 +1,23 @@
+// The three passes for one instruction set. A translation unit names it (FASTATTN_ISA), has its own compiler flags, and
+// includes this file alone.
+#pragma once
+
+#include "forward.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+#if defined(__AVX512BF16__)
+using HalfDot = BFloat16Dot;
+#else
+using HalfDot = FloatDot;
+#endif
+
+const char* forward(const Params& p) {
+  return p.dtype == kBFloat16 ? run_forward<HalfDot>(p) : run_forward<FloatDot>(p);
+}
+
+}  // namespace fastattn::FASTATTN_ISA
+namespace fastattn::FASTATTN_ISA {
+const char* backward(const Params&) { return "not yet"; }
+const char* weights(const Params&) { return "not yet"; }
+}
