@@ -79,7 +79,7 @@ INLINE vf exp2(vf y) {
 #if defined(__AVX512F__)
   // Scaling by 2^n saturates by itself; the bound keeps -inf - (-inf) out.
   y = (vf)_mm512_max_ps((__m512)splat(-200.0f), (__m512)y);
-  const vf r = (vf)_mm512_reduce_ps((__m512)y, 0);
+  const vf n = (vf)_mm512_roundscale_ps((__m512)y, 0), r = y - n;
 #else
   const vi tiny = y < -126.0f;
   const vf bounded = y > 128.0f ? splat(128.0f) : tiny ? splat(-126.0f) : y;
@@ -95,7 +95,7 @@ INLINE vf exp2(vf y) {
   p = p * r + 6.931472028550421e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)y);
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   const vi bits = ((vi)shifted - (vi)splat(magic)) << 23;
   const vf scaled = (vf)((vi)p + bits);
