@@ -48,6 +48,20 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     return FORWARD(*inputs, *spec.flat(), backend or "")
 
 
+def attention_weights(
+    inputs: AttnInputs, spec: AttnSpec, backend: str | None, lse: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """weights [batch, num_heads, q_len or len(rows), kv_len] by the room that would run the attention, where it can;
+    the plain formulation where a derivative is wanted or somebody watches.
+    """
+    recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
+    if not (recorded or tracing.transforms_active() or _watched(inputs)):
+        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "attention_weights", None)
+        if compute is not None:
+            return compute(spec, inputs, lse, rows)
+    return reference.attention_weights(spec, inputs, lse, rows)
+
+
 def _watched(inputs: AttnInputs) -> bool:
     """Whether someone wants to see the operator: a compiler, a tracer, a dispatch mode, a profiler, a tensor
     subclass.
@@ -67,7 +81,7 @@ def _watched(inputs: AttnInputs) -> bool:
 
 
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str | None) -> tuple[Tensor, Tensor]:
-    return dispatch.room(dispatch.choose(spec, backend)).forward(spec, inputs)
+    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).forward(spec, inputs)
 
 
 def _run_backward(
@@ -81,7 +95,7 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
+    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).backward(spec, inputs, out, lse, d_out, d_lse)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
