@@ -131,9 +131,10 @@ static void forward_step(const Params& p, const QueryTile& tile, const QueryRows
                          State& state) {
   const int64_t width = padded(p.head_dim_v), steps = steps_of<Dot>(p.head_dim);
   const Meeting& at = work.at;
-  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps, work.keys.k_along, steps, 1, query.across, work.s);
+  const int64_t row = words_of<Dot>(padded(p.head_dim));
+  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps, along<Dot>(work.keys.k), row, 1, query.across, work.s);
   if (!at.plain) finish_scores(p, tile, at, work.s, nullptr);
-  const auto* values = work.keys.clean(at, tile, work.s, work.keys.v_pairs, width);
+  const auto* values = work.keys.clean(at, tile, work.s, width);
   soften(tile.vectors, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, width);
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.dropout);

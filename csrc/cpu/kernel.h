@@ -2,6 +2,7 @@
 // includes this file alone.
 #pragma once
 
+#include "backward.h"
 #include "forward.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -16,8 +17,10 @@ const char* forward(const Params& p) {
   return p.dtype == kBFloat16 ? run_forward<HalfDot>(p) : run_forward<FloatDot>(p);
 }
 
-}  // namespace fastattn::FASTATTN_ISA
-namespace fastattn::FASTATTN_ISA {
-const char* backward(const Params&) { return "not yet"; }
-const char* weights(const Params&) { return "not yet"; }
+const char* backward(const Params& p) {
+  return p.dtype == kBFloat16 ? run_backward<HalfDot>(p) : run_backward<FloatDot>(p);
 }
+
+const char* weights(const Params&) { return "not yet"; }
+
+}  // namespace fastattn::FASTATTN_ISA

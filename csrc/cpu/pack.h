@@ -4,7 +4,7 @@
 //   across:  [words][BLOCK_M]           transposed; a product sums over the head dimension, rows are the lanes
 //   pairs:   [rows / PER_WORD][width]   a product sums over the rows
 //
-// With floats, `along` and `pairs` are the same.
+// `along` is memory as it is; with floats `pairs` is too.
 #pragma once
 
 #include "half.h"
@@ -104,11 +104,7 @@ static void to_across(const typename Element<Dot>::type* rows, int64_t ld, int64
   }
 }
 
-// Rows already read as [count][ld] numbers -> `pairs` [count / PER_WORD][ld].
-INLINE void to_pairs(const float* rows, int64_t ld, int64_t count, float* to) {
-  std::memcpy(to, rows, ld * count * 4);
-}
-
+// Rows already read as [count][ld] numbers -> `pairs` [count / 2][ld].
 INLINE void to_pairs(const uint16_t* rows, int64_t ld, int64_t count, uint32_t* to) {
   for (int64_t r = 0; r < count; r += 2)
     for (int64_t d = 0; d < ld; ++d)

@@ -8,46 +8,52 @@ namespace fastattn::FASTATTN_ISA {
 // Widths in memory: what a lane product has for rows, and a column product for columns.
 INLINE int64_t padded(int64_t head_dim) { return round_up(head_dim, VL > LANE_ROWS ? VL : LANE_ROWS); }
 
+// A word's numbers share an operand's row: [rows][width] numbers are [rows][words_of(width)] words.
+template <class Dot>
+INLINE int64_t words_of(int64_t width) {
+  return width / Dot::PER_WORD;
+}
+
+template <class Dot>
+INLINE const typename Dot::Word* along(const typename Element<Dot>::type* rows) {
+  return reinterpret_cast<const typename Dot::Word*>(rows);
+}
+
 template <class Dot>
 struct KeyTile {
   using Word = typename Dot::Word;
   using Number = typename Element<Dot>::type;
-  Word *k_along, *k_pairs, *v_along, *v_pairs, *cleaned;
-  Number* rows;
+  static constexpr bool HALF = Dot::PER_WORD == 2;
+  Number *k, *v;         // [BLOCK_N][width]
+  Word *pairs, *cleaned;  // of the values forward, of the keys backward
   bool finite = true;
 
-  static size_t bytes(const Params& p) {
-    const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
-    const int64_t most = width > width_v ? width : width_v;
-    return (2 * width + 2 * width_v + 2 * most) * BLOCK_N * sizeof(float) + 6 * 64;
+  static int64_t most(const Params& p) {
+    return padded(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
   }
+  static size_t bytes(const Params& p) { return 4 * Scratch::bytes_for<float>(BLOCK_N * most(p)); }
 
   void take(const Params& p, Scratch& from) {
-    const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
-    const int64_t most = width > width_v ? width : width_v;
-    k_along = from.take<Word>(BLOCK_N * width);
-    k_pairs = from.take<Word>(BLOCK_N * width);
-    v_along = from.take<Word>(BLOCK_N * width_v);
-    v_pairs = from.take<Word>(BLOCK_N * width_v);
-    cleaned = from.take<Word>(BLOCK_N * most);
-    rows = from.take<Number>(BLOCK_N * most);
+    k = from.take<Number>(BLOCK_N * most(p));
+    v = from.take<Number>(BLOCK_N * most(p));
+    pairs = HALF ? from.take<Word>(BLOCK_N / 2 * most(p)) : nullptr;
+    cleaned = from.take<Word>(BLOCK_N / Dot::PER_WORD * most(p));
   }
 
-  // Forward: keys along, values in pairs.
   void read_forward(const Params& p, int64_t b, int64_t kv_head, int64_t tile) {
-    read_along(p.key, p, b, kv_head, tile, p.head_dim, k_along);
-    finite = read_pairs(p.value, p, b, kv_head, tile, p.head_dim_v, v_pairs);
+    read_rows(p.key, p, b, kv_head, tile, p.head_dim, k);
+    read_rows(p.value, p, b, kv_head, tile, p.head_dim_v, v);
+    pair_up(v, padded(p.head_dim_v));
   }
 
-  // Backward: keys along and in pairs, values along.
   void read_backward(const Params& p, int64_t b, int64_t kv_head, int64_t tile) {
-    read_along(p.key, p, b, kv_head, tile, p.head_dim, k_along);
-    finite = read_pairs(p.key, p, b, kv_head, tile, p.head_dim, k_pairs);
-    read_along(p.value, p, b, kv_head, tile, p.head_dim_v, v_along);
+    read_rows(p.key, p, b, kv_head, tile, p.head_dim, k);
+    read_rows(p.value, p, b, kv_head, tile, p.head_dim_v, v);
+    pair_up(k, padded(p.head_dim));
   }
 
   // `pairs` as a tile of queries may use them: themselves, or a copy without the rows that none of them sees.
-  const Word* clean(const Meeting& at, const QueryTile& tile, const float* scores, const Word* pairs, int64_t width) {
+  const Word* clean(const Meeting& at, const QueryTile& tile, const float* scores, int64_t width) {
     if (finite || at.plain) return pairs;
     std::memcpy(cleaned, pairs, BLOCK_N / Dot::PER_WORD * width * sizeof(Word));
     clear_unseen<Dot>(at.seen(scores, tile.vectors), width, cleaned);
@@ -55,27 +61,19 @@ struct KeyTile {
   }
 
  private:
-  void read_rows(const Table& table, const Params& p, int64_t b, int64_t h, int64_t tile, int64_t n, int64_t ld,
-                 Number* to) {
+  void read_rows(const Table& table, const Params& p, int64_t b, int64_t h, int64_t tile, int64_t n, Number* to) {
     const int64_t first = tile * BLOCK_N, left = p.kv_len - first, count = left < BLOCK_N ? left : BLOCK_N;
-    for (int64_t j = 0; j < count; ++j) read_row(table, row_at(table, b, h, first + j), n, ld, to + j * ld);
-    std::memset(static_cast<void*>(to + count * ld), 0, (BLOCK_N - count) * ld * sizeof(Number));
-  }
-
-  void read_along(const Table& table, const Params& p, int64_t b, int64_t h, int64_t tile, int64_t n, Word* to) {
-    read_rows(table, p, b, h, tile, n, steps_of<Dot>(n) * Dot::PER_WORD, reinterpret_cast<Number*>(to));
-  }
-
-  bool read_pairs(const Table& table, const Params& p, int64_t b, int64_t h, int64_t tile, int64_t n, Word* to) {
     const int64_t width = padded(n);
-    if constexpr (Dot::PER_WORD == 1) {
-      read_rows(table, p, b, h, tile, n, width, to);
-      return all_finite(to, BLOCK_N * width);
-    } else {
-      read_rows(table, p, b, h, tile, n, width, rows);
-      to_pairs(rows, width, BLOCK_N, to);
-      return all_finite(rows, BLOCK_N * width);
-    }
+    for (int64_t j = 0; j < count; ++j) read_row(table, row_at(table, b, h, first + j), n, width, to + j * width);
+    std::memset(static_cast<void*>(to + count * width), 0, (BLOCK_N - count) * width * sizeof(Number));
+  }
+
+  void pair_up(Number* rows, int64_t width) {
+    finite = all_finite(rows, BLOCK_N * width);
+    if constexpr (HALF)
+      to_pairs(rows, width, BLOCK_N, pairs);
+    else
+      pairs = rows;
   }
 };
 
@@ -84,17 +82,18 @@ template <class Dot>
 struct QueryRows {
   using Word = typename Dot::Word;
   using Number = typename Element<Dot>::type;
+  static constexpr bool HALF = Dot::PER_WORD == 2;
   Word *across, *pairs;
   Number* rows;
 
   static size_t bytes(int64_t head_dim, bool with_pairs) {
-    return (with_pairs ? 3 : 2) * Scratch::bytes_for<float>(BLOCK_M * padded(head_dim));
+    return (with_pairs && HALF ? 3 : 2) * Scratch::bytes_for<float>(BLOCK_M * padded(head_dim));
   }
 
   void take(int64_t head_dim, bool with_pairs, Scratch& from) {
     across = from.take<Word>(BLOCK_M * padded(head_dim));
-    pairs = with_pairs ? from.take<Word>(BLOCK_M * padded(head_dim)) : nullptr;
     rows = from.take<Number>(BLOCK_M * padded(head_dim));
+    pairs = with_pairs && HALF ? from.take<Word>(BLOCK_M * padded(head_dim)) : nullptr;
   }
 
   // Lanes out of use are 0, and so are those whose `lse`, where given, says that they see nothing.
@@ -108,7 +107,11 @@ struct QueryRows {
         std::memset(static_cast<void*>(to), 0, width * sizeof(Number));
     }
     to_across<Dot>(rows, width, n, across);
-    if (pairs) to_pairs(rows, width, BLOCK_M, pairs);
+    if constexpr (HALF) {
+      if (pairs) to_pairs(rows, width, BLOCK_M, pairs);
+    } else {
+      pairs = rows;
+    }
   }
 };
 

@@ -1,0 +1,107 @@
+// The step that the backward passes share: from one tile of queries and one of keys to the gradient of their scores.
+#pragma once
+
+#include "row_terms.h"
+#include "tiles.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// A tile of queries as the backward passes need it.
+template <class Dot>
+struct GradientTile {
+  QueryTile* tile;
+  QueryRows<Dot> query, d_out;
+  float *lse, *share, *shift;  // [BLOCK_M]; lse in powers of two, inf where nothing is seen
+  float* dq;                   // [width][BLOCK_M]
+
+  static size_t bytes(const Params& p) {
+    return Scratch::bytes_for<QueryTile>(1) + QueryRows<Dot>::bytes(p.head_dim, true) +
+           QueryRows<Dot>::bytes(p.head_dim_v, true) + 3 * Scratch::bytes_for<float>(BLOCK_M) +
+           Scratch::bytes_for<float>(BLOCK_M * padded(p.head_dim));
+  }
+
+  void take(const Params& p, Scratch& from) {
+    tile = from.take<QueryTile>(1);
+    query.take(p.head_dim, true, from);
+    d_out.take(p.head_dim_v, true, from);
+    lse = from.take<float>(BLOCK_M);
+    share = from.take<float>(BLOCK_M);
+    shift = from.take<float>(BLOCK_M);
+    dq = from.take<float>(BLOCK_M * padded(p.head_dim));
+  }
+
+  void read(const Params& p) {
+    const RowTerms terms(p);
+    float given[BLOCK_M];
+    for (int lane = 0; lane < BLOCK_M; ++lane) {
+      const int64_t row = (tile->b * p.num_heads + tile->head[lane]) * p.q_len + tile->q_idx[lane];
+      given[lane] = lane < tile->count ? p.lse[row] : -kInfinity;
+      const bool none = given[lane] == -kInfinity;
+      lse[lane] = none ? kInfinity : given[lane] * kLog2E;
+      share[lane] = none ? 0.0f : terms.share[row];
+      shift[lane] = none ? 0.0f : terms.shift[row];
+    }
+    query.read(p.query, *tile, p.head_dim, given);
+    d_out.read(p.d_out, *tile, p.head_dim_v, given);
+    std::memset(dq, 0, BLOCK_M * padded(p.head_dim) * sizeof(float));
+  }
+};
+
+// Scratch of one meeting.
+template <class Dot>
+struct GradientWork {
+  using Word = typename Dot::Word;
+  KeyTile<Dot> keys;
+  Meeting at;
+  float *weight, *d_score, *slope;  // [BLOCK_N][BLOCK_M]
+  Word* words;
+
+  static size_t bytes(const Params& p) {
+    return KeyTile<Dot>::bytes(p) + Meeting::bytes() + 4 * Scratch::bytes_for<float>(TILE);
+  }
+
+  void take(const Params& p, Scratch& from) {
+    keys.take(p, from);
+    at.take(from);
+    weight = from.take<float>(TILE);
+    d_score = from.take<float>(TILE);
+    slope = from.take<float>(TILE);
+    words = from.take<Word>(TILE);
+  }
+};
+
+// Fills work.weight, with sinks and dropout in it, and work.d_score, the gradient of the scores before the bias and
+// after the soft cap; work.slope is the soft cap's. Gives the keys for the product with d_score.
+template <class Dot>
+static const typename Dot::Word* gradient_step(const Params& p, const GradientTile<Dot>& rows, GradientWork<Dot>& work) {
+  const QueryTile& tile = *rows.tile;
+  const Meeting& at = work.at;
+  const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
+  float *s = work.weight, *d = work.d_score;
+  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
+                           words_of<Dot>(width), 1, rows.query.across, s);
+  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim_v), along<Dot>(work.keys.v),
+                           words_of<Dot>(width_v), 1, rows.d_out.across, d);
+  if (!at.plain) finish_scores(p, tile, at, s, p.softcap != 0.0f ? work.slope : nullptr);
+  const auto* keys = work.keys.clean(at, tile, s, width);
+  if (p.drop_below) dropout_factors(p, tile, at.first, at.dropout);
+  const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
+  for (int n = 0; n < tile.vectors * VL; n += VL) {
+    const vf lse = load(rows.lse + n), share = load(rows.share + n), shift = load(rows.shift + n);
+    for (int pair = n; pair < TILE; pair += BLOCK_M) {
+      const vf score = load(s + pair), whole = exp2(score * factor - lse);
+      vf weight = whole * share, d_weight = load(d + pair) * share;
+      if (p.drop_below) {
+        weight = weight * load(at.dropout + pair);
+        d_weight = d_weight * load(at.dropout + pair);
+      }
+      vf d_score = whole * (d_weight + shift);
+      if (!at.plain) d_score = score == splat(-kInfinity) ? vf{} : d_score;
+      store(s + pair, weight);
+      store(d + pair, d_score);
+    }
+  }
+  return keys;
+}
+
+}  // namespace fastattn::FASTATTN_ISA
