@@ -17,8 +17,9 @@ constexpr int64_t WAVE_FLOATS = int64_t{8} << 20;  // of unfinished dq at a time
 
 struct BackwardPlan {
   int64_t groups, kv_tiles, parts, part_tiles, streams, tiles, chunks, wave, dq_floats;
-  float* dq = nullptr;                  // [groups of a wave][streams][tiles][width][BLOCK_M]
+  float* dq = nullptr;                  // [groups of a wave][streams][tiles][gathered_rows][BLOCK_M]
   std::atomic<int32_t>* turn = nullptr;  // [groups of a wave][streams][chunks]: the part that may add next
+  float* met = nullptr;                  // [batch, num_heads, q_len], where somebody wants it
 
   explicit BackwardPlan(const Params& p) {
     groups = p.batch * p.num_kv_heads;
@@ -32,7 +33,7 @@ struct BackwardPlan {
     streams = Unit::folds_group(p) ? 1 : p.group;
     tiles = Unit::tiles(p);
     chunks = (tiles + CHUNK_TILES - 1) / CHUNK_TILES;
-    dq_floats = streams * tiles * padded(p.head_dim) * BLOCK_M;
+    dq_floats = streams * tiles * gathered_rows(p) * BLOCK_M;
     wave = parts == 1 || dq_floats == 0 ? groups : WAVE_FLOATS / dq_floats;
     wave = wave < 1 ? 1 : wave > groups ? groups : wave;
   }
@@ -82,7 +83,7 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
 template <class Dot>
 static void add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int64_t part, int64_t stream, int64_t chunk,
                    int64_t count, GradientTile<Dot>* rows) {
-  const int64_t size = padded(p.head_dim) * BLOCK_M;
+  const int64_t size = gathered_rows(p) * BLOCK_M;
   float factor[BLOCK_M];
   for (int lane = 0; lane < BLOCK_M; ++lane) factor[lane] = p.scale;
   std::atomic<int32_t>* turn = nullptr;
@@ -102,7 +103,13 @@ static void add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int6
           store(rows[n].dq + at, both);
         }
     }
-    if (part + 1 == plan.parts) write_lanes(p.dq, *rows[n].tile, p.head_dim, rows[n].dq, factor);
+    if (part + 1 < plan.parts) continue;
+    const QueryTile& tile = *rows[n].tile;
+    write_lanes(p.dq, tile, p.head_dim, rows[n].dq, factor);
+    for (int lane = 0; plan.met && lane < tile.count; ++lane) {
+      const int64_t row = (tile.b * p.num_heads + tile.head[lane]) * p.q_len + tile.q_idx[lane];
+      plan.met[row] = rows[n].met(p)[lane] * RowTerms(p).share[row];
+    }
   }
   if (turn) turn->store(static_cast<int32_t>(part) + 1, std::memory_order_release);
 }
@@ -146,7 +153,7 @@ static bool backward_item(const Params& p, const BackwardPlan& plan, int64_t fir
         if (first < last)
           work.rows[n].read(p);
         else
-          std::memset(work.rows[n].dq, 0, width * BLOCK_M * sizeof(float));
+          work.rows[n].clear(p);
       for (int64_t kv_tile = first; kv_tile < last; ++kv_tile) {
         const int64_t at = (kv_tile - part_first) * BLOCK_N;
         bool packed = false;
@@ -168,17 +175,19 @@ static bool backward_item(const Params& p, const BackwardPlan& plan, int64_t fir
 
 template <class Dot>
 static const char* run_backward(const Params& p) {
-  if (const char* error = run_row_terms(p)) return error;
+  const bool sums_bias = p.dbias && !owns_dbias(p);
   BackwardPlan plan(p);
   Scratch memory;
+  const int64_t rows = p.dsinks || sums_bias ? p.batch * p.num_heads * p.q_len : 0;
   const int64_t turns = plan.parts > 1 ? plan.wave * plan.streams * plan.chunks : 0;
-  if (turns) {
-    const int64_t floats = plan.wave * plan.dq_floats;
-    if (!memory.reset(Scratch::bytes_for<float>(floats) + Scratch::bytes_for<std::atomic<int32_t>>(turns)))
-      return NO_MEMORY;
-    plan.dq = memory.take<float>(floats);
-    plan.turn = memory.take<std::atomic<int32_t>>(turns);
-  }
+  const int64_t floats = turns ? plan.wave * plan.dq_floats : 0;
+  if (!memory.reset(Scratch::bytes_for<float>(floats) + Scratch::bytes_for<std::atomic<int32_t>>(turns) +
+                    Scratch::bytes_for<float>(rows)))
+    return NO_MEMORY;
+  plan.dq = memory.take<float>(floats);
+  plan.turn = memory.take<std::atomic<int32_t>>(turns);
+  if (rows) plan.met = memory.take<float>(rows);
+  run_row_terms(p);
   for (int64_t first = 0; first < plan.groups; first += plan.wave) {
     for (int64_t n = 0; n < turns; ++n) plan.turn[n].store(0, std::memory_order_relaxed);
     const int64_t left = plan.groups - first, groups = left < plan.wave ? left : plan.wave;
@@ -187,7 +196,8 @@ static const char* run_backward(const Params& p) {
     });
     if (!done) return NO_MEMORY;
   }
-  return p.dbias && !owns_dbias(p) ? run_dbias<Dot>(p) : nullptr;
+  if (p.dsinks || sums_bias) finish_row_terms(p, plan.met);
+  return sums_bias ? run_dbias<Dot>(p) : nullptr;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

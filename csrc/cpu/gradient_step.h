@@ -6,18 +6,23 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// Rows of BLOCK_M numbers that a tile of queries gathers: its dq, transposed, and its `met` (row_terms.h).
+INLINE int64_t gathered_rows(const Params& p) { return padded(p.head_dim) + 1; }
+
 // A tile of queries as the backward passes need it.
 template <class Dot>
 struct GradientTile {
   QueryTile* tile;
   QueryRows<Dot> query, d_out;
   float *lse, *share, *shift;  // [BLOCK_M]; lse in powers of two, inf where nothing is seen
-  float* dq;                   // [width][BLOCK_M]
+  float* dq;                   // [gathered_rows][BLOCK_M]
+
+  float* met(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
 
   static size_t bytes(const Params& p) {
     return Scratch::bytes_for<QueryTile>(1) + QueryRows<Dot>::bytes(p.head_dim, true) +
            QueryRows<Dot>::bytes(p.head_dim_v, true) + 3 * Scratch::bytes_for<float>(BLOCK_M) +
-           Scratch::bytes_for<float>(BLOCK_M * padded(p.head_dim));
+           Scratch::bytes_for<float>(BLOCK_M * gathered_rows(p));
   }
 
   void take(const Params& p, Scratch& from) {
@@ -27,7 +32,7 @@ struct GradientTile {
     lse = from.take<float>(BLOCK_M);
     share = from.take<float>(BLOCK_M);
     shift = from.take<float>(BLOCK_M);
-    dq = from.take<float>(BLOCK_M * padded(p.head_dim));
+    dq = from.take<float>(BLOCK_M * gathered_rows(p));
   }
 
   void read(const Params& p) {
@@ -43,8 +48,9 @@ struct GradientTile {
     }
     query.read(p.query, *tile, p.head_dim, given);
     d_out.read(p.d_out, *tile, p.head_dim_v, given);
-    std::memset(dq, 0, BLOCK_M * padded(p.head_dim) * sizeof(float));
+    clear(p);
   }
+  void clear(const Params& p) { std::memset(dq, 0, BLOCK_M * gathered_rows(p) * sizeof(float)); }
 };
 
 // Scratch of one meeting.
@@ -73,7 +79,7 @@ struct GradientWork {
 // Fills work.weight, with sinks and dropout in it, and work.d_score, the gradient of the scores before the bias and
 // after the soft cap; work.slope is the soft cap's. Gives the keys for the product with d_score.
 template <class Dot>
-static const typename Dot::Word* gradient_step(const Params& p, const GradientTile<Dot>& rows, GradientWork<Dot>& work) {
+static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot>& rows, GradientWork<Dot>& work) {
   const QueryTile& tile = *rows.tile;
   const Meeting& at = work.at;
   const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
@@ -87,19 +93,21 @@ static const typename Dot::Word* gradient_step(const Params& p, const GradientTi
   if (p.drop_below) dropout_factors(p, tile, at.first, at.dropout);
   const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
+    vf met = load(rows.met(p) + n);
     const vf lse = load(rows.lse + n), share = load(rows.share + n), shift = load(rows.shift + n);
     for (int pair = n; pair < TILE; pair += BLOCK_M) {
       const vf score = load(s + pair), whole = exp2(score * factor - lse);
-      vf weight = whole * share, d_weight = load(d + pair) * share;
+      vf weight = whole * share, d_weight = load(d + pair);
+      if (!at.plain) d_weight = score == splat(-kInfinity) ? vf{} : d_weight;
       if (p.drop_below) {
         weight = weight * load(at.dropout + pair);
         d_weight = d_weight * load(at.dropout + pair);
       }
-      vf d_score = whole * (d_weight + shift);
-      if (!at.plain) d_score = score == splat(-kInfinity) ? vf{} : d_score;
+      met = met + whole * d_weight;
       store(s + pair, weight);
-      store(d + pair, d_score);
+      store(d + pair, whole * (d_weight * share + shift));
     }
+    store(rows.met(p) + n, met);
   }
   return keys;
 }

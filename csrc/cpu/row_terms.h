@@ -3,7 +3,9 @@
 //   share = exp(lse - log(exp(lse) + exp(sink)))     what the sink leaves of the weights; 1 without sinks
 //   shift = d_lse - share * sum(d_out * out)         so that d score = exp(score - lse) * (share * d weight + shift)
 //
-// and the sinks' own gradient, the sum over rows of -(1 - share) * sum(d_out * out).
+// The sinks' gradient, and a bias's that is summed, want that sum more exactly than a rounded output tells it: `met`, the
+// sum over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over rows of
+// -(1 - share) * met.
 #pragma once
 
 #include <cmath>
@@ -39,11 +41,9 @@ static float row_product(const Params& p, int64_t b, int64_t h, int64_t i) {
   return sums[0];
 }
 
-// One block of rows of one head; gives its part of the sink's gradient.
-static double row_block(const Params& p, int64_t b, int64_t h, int64_t first) {
+static void row_block(const Params& p, int64_t b, int64_t h, int64_t first) {
   const RowTerms to(p);
   const int64_t last = first + ROW_BLOCK < p.q_len ? first + ROW_BLOCK : p.q_len;
-  double dsink = 0.0;
   for (int64_t i = first; i < last; ++i) {
     const int64_t at = (b * p.num_heads + h) * p.q_len + i;
     if (p.lse[at] == -kInfinity) {
@@ -51,31 +51,34 @@ static double row_block(const Params& p, int64_t b, int64_t h, int64_t first) {
       continue;
     }
     const float product = row_product(p, b, h, i), d_lse = p.d_lse ? p.d_lse[at] : 0.0f;
-    const float sink = p.sinks ? 1.0f / (1.0f + expf(p.lse[at] - p.sinks[h])) : 0.0f;
     const float share = p.sinks ? 1.0f / (1.0f + expf(p.sinks[h] - p.lse[at])) : 1.0f;
     to.share[at] = share;
     to.shift[at] = d_lse - share * product;
-    dsink -= static_cast<double>(sink) * product;
   }
-  return dsink;
 }
 
-static const char* run_row_terms(const Params& p) {
-  const int64_t blocks = (p.q_len + ROW_BLOCK - 1) / ROW_BLOCK, items = p.batch * p.num_heads * blocks;
-  Scratch memory;
-  if (!memory.reset(Scratch::bytes_for<double>(items + 1))) return NO_MEMORY;
-  double* parts = memory.take<double>(items + 1);
-  run_items(p, items, [&](int64_t item, Scratch&) {
-    parts[item] = row_block(p, item / blocks / p.num_heads, item / blocks % p.num_heads, item % blocks * ROW_BLOCK);
+static void run_row_terms(const Params& p) {
+  const int64_t blocks = (p.q_len + ROW_BLOCK - 1) / ROW_BLOCK;
+  run_items(p, p.batch * p.num_heads * blocks, [&](int64_t item, Scratch&) {
+    row_block(p, item / blocks / p.num_heads, item / blocks % p.num_heads, item % blocks * ROW_BLOCK);
     return true;
   });
-  for (int64_t h = 0; p.dsinks && h < p.num_heads; ++h) {
-    double sum = 0.0;
+}
+
+// Replace each row's shift by the exact one, and sum the sinks' gradient, a head an item.
+static void finish_row_terms(const Params& p, const float* met) {
+  const RowTerms to(p);
+  run_items(p, p.num_heads, [&](int64_t h, Scratch&) {
+    double dsink = 0.0;
     for (int64_t b = 0; b < p.batch; ++b)
-      for (int64_t n = 0; n < blocks; ++n) sum += parts[(b * p.num_heads + h) * blocks + n];
-    p.dsinks[h] = static_cast<float>(sum);
-  }
-  return nullptr;
+      for (int64_t at = (b * p.num_heads + h) * p.q_len, last = at + p.q_len; at < last; ++at) {
+        if (p.lse[at] == -kInfinity) continue;
+        to.shift[at] = (p.d_lse ? p.d_lse[at] : 0.0f) - to.share[at] * met[at];
+        if (p.sinks) dsink -= static_cast<double>(met[at]) / (1.0 + exp(static_cast<double>(p.lse[at]) - p.sinks[h]));
+      }
+    if (p.dsinks) p.dsinks[h] = static_cast<float>(dsink);
+    return true;
+  });
 }
 
 }  // namespace fastattn::FASTATTN_ISA
