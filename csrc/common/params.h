@@ -66,8 +66,10 @@ struct Params {
   float* dbias = nullptr;        // contiguous, bias_shape, zeros on entry
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
-  // Weights from lse: float32 [batch, num_heads, rows, kv_len]; `rows` null: every query.
+  // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;
+  // `rows` null: every query.
   Table weights;
+  bool mean_heads = false;
   const int64_t* rows = nullptr;
   int64_t row_count = 0;
 

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "weights.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -21,6 +22,8 @@ const char* backward(const Params& p) {
   return p.dtype == kBFloat16 ? run_backward<HalfDot>(p) : run_backward<FloatDot>(p);
 }
 
-const char* weights(const Params&) { return "not yet"; }
+const char* weights(const Params& p) {
+  return p.dtype == kBFloat16 ? run_weights<HalfDot>(p) : run_weights<FloatDot>(p);
+}
 
 }  // namespace fastattn::FASTATTN_ISA

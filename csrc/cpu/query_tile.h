@@ -33,18 +33,24 @@ struct QueryTile {
 
   // Rows from `first` on of the `heads` heads from `first_head` on, q_len each.
   void place(const Params& params, int64_t batch, int64_t first_head, int64_t heads, int64_t first) {
-    p = &params;
-    b = batch;
-    const int64_t left = heads * p->q_len - first;
-    count = static_cast<int>(left < BLOCK_M ? left : BLOCK_M);
-    vectors = (count + VL - 1) / VL;
+    start(params, batch, heads * params.q_len - first);
     for (int lane = 0; lane < BLOCK_M; ++lane) {
       const int64_t row = first + (lane < count ? lane : 0);
       head[lane] = static_cast<int32_t>(first_head + row / p->q_len);
       q_idx[lane] = static_cast<int32_t>(row % p->q_len);
     }
-    span[0] = {0, p->kv_len, 0, p->kv_len};
-    for (int n = 0; n < p->mask.leaves; ++n) span[n] = leaf_span(p->mask.leaf[n]);
+    read_spans();
+  }
+
+  // Rows of one head: `rows` from `first` on, of `all`; null: as they come.
+  void pick(const Params& params, int64_t batch, int64_t of_head, const int64_t* rows, int64_t first, int64_t all) {
+    start(params, batch, all - first);
+    for (int lane = 0; lane < BLOCK_M; ++lane) {
+      const int64_t row = first + (lane < count ? lane : 0);
+      head[lane] = static_cast<int32_t>(of_head);
+      q_idx[lane] = static_cast<int32_t>(rows ? rows[row] : row);
+    }
+    read_spans();
   }
 
   // Tiles of keys that may hold something visible lie in [first, last).
@@ -125,6 +131,18 @@ struct QueryTile {
   }
 
  private:
+  void start(const Params& params, int64_t batch, int64_t left) {
+    p = &params;
+    b = batch;
+    count = static_cast<int>(left < BLOCK_M ? left : BLOCK_M);
+    vectors = (count + VL - 1) / VL;
+  }
+
+  void read_spans() {
+    span[0] = {0, p->kv_len, 0, p->kv_len};
+    for (int n = 0; n < p->mask.leaves; ++n) span[n] = leaf_span(p->mask.leaf[n]);
+  }
+
   int64_t interval_at(const MaskLeaf& leaf, int lane) const {
     return b * leaf.stride[0] + head[lane] * leaf.stride[1] + q_idx[lane] * leaf.stride[2];
   }

@@ -40,14 +40,18 @@ struct KeyTile {
     cleaned = from.take<Word>(BLOCK_N / Dot::PER_WORD * most(p));
   }
 
-  void read_forward(const Params& p, int64_t b, int64_t kv_head, int64_t tile) {
+  void read_keys(const Params& p, int64_t b, int64_t kv_head, int64_t tile) {
     read_rows(p.key, p, b, kv_head, tile, p.head_dim, k);
+  }
+
+  void read_forward(const Params& p, int64_t b, int64_t kv_head, int64_t tile) {
+    read_keys(p, b, kv_head, tile);
     read_rows(p.value, p, b, kv_head, tile, p.head_dim_v, v);
     pair_up(v, padded(p.head_dim_v));
   }
 
   void read_backward(const Params& p, int64_t b, int64_t kv_head, int64_t tile) {
-    read_rows(p.key, p, b, kv_head, tile, p.head_dim, k);
+    read_keys(p, b, kv_head, tile);
     read_rows(p.value, p, b, kv_head, tile, p.head_dim_v, v);
     pair_up(k, padded(p.head_dim));
   }
