@@ -161,8 +161,17 @@ def cache_folder() -> Path:
     return Path(base) / "fastattn"
 
 
-def build(*, force: bool = False) -> Path:
-    """Build the library into the cache folder and return its path; one that is there already is kept, unless `force`.
+def state() -> str:
+    """One line on the library, for people. Builds nothing."""
+    here = available()
+    if here is not None:
+        return f"{here.path}, {here.isa()} of {', '.join(here.isas())}"
+    return why_not() or "not built yet: the first call on the CPU builds it, or `fastattn build`"
+
+
+def build(*, force: bool = False, retry: bool = False) -> Path:
+    """Build the library into the cache folder and return its path; one that is there already is kept, unless `force`,
+    and a failure that is remembered repeated, unless `retry`.
 
     Raises:
         BuildError: no compiler, a folder that cannot be written, or the compiler's first error with the command.
@@ -174,7 +183,7 @@ def build(*, force: bool = False) -> Path:
         if not force:
             if path.exists():
                 return path
-            if failed.exists():
+            if failed.exists() and not retry:
                 raise BuildError(failed.read_text())
         failed.unlink(missing_ok=True)
         try:
