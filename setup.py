@@ -11,16 +11,18 @@ import sys
 import types
 from pathlib import Path
 
-from setuptools import __version__ as setuptools_version
 from setuptools import Distribution, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_py import build_py
+from setuptools import __version__ as setuptools_version
 
 if int(setuptools_version.split(".")[0]) < 77:
     raise SystemExit(
         f"fastattn is built with setuptools 77 or newer, and this environment has {setuptools_version}; "
         "run `pip install -U setuptools`, or leave out --no-build-isolation"
     )
+
+# What follows is not everywhere in older ones.
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
 ROOMS = {"fastattn": "fastattn", "fastattn.kernels": "kernels", "fastattn.bench": "bench"}

@@ -1,4 +1,7 @@
-"""The command line: `fastattn bench | build | check | info | inspect`. Sub-commands import what they need, help little."""
+"""The command line: `fastattn bench | build | check | info | inspect`.
+
+Sub-commands import what they need, help little.
+"""
 
 from __future__ import annotations
 
@@ -158,7 +161,9 @@ def _software(block: dict[str, Any]) -> dict[str, str]:
     from fastattn import native
 
     commit = f", commit {block['commit'][:9]}{' with changes' if block['dirty'] else ''}" if block["commit"] else ""
-    names = {"TRITON_INTERPRET", "CXX", *(name for name in os.environ if name.startswith("FASTATTN_"))} & set(os.environ)
+    names = {"TRITON_INTERPRET", "CXX", *(name for name in os.environ if name.startswith("FASTATTN_"))} & set(
+        os.environ
+    )
     pairs = {
         "fastattn": f"{fastattn.__version__} in {Path(fastattn.__file__).parent}{commit}",
         "Python": f"{block['python']} on {block['platform']}",

@@ -101,14 +101,23 @@ def plan(compiler: Compiler, library: str) -> list[Step]:
     """The steps that make `library`; the last one links what the others made. CXXFLAGS and LDFLAGS are heeded."""
     root, torch = sources(), _torch_folder()
     extra, link = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
-    files = {"cpu/room": (), "cpu/kernel_generic": ()}
+    files: dict[str, tuple[str, ...]] = {"cpu/room": (), "cpu/kernel_generic": ()}
     if platform.machine().lower() in ("x86_64", "amd64"):
         files |= {f"cpu/{name}": flags for name, flags in X86.items()}
     files["ops"] = ("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_ABI}")
     steps = [
         Step(
             f"{name.replace('/', '_')}.o",
-            (*compiler.command, *FLAGS, *flags, *extra, "-c", str(root / f"{name}.cpp"), "-o", f"{name.replace('/', '_')}.o"),
+            (
+                *compiler.command,
+                *FLAGS,
+                *flags,
+                *extra,
+                "-c",
+                str(root / f"{name}.cpp"),
+                "-o",
+                f"{name.replace('/', '_')}.o",
+            ),
         )
         for name, flags in files.items()
     ]
@@ -140,7 +149,13 @@ def _call(command: tuple[str, ...], folder: Path) -> tuple[int, str]:
     """Exit code, and standard output with the errors in it."""
     try:
         done = subprocess.run(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
         )
     except OSError as refusal:
         return 1, f"error: {refusal}"

@@ -47,7 +47,7 @@ def why_not(mask: Mask) -> str | None:
     atoms = mask.atoms()
     for atom in atoms:
         if not (atom.is_interval or isinstance(atom, (Segments, Dense))):
-            return f"mask {type(atom).__name__} has neither an interval nor a rule of its own; `Dense` of its table has one"
+            return f"mask {type(atom).__name__} has neither an interval nor a rule of its own; `Dense` of its table has"
     if len(atoms) > MOST_LEAVES:
         return f"the mask is made of {len(atoms)} masks, at most {MOST_LEAVES} can be joined"
     return None
@@ -57,7 +57,7 @@ def leaves(mask: Mask, q_len: int, kv_len: int) -> Leaves:
     """The leaves of a mask that `why_not` lets pass, on the CPU."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
-    if q_len <= LONGEST_KEPT:
+    if q_len <= LONGEST_KEPT and all(flat.CLASSES.get(type(atom).__name__) is type(atom) for atom in mask.atoms()):
         code, numbers, tensors = flat.pack(mask)
         if not tensors:
             return _kept(code, tuple(numbers), q_len, kv_len)

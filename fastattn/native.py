@@ -88,7 +88,7 @@ def prepare() -> str | None:
     if _loaded is not None:
         return None
     if _tracing() and available() is None:
-        return "the library is not built yet, and a build never starts while tracing; call once before, or `fastattn build`"
+        return "the library is not built yet, and a build never starts while tracing; `fastattn build` builds it"
     if _failure is None:
         try:
             library()
@@ -122,12 +122,9 @@ def load(path: Path) -> Library:
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as refusal:
-        raise BuildError(
-            f"the library cannot be loaded ({refusal}); {AGAIN}, FASTATTN_BUILD=force too"
-        ) from refusal
+        raise BuildError(f"the library cannot be loaded ({refusal}); {AGAIN}, FASTATTN_BUILD=force too") from refusal
     named = torch.ops.fastattn
-    operators = [getattr(named, f"cpu_{name}").default for name in ("forward", "backward", "weights")]
-    return Library(*operators, path, handle)
+    return Library(named.cpu_forward.default, named.cpu_backward.default, named.cpu_weights.default, path, handle)
 
 
 def find() -> Path | None:
@@ -211,7 +208,6 @@ def make(found: compiler.Compiler, path: Path) -> None:
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-
 def _path(key: str) -> Path:
     return cache_folder() / f"fastattn_cpu_{key}{SUFFIX}"
 
@@ -232,7 +228,9 @@ def _locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as refusal:
-        raise BuildError(f"the cache folder cannot be written ({refusal}); name another in FASTATTN_CACHE_DIR") from refusal
+        raise BuildError(
+            f"the cache folder cannot be written ({refusal}); name another in FASTATTN_CACHE_DIR"
+        ) from refusal
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

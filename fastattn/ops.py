@@ -49,17 +49,18 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
 
 
 def attention_weights(
-    inputs: AttnInputs, spec: AttnSpec, backend: str | None, lse: Tensor | None, rows: Tensor | None
+    inputs: AttnInputs, spec: AttnSpec, backend: str | None, lse: Tensor | None, rows: Tensor | None, *, mean: bool
 ) -> Tensor:
-    """weights [batch, num_heads, q_len or len(rows), kv_len] by the room that would run the attention, where it can;
-    the plain formulation where a derivative is wanted or somebody watches.
+    """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the room that would run
+    the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
     """
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
-    if not (recorded or tracing.transforms_active() or _watched(inputs)):
+    if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
         compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "attention_weights", None)
         if compute is not None:
-            return compute(spec, inputs, lse, rows)
-    return reference.attention_weights(spec, inputs, lse, rows)
+            return compute(spec, inputs, lse, rows, mean=mean)
+    weights = reference.attention_weights(spec, inputs, lse, rows)
+    return weights.sum(1) / max(spec.num_heads, 1) if mean else weights
 
 
 def _watched(inputs: AttnInputs) -> bool:

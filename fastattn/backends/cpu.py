@@ -63,19 +63,23 @@ def backward(
     return dq, dk, dv, dbias, dsinks
 
 
-def attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None) -> Tensor:
-    """weights [batch, num_heads, q_len or len(rows), kv_len] float32, before dropout; lse is computed where not given."""
+def attention_weights(
+    spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool
+) -> Tensor:
+    """weights [batch, num_heads, q_len or len(rows), kv_len] float32, before dropout, or their mean over the heads
+    [batch, q_len or len(rows), kv_len]; lse is computed where it is not given.
+    """
     inputs = _readable(inputs)
     if lse is None:  # a value of one column is the cheapest
         _, lse = forward(spec, inputs._replace(value=inputs.value[..., :1]))
     count = spec.q_len if rows is None else len(rows)
-    weights = torch.empty(spec.batch, spec.num_heads, count, spec.kv_len, dtype=torch.float32)
+    weights = torch.empty(spec.batch, 1 if mean else spec.num_heads, count, spec.kv_len, dtype=torch.float32)
     words, tensors, scale, softcap, _ = _numbers(spec)
     native.library().weights(
         inputs.query, inputs.key, inputs.bias, inputs.sinks, words, tensors, scale, softcap,
-        lse.float().contiguous(), rows, weights,
+        lse.float().contiguous(), rows, mean, weights,
     )  # fmt: skip
-    return weights
+    return weights.squeeze(1) if mean else weights
 
 
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:

@@ -24,7 +24,19 @@ class Room:
 # What says what attention is; nothing in it is optimised.
 DEFINITIONS = tuple(
     f"fastattn.{name}"
-    for name in ("masks", "mask", "scores", "biases", "spec", "dropout", "flat", "visible", "tracing", "blocks", "leaves")
+    for name in (
+        "masks",
+        "mask",
+        "scores",
+        "biases",
+        "spec",
+        "dropout",
+        "flat",
+        "visible",
+        "tracing",
+        "blocks",
+        "leaves",
+    )
 )
 AT_RUN_TIME = "a name made at run time"
 DOORS = ("fastattn.backends", "fastattn.kernels", "fastattn.bench", "fastattn.native", "fastattn._C")
