@@ -187,7 +187,7 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
 
 void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<int64_t> mask_words,
                  std::vector<Tensor> mask_tensors, double scale, double softcap, Tensor lse, Maybe rows,
-                 Tensor weights) {
+                 bool mean_heads, Tensor weights) {
   Params p = problem(query, key, key, bias, sinks, std::nullopt, mask_words, mask_tensors, scale, softcap, 0.0);
   p.lse = pointer<float>(lse);
   if (rows) {
@@ -195,6 +195,7 @@ void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<
     p.row_count = Shape(*rows).size[3];
   }
   p.weights = table(weights);
+  p.mean_heads = mean_heads;
   check(fastattn::cpu::weights(p));
 }
 
@@ -217,7 +218,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
         "Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
         "Tensor(d!)? dbias, Tensor(e!)? dsinks, Tensor(f!) row_terms) -> ()");
   m.def("cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
-        "float scale, float softcap, Tensor lse, Tensor? rows, Tensor(a!) weights) -> ()");
+        "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {

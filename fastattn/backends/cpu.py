@@ -115,4 +115,4 @@ def _isa_reason() -> str | None:
     library = native.available()
     if library is None or asked in (has := library.isas()):
         return None
-    return f"FASTATTN_CPU_ISA={asked} asks for instructions that this machine lacks; it has {', '.join(has)}"
+    return f"FASTATTN_CPU_ISA={asked}: the library and this machine share {', '.join(has)} only"
