@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn import compiler
+from fastattn import compiler, tracing
 from fastattn.compiler import BuildError
 
 MODES = ("auto", "never", "force")
@@ -87,7 +87,7 @@ def prepare() -> str | None:
     global _failure, _warned
     if _loaded is not None:
         return None
-    if _tracing() and available() is None:
+    if tracing.being_traced() and available() is None:
         return "the library is not built yet, and a build never starts while tracing; `fastattn build` builds it"
     if _failure is None:
         try:
@@ -239,7 +239,3 @@ def _locked(path: Path) -> Iterator[None]:
 def _text(function: Any) -> str:
     function.restype = ctypes.c_char_p
     return function().decode()
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     """out, lse of a checked call; `backend=None` leaves the choice to the room list."""
     if not _watched(inputs):
         return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
-    return FORWARD(*inputs, *spec.flat(), backend or "")
+    with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
+        return FORWARD(*inputs, *spec.flat(), backend or "")
 
 
 def attention_weights(

@@ -61,7 +61,7 @@ ROOMS = (
     ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
     Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
-    Room("fastattn.native", may=("torch", "fastattn.compiler")),
+    Room("fastattn.native", may=("torch", "fastattn.compiler", "fastattn.tracing")),
     Room("fastattn.compiler", may=(), inside=("torch",)),
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
     Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native")),
