@@ -5,10 +5,7 @@
 // of the keys, whose results are joined afterwards. Which parts depends on the shape alone: so do the bits.
 #pragma once
 
-#include <cmath>
-
-#include "tiles.h"
-#include "work.h"
+#include "narrow.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -35,68 +32,7 @@ struct ForwardPlan {
     partial = nullptr;
   }
   int64_t items() const { return units * blocks * parts; }
-  // Floats of one tile's running result: maximum, sum, output.
-  static int64_t state_size(const Params& p) { return BLOCK_M * (2 + padded(p.head_dim_v)); }
 };
-
-// The running result of a tile of queries.
-struct State {
-  float *max, *sum, *out;  // [BLOCK_M], [BLOCK_M], [width][BLOCK_M]
-
-  State(float* at) : max(at), sum(at + BLOCK_M), out(at + 2 * BLOCK_M) {}
-  void clear(int64_t width) {
-    for (int lane = 0; lane < BLOCK_M; ++lane) max[lane] = -kInfinity;
-    std::memset(sum, 0, (1 + width) * BLOCK_M * sizeof(float));
-  }
-  void scale(int n, vf factor, int64_t width) {
-    store(sum + n, load(sum + n) * factor);
-    for (int64_t d = 0; d < width; ++d) store(out + d * BLOCK_M + n, load(out + d * BLOCK_M + n) * factor);
-  }
-  // Raise the maximum of the lanes from n on; returns what to subtract from scores.
-  vf raise(int n, vf found, int64_t width) {
-    const vf before = load(max + n), now = larger(before, found);
-    const vf shift = now == splat(-kInfinity) ? vf{} : now;
-    if (any(now != before)) {
-      store(max + n, now);
-      if (any(before != splat(-kInfinity))) scale(n, exp2(before - shift), width);
-    }
-    return shift;
-  }
-};
-
-// Scores times `factor`, powers of two from here on, -> weights in place, with the running maximum and sum.
-static void soften(int vectors, float* s, float factor, State& state, int64_t width) {
-  for (int n = 0; n < vectors * VL; n += VL) {
-    vf found = splat(-kInfinity);
-    for (int j = 0; j < BLOCK_N; ++j) found = larger(found, load(s + j * BLOCK_M + n));
-    const vf shift = state.raise(n, found * factor, width);
-    vf even = load(state.sum + n), odd = vf{};
-    for (int j = 0; j < BLOCK_N; j += 2) {
-      const vf first = exp2(load(s + j * BLOCK_M + n) * factor - shift);
-      const vf second = exp2(load(s + (j + 1) * BLOCK_M + n) * factor - shift);
-      even = even + first;
-      odd = odd + second;
-      store(s + j * BLOCK_M + n, first);
-      store(s + (j + 1) * BLOCK_M + n, second);
-    }
-    store(state.sum + n, even + odd);
-  }
-}
-
-// out and lse of a finished tile.
-static void finish_tile(const Params& p, const QueryTile& tile, const State& state) {
-  float factor[BLOCK_M];
-  for (int lane = 0; lane < tile.count; ++lane) {
-    const float sum = state.sum[lane], max = state.max[lane];
-    const bool none = max == -kInfinity && sum == 0.0f;
-    const float lse = none ? -kInfinity : max * kLn2 + logf(sum);
-    const int64_t h = tile.head[lane];
-    factor[lane] = none ? 0.0f : 1.0f / sum;
-    if (p.sinks) factor[lane] *= 1.0f / (1.0f + expf(p.sinks[h] - lse));
-    p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
-  }
-  write_lanes(p.out, tile, p.head_dim_v, state.out, factor);
-}
 
 template <class Dot>
 struct ForwardWork {
@@ -112,14 +48,14 @@ struct ForwardWork {
     const size_t bytes = KeyTile<Dot>::bytes(p) + Meeting::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
                          Scratch::bytes_for<QueryTile>(plan.per_item) +
                          plan.per_item * (QueryRows<Dot>::bytes(p.head_dim, false) +
-                                          Scratch::bytes_for<float>(ForwardPlan::state_size(p)));
+                                          Scratch::bytes_for<float>(State::size(p)));
     if (!from.reset(bytes)) return false;
     keys.take(p, from);
     at.take(from);
     s = from.take<float>(TILE);
     words = from.take<Word>(TILE);
     tiles = from.take<QueryTile>(plan.per_item);
-    states = from.take<float>(plan.per_item * ForwardPlan::state_size(p));
+    states = from.take<float>(plan.per_item * State::size(p));
     for (int64_t n = 0; n < plan.per_item; ++n) rows[n].take(p.head_dim, false, from);
     return true;
   }
@@ -148,7 +84,7 @@ template <class Dot>
 static bool forward_item(const Params& p, const ForwardPlan& plan, int64_t item, Scratch& scratch) {
   ForwardWork<Dot> work;
   if (!work.take(p, plan, scratch)) return false;
-  const int64_t size = ForwardPlan::state_size(p), width = padded(p.head_dim_v);
+  const int64_t size = State::size(p), width = padded(p.head_dim_v);
   // Last queries first: under a causal mask they see most.
   const int64_t part = item % plan.parts, index = item / plan.parts % plan.units;
   const int64_t block = plan.blocks - 1 - item / plan.parts / plan.units, first_tile = block * plan.per_item;
@@ -192,7 +128,7 @@ static bool forward_item(const Params& p, const ForwardPlan& plan, int64_t item,
 static bool join_parts(const Params& p, const ForwardPlan& plan, int64_t item, Scratch& scratch) {
   if (!scratch.reset(Scratch::bytes_for<QueryTile>(1))) return false;
   QueryTile& tile = *scratch.take<QueryTile>(1);
-  const int64_t size = ForwardPlan::state_size(p), width = padded(p.head_dim_v);
+  const int64_t size = State::size(p), width = padded(p.head_dim_v);
   const Unit unit = Unit::at(p, item / plan.tiles);
   tile.place(p, unit.b, unit.head, unit.heads, item % plan.tiles * BLOCK_M);
   float* parts = plan.partial + item * plan.parts * size;
@@ -214,19 +150,30 @@ static bool join_parts(const Params& p, const ForwardPlan& plan, int64_t item, S
 }
 
 template <class Dot>
+static bool run_items_forward(const Params& p, const ForwardPlan& plan) {
+  if (!is_narrow(p))
+    return run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
+      return forward_item<Dot>(p, plan, item, scratch);
+    });
+  return run_items(p, plan.units * plan.parts, [&](int64_t item, Scratch& scratch) {
+    const int64_t first = item % plan.parts * plan.part_tiles;
+    float* state = plan.parts > 1 ? plan.partial + item * State::size(p) : nullptr;
+    return narrow_item(p, item / plan.parts, first, first + plan.part_tiles, state, scratch);
+  });
+}
+
+template <class Dot>
 static const char* run_forward(const Params& p) {
   ForwardPlan plan(p);
   if (plan.units * plan.tiles == 0) return nullptr;
   Scratch partial;
-  const int64_t size = ForwardPlan::state_size(p);
+  const int64_t size = State::size(p);
   if (plan.parts > 1) {
     const int64_t floats = plan.units * plan.tiles * plan.parts * size;
     if (!partial.reset(Scratch::bytes_for<float>(floats))) return NO_MEMORY;
     plan.partial = partial.take<float>(floats);
   }
-  bool done = run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
-    return forward_item<Dot>(p, plan, item, scratch);
-  });
+  bool done = run_items_forward<Dot>(p, plan);
   if (done && plan.parts > 1)
     done = run_items(p, plan.units * plan.tiles, [&](int64_t item, Scratch& scratch) {
       return join_parts(p, plan, item, scratch);
