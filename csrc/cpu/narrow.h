@@ -97,9 +97,10 @@ INLINE void narrow_scores(const char* key, int64_t key_bytes, int64_t dim, const
 }
 
 // out[r][d] += sum over j of weights[j][r] * value[j][d], for VECTORS vectors of d and the keys with a bit in `seen`.
+// `ahead` is how much of a later row to fetch.
 template <class Read, int ROWS, int VECTORS>
 INLINE void narrow_output(const char* value, int64_t value_bytes, uint64_t seen, const float* weights, float* out,
-                          int64_t width) {
+                          int64_t width, int64_t ahead) {
   vf sum[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
@@ -107,7 +108,7 @@ INLINE void narrow_output(const char* value, int64_t value_bytes, uint64_t seen,
     for (int v = 0; v < VECTORS; ++v) sum[r][v] = load(out + r * width + v * VL);
   for (int j = 0; seen; ++j, seen >>= 1) {
     if (!(seen & 1)) continue;
-    fetch(value + (j + AHEAD) * value_bytes, VECTORS * VL * Read::BYTES);
+    fetch(value + (j + AHEAD) * value_bytes, ahead);
     vf line[VECTORS];
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) line[v] = Read::read(value + j * value_bytes + v * VL * Read::BYTES);
@@ -185,9 +186,10 @@ static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
   }
   int64_t d = 0;
   for (; d + VECTORS * VL <= p.head_dim_v; d += VECTORS * VL)
-    narrow_output<Read, ROWS, VECTORS>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width_v);
+    narrow_output<Read, ROWS, VECTORS>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width_v,
+                                       d ? 0 : p.head_dim_v * Read::BYTES);
   for (; d < p.head_dim_v; d += VL)
-    narrow_output<Read, ROWS, 1>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width_v);
+    narrow_output<Read, ROWS, 1>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width_v, 0);
 }
 
 using NarrowStep = void (*)(const Params&, int64_t, NarrowWork&);
