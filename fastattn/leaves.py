@@ -20,14 +20,15 @@ from torch import Tensor
 from fastattn import flat
 from fastattn.masks import And, Dense, Full, Interval, Mask, Or, Segments
 
+CPU = torch.device("cpu")
 INTERVAL, ELEMENTS, IDS = 0, 1, 2
 AND, OR = -1, -2
 MOST_LEAVES = 32
 MOST_WORDS = 64
 KEPT = 64
-"""Tables of intervals that are kept."""
-LONGEST_KEPT = 2**16
-"""Of queries; a longer table is made each time, which its attention does not notice."""
+"""Masks whose leaves are kept."""
+LONGEST_KEPT = 2**14
+"""Queries; longer tables are made each time, which their attention does not notice."""
 
 
 class Leaves(NamedTuple):
@@ -53,7 +54,7 @@ def why_not(mask: Mask) -> str | None:
     return None
 
 
-def leaves(mask: Mask, q_len: int, kv_len: int) -> Leaves:
+def make_leaves(mask: Mask, q_len: int, kv_len: int) -> Leaves:
     """The leaves of a mask that `why_not` lets pass, on the CPU."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
@@ -81,7 +82,7 @@ def _put(mask: Mask, q_len: int, kv_len: int, found: Leaves) -> None:
         words.append(ELEMENTS)
         tensors.append(mask.table)
         return
-    intervals = mask.intervals(q_len, kv_len)
+    intervals = mask.intervals(q_len, kv_len, CPU)
     if intervals is not None:
         words.extend([INTERVAL] * len(intervals) + [OR] * (len(intervals) - 1))
         tensors.extend(_table(interval, kv_len) for interval in intervals)

@@ -58,7 +58,7 @@ def attention_weights(
     """
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
     if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
-        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "attention_weights", None)
+        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "weights", None)
         if compute is not None:
             return compute(spec, inputs, lse, rows, mean=mean)
     weights = reference.attention_weights(spec, inputs, lse, rows)

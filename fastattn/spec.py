@@ -6,6 +6,7 @@ All shape, dtype and device checks of the library are here. The spec crosses the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from fastattn import flat
 from fastattn.blocks import BlockList, Grid, block_list
 from fastattn.dropout import check_dropout, check_number
+from fastattn.leaves import Leaves, make_leaves
 from fastattn.masks import Dense, Full, Mask, visible_pairs
 from fastattn.scores import DotProduct, Softmax
 
@@ -190,6 +192,8 @@ class AttnSpec:
         """Uninitialised output [batch, num_heads, q_len, head_dim_v] in the query's dtype and, of the two usual
         layouts, its own.
         """
+        if self.head_dim == self.head_dim_v and query.is_contiguous():
+            return torch.empty_like(query)  # the usual case, and a short call's time
         batch, num_heads, q_len, _ = query.shape
         heads, length = query.stride(1), query.stride(2)
         if 0 < heads < length or (heads == length and num_heads == 1):
@@ -198,12 +202,19 @@ class AttnSpec:
 
     def empty_lse(self, query: Tensor) -> Tensor:
         """Uninitialised log-sum-exp [batch, num_heads, q_len]: float32, float64 for float64."""
-        return query.new_empty(query.shape[:3], dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        batch, num_heads, q_len, _ = query.shape
+        return torch.empty((batch, num_heads, q_len), dtype=dtype, device=query.device)
 
     def block_list(self, block_m: int, block_n: int, *, mirror: bool = False) -> BlockList:
         """The mask's block list for tiles of block_m queries by block_n keys, on the query's device (blocks.py)."""
         grid = Grid(self.q_len, self.kv_len, block_m, block_n, self.device)
         return block_list(self.mask, grid, mirror=mirror)
+
+    @functools.cached_property
+    def leaves(self) -> Leaves:
+        """The mask as the C++ rooms read it (leaves.py): made once, and read by the backward too."""
+        return make_leaves(self.mask, self.q_len, self.kv_len)
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that the mask shows, over batch and heads. Reads the mask's values: syncs a device."""
@@ -231,6 +242,7 @@ class AttnSpec:
 
 
 MOST_SEEN = 256
+LONGEST_SEEN = 2**14  # queries: a spec may keep tables of that length
 _SEEN: dict[tuple[object, ...], AttnSpec] = {}
 """The specs of plain calls by what decides them: checking a small problem takes longer than solving it."""
 
@@ -250,7 +262,7 @@ def _plain_call(
         return None
     if not (mask is None or isinstance(mask, Mask)) or type(scale) not in _NUMBER or type(softcap) not in _NUMBER:
         return None
-    if query.is_nested or key.is_nested or value.is_nested:
+    if query.is_nested or key.is_nested or value.is_nested or query.shape[-2] > LONGEST_SEEN:
         return None
     wants = (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
     return (

@@ -54,18 +54,16 @@ def backward(
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
-    dbias = None if inputs.bias is None else torch.zeros(inputs.bias.shape, dtype=torch.float32)
+    dbias = None if inputs.bias is None else torch.zeros(inputs.bias.shape, dtype=torch.float32, device=spec.device)
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
-    row_terms = torch.empty(2, *lse.shape, dtype=torch.float32)
+    row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
     native.library().backward(
         *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
     )
     return dq, dk, dv, dbias, dsinks
 
 
-def attention_weights(
-    spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool
-) -> Tensor:
+def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool) -> Tensor:
     """weights [batch, num_heads, q_len or len(rows), kv_len] float32, before dropout, or their mean over the heads
     [batch, q_len or len(rows), kv_len]; lse is computed where it is not given.
     """
@@ -73,26 +71,31 @@ def attention_weights(
     if lse is None:  # a value of one column is the cheapest
         _, lse = forward(spec, inputs._replace(value=inputs.value[..., :1]))
     count = spec.q_len if rows is None else len(rows)
-    weights = torch.empty(spec.batch, 1 if mean else spec.num_heads, count, spec.kv_len, dtype=torch.float32)
+    table = torch.empty(
+        spec.batch, 1 if mean else spec.num_heads, count, spec.kv_len, dtype=torch.float32, device=spec.device
+    )
     words, tensors, scale, softcap, _ = _numbers(spec)
     native.library().weights(
         inputs.query, inputs.key, inputs.bias, inputs.sinks, words, tensors, scale, softcap,
-        lse.float().contiguous(), rows, mean, weights,
+        lse.float().contiguous(), rows, mean, table,
     )  # fmt: skip
-    return weights.squeeze(1) if mean else weights
+    return table.squeeze(1) if mean else table
 
 
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
     """The operators' arguments between the inputs and the outputs."""
-    words, tensors = leaves.leaves(spec.mask, spec.q_len, spec.kv_len)
+    words, tensors = spec.leaves
     return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
 
 
 def _readable(inputs: AttnInputs) -> AttnInputs:
     """As kernels read memory: no negated views, sinks float32 and side by side."""
-    if any(each is not None and each.is_neg() for each in inputs[:5]):
+    query, key, value, bias, sinks, _ = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
         inputs = inputs.resolved()
-    return inputs if inputs.sinks is None else inputs._replace(sinks=inputs.sinks.float().contiguous())
+    if inputs.sinks is not None:
+        inputs = inputs._replace(sinks=inputs.sinks.float().contiguous())
+    return inputs
 
 
 def _spec_reason(spec: AttnSpec) -> str | None:

@@ -72,7 +72,7 @@ def test_the_leaves_show_what_the_mask_shows(name, q_len, kv_len):
     assert leaves.why_not(mask) is None
     shape = 2, 3, q_len, kv_len
     for _ in range(2):  # made, and kept
-        got = table(leaves.leaves(mask, q_len, kv_len), q_len, kv_len)
+        got = table(leaves.make_leaves(mask, q_len, kv_len), q_len, kv_len)
         assert torch.equal(got.expand(shape), mask.dense(q_len, kv_len).expand(shape))
 
 
@@ -86,17 +86,17 @@ def test_intervals_stay_intervals_however_they_are_put_together():
         (Segments(torch.zeros(1, 6, dtype=torch.int32), sorted=True), [leaves.INTERVAL]),
         (Segments(torch.zeros(1, 6, dtype=torch.int32)), [leaves.IDS]),
     ):
-        assert leaves.leaves(mask, 6, 6).words == words
+        assert leaves.make_leaves(mask, 6, 6).words == words
 
 
 def test_a_mask_of_equal_numbers_is_made_once_and_one_with_tensors_each_time():
-    first, again = (leaves.leaves(Window(3, 1), 40, 50) for _ in range(2))
+    first, again = (leaves.make_leaves(Window(3, 1), 40, 50) for _ in range(2))
     assert first.tensors[0] is again.tensors[0]
-    assert leaves.leaves(Window(3, 2), 40, 50).tensors[0] is not first.tensors[0]
+    assert leaves.make_leaves(Window(3, 2), 40, 50).tensors[0] is not first.tensors[0]
     lengths = Lengths(torch.tensor([4]))
-    before = leaves.leaves(lengths, 4, 9).tensors[0].clone()
+    before = leaves.make_leaves(lengths, 4, 9).tensors[0].clone()
     lengths.kv_lengths.add_(1)
-    assert torch.equal(leaves.leaves(lengths, 4, 9).tensors[0][1], before[1] + 1)
+    assert torch.equal(leaves.make_leaves(lengths, 4, 9).tensors[0][1], before[1] + 1)
 
 
 def test_every_row_has_leaves():

@@ -19,7 +19,7 @@ def calls(monkeypatch):
     """The names of the room's functions in the order of their calls; the reference's forward would be an error."""
     called = []
     room = dispatch.room("cpu")
-    for name in ("forward", "backward", "attention_weights"):
+    for name in ("forward", "backward", "weights"):
         real = getattr(room, name)
         spy = lambda *args, real=real, name=name, **named: called.append(name) or real(*args, **named)
         monkeypatch.setattr(room, name, spy)
@@ -65,7 +65,7 @@ def test_multihead_attention_as_people_call_it(calls, average):
         want = theirs(x, x, x, key_padding_mask=padding, average_attn_weights=average)
     for mine, other in zip(got, want, strict=True):
         close(mine, other)
-    assert calls == ["forward", "attention_weights"]
+    assert calls == ["forward", "weights"]
 
 
 def test_a_replaced_transformer_trains(calls):
@@ -138,3 +138,14 @@ def test_a_real_model(calls, monkeypatch):
     result = model.run_model(torch.device("cpu"), lambda words: None)
     assert result.ok and result.least_cosine > 0.99999
     assert set(calls) == {"forward"} and len(calls) >= result.calls_fastattn
+
+
+def test_a_default_device_elsewhere_changes_nothing(calls):
+    query = torch.randn(1, 2, 21, 16, requires_grad=True)
+    sinks, bias = torch.randn(2, requires_grad=True), torch.randn(21, 21, requires_grad=True)
+    with torch.device("meta"):
+        out = fastattn.attention(query, query, query, mask=Causal(offset=-3), bias=bias, sinks=sinks)
+        out.sum().backward()
+        weights = fastattn.attention_weights(query.detach(), query.detach(), mask=Causal(offset=-4))
+    assert all(each.device.type == "cpu" for each in (out, weights, query.grad, sinks.grad, bias.grad))
+    assert calls == ["forward", "backward", "weights", "forward"]

@@ -19,8 +19,8 @@ def by_the_room(monkeypatch):
     """How often the room was asked."""
     called = []
     room = dispatch.room("cpu")
-    real = room.attention_weights
-    monkeypatch.setattr(room, "attention_weights", lambda *args, **named: called.append(1) or real(*args, **named))
+    real = room.weights
+    monkeypatch.setattr(room, "weights", lambda *args, **named: called.append(1) or real(*args, **named))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
     return called
 
@@ -94,3 +94,10 @@ def test_derivatives_and_transforms_use_the_plain_formulation(by_the_room):
     with torch.no_grad():
         attention_weights(query, query, lse=lse)
     assert len(by_the_room) == 2
+
+
+def test_dtypes_without_a_kernel_use_the_plain_formulation(by_the_room):
+    query = torch.randn(1, 2, 5, 8, dtype=torch.float64)
+    for heads in ("all", "mean"):
+        assert attention_weights(query, query, heads=heads).dtype == torch.float64
+    assert by_the_room == []
