@@ -68,15 +68,21 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
   const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
   const int vectors = rows.tile->vectors;
   const int64_t steps = vectors * VL / Dot::PER_WORD, row = BLOCK_M / Dot::PER_WORD;
-  const auto* keys = gradient_step<Dot>(p, rows, work);
-  const auto* weights = weight_rows<Dot>(work.weight, work.words);
-  column_product<Dot>(width_v, steps, weights, row, rows.d_out.pairs, dv);
-  if (owns_dbias(p)) store_dbias(p, *rows.tile, work.at.first, work.d_score);
-  if (p.softcap != 0.0f) multiply(work.d_score, work.slope);
-  const auto* d_scores = weight_rows<Dot>(work.d_score, work.words);
-  column_product<Dot>(width, steps, d_scores, row, rows.query.pairs, dk);
-  const auto* d_pairs = weight_pairs<Dot>(vectors, work.d_score, work.words);
-  lane_product<Dot, true>(vectors, width, BLOCK_N / Dot::PER_WORD, keys, 1, width, d_pairs, rows.dq);
+  const auto* pairs = gradient_step<Dot>(p, rows, work);
+  const Meeting& at = work.at;
+  const int keys = at.high - at.low;
+  const float *weight = work.weight + at.low * BLOCK_M, *d_score = work.d_score + at.low * BLOCK_M;
+  dk += at.low * width;
+  dv += at.low * width_v;
+  const auto* weights = weight_rows<Dot>(keys, weight, work.words);
+  column_product<Dot>(keys, width_v, steps, weights, row, rows.d_out.pairs, dv);
+  if (owns_dbias(p)) store_dbias(p, *rows.tile, at, work.d_score);
+  if (p.softcap != 0.0f) multiply(at, work.d_score, work.slope);
+  const auto* d_scores = weight_rows<Dot>(keys, d_score, work.words);
+  column_product<Dot>(keys, width, steps, d_scores, row, rows.query.pairs, dk);
+  const auto* d_pairs = weight_pairs<Dot>(vectors, keys, d_score, work.words);
+  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, pairs + words_of<Dot>(at.low) * width, 1, width, d_pairs,
+                          rows.dq);
 }
 
 // Add a finished chunk to dq, in turn; the last part writes it out.

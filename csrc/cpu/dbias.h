@@ -12,12 +12,12 @@ static bool owns_dbias(const Params& p) {
 }
 
 // [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places.
-static void store_dbias(const Params& p, const QueryTile& tile, int64_t first, const float* from) {
-  const int64_t left = p.kv_len - first, keys = left < BLOCK_N ? left : BLOCK_N;
+static void store_dbias(const Params& p, const QueryTile& tile, const Meeting& at, const float* from) {
+  const int64_t left = p.kv_len - at.first, last = left < at.high ? left : at.high;
   for (int lane = 0; lane < tile.count; ++lane) {
     const int64_t b = p.bias_shape[0] > 1 ? tile.b : 0, h = p.bias_shape[1] > 1 ? tile.head[lane] : 0;
     const int64_t row = (b * p.bias_shape[1] + h) * p.bias_shape[2] + tile.q_idx[lane];
-    for (int64_t j = 0; j < keys; ++j) p.dbias[row * p.bias_shape[3] + first + j] = from[j * BLOCK_M + lane];
+    for (int64_t j = at.low; j < last; ++j) p.dbias[row * p.bias_shape[3] + at.first + j] = from[j * BLOCK_M + lane];
   }
 }
 
@@ -81,7 +81,7 @@ static bool dbias_item(const Params& p, const BiasItem& item, int64_t q_tiles, i
           work.step.keys.read_backward(p, b, h / p.group, kv);
           gradient_step<Dot>(p, work.rows, work.step);
           const int lanes = work.rows.tile->vectors * VL;
-          for (int j = 0; j < BLOCK_N; ++j)
+          for (int j = work.step.at.low; j < work.step.at.high; ++j)
             for (int n = 0; n < lanes; n += VL) {
               float* to = work.sum + j * BLOCK_M + n;
               store(to, load(to) + load(work.step.d_score + j * BLOCK_M + n));

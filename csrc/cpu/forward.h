@@ -68,16 +68,19 @@ static void forward_step(const Params& p, const QueryTile& tile, const QueryRows
   const int64_t width = padded(p.head_dim_v), steps = steps_of<Dot>(p.head_dim);
   const Meeting& at = work.at;
   const int64_t row = words_of<Dot>(padded(p.head_dim));
-  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps, along<Dot>(work.keys.k), row, 1, query.across, work.s);
+  const int keys = at.high - at.low;
+  float* s = work.s + at.low * BLOCK_M;
+  lane_product<Dot, false>(tile.vectors, keys, steps, along<Dot>(work.keys.k) + at.low * row, row, 1, query.across, s);
   if (!at.plain) finish_scores(p, tile, at, work.s, nullptr);
   const auto* values = work.keys.clean(at, tile, work.s, width);
-  soften(tile.vectors, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, width);
+  soften(tile.vectors, keys, s, at.plain ? p.scale * kLog2E : kLog2E, state, width);
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.dropout);
-    multiply(work.s, at.dropout);
+    multiply(at, work.s, at.dropout);
   }
-  const auto* weights = weight_pairs<Dot>(tile.vectors, work.s, work.words);
-  lane_product<Dot, true>(tile.vectors, width, BLOCK_N / Dot::PER_WORD, values, 1, width, weights, state.out);
+  const auto* weights = weight_pairs<Dot>(tile.vectors, keys, s, work.words);
+  lane_product<Dot, true>(tile.vectors, width, keys / Dot::PER_WORD, values + words_of<Dot>(at.low) * width, 1, width,
+                          weights, state.out);
 }
 
 template <class Dot>

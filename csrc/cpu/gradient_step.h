@@ -77,25 +77,27 @@ struct GradientWork {
 };
 
 // Fills work.weight, with sinks and dropout in it, and work.d_score, the gradient of the scores before the bias and
-// after the soft cap; work.slope is the soft cap's. Gives the keys for the product with d_score.
+// after the soft cap, for the keys that are worth a look; work.slope is the soft cap's. Gives the keys for the product with d_score.
 template <class Dot>
 static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot>& rows, GradientWork<Dot>& work) {
   const QueryTile& tile = *rows.tile;
   const Meeting& at = work.at;
   const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
   float *s = work.weight, *d = work.d_score;
-  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
-                           words_of<Dot>(width), 1, rows.query.across, s);
-  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim_v), along<Dot>(work.keys.v),
-                           words_of<Dot>(width_v), 1, rows.d_out.across, d);
+  const int64_t keys = at.high - at.low, first = at.low * BLOCK_M;
+  const int64_t row = words_of<Dot>(width), row_v = words_of<Dot>(width_v);
+  lane_product<Dot, false>(tile.vectors, keys, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k) + at.low * row, row,
+                           1, rows.query.across, s + first);
+  lane_product<Dot, false>(tile.vectors, keys, steps_of<Dot>(p.head_dim_v), along<Dot>(work.keys.v) + at.low * row_v,
+                           row_v, 1, rows.d_out.across, d + first);
   if (!at.plain) finish_scores(p, tile, at, s, p.softcap != 0.0f ? work.slope : nullptr);
-  const auto* keys = work.keys.clean(at, tile, s, width);
+  const auto* cleaned = work.keys.clean(at, tile, s, width);
   if (p.drop_below) dropout_factors(p, tile, at.first, at.dropout);
   const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     vf met = load(rows.met(p) + n);
     const vf lse = load(rows.lse + n), share = load(rows.share + n), shift = load(rows.shift + n);
-    for (int pair = n; pair < TILE; pair += BLOCK_M) {
+    for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
       const vf score = load(s + pair), whole = exp2(score * factor - lse);
       vf weight = whole * share, d_weight = load(d + pair);
       if (!at.plain) d_weight = score == splat(-kInfinity) ? vf{} : d_weight;
@@ -109,7 +111,7 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
     }
     store(rows.met(p) + n, met);
   }
-  return keys;
+  return cleaned;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -173,7 +173,7 @@ static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
   State state(work.state);
   alignas(64) float before[MOST_ROWS], factor[MOST_ROWS];
   std::memcpy(before, state.max, sizeof before);
-  soften(tile.vectors, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, 0);
+  soften(tile.vectors, BLOCK_N, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, 0);
   for (int r = 0; r < ROWS; ++r) {
     if (before[r] == state.max[r] || before[r] == -kInfinity) continue;
     factor[r] = exp2f(before[r] - state.max[r]);
@@ -182,7 +182,7 @@ static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
   }
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.dropout);
-    multiply(work.s, at.dropout);
+    multiply(at, work.s, at.dropout);
   }
   int64_t d = 0;
   for (; d + VECTORS * VL <= p.head_dim_v; d += VECTORS * VL)
@@ -217,7 +217,10 @@ static bool narrow_item(const Params& p, int64_t index, int64_t first, int64_t l
                           : p.dtype == kBFloat16 ? narrow_step_for<ReadBFloat16>(count)
                                                  : narrow_step_for<ReadFloat16>(count);
   for (int64_t kv_tile = first; kv_tile < last; ++kv_tile)
-    if (work.at.meet(p, *work.tile, kv_tile)) step(p, unit.kv_head, work);
+    if (work.at.meet(p, *work.tile, kv_tile)) {
+      work.at.look_at_all();
+      step(p, unit.kv_head, work);
+    }
   State done(work.state);
   for (int lane = 0; lane < count; ++lane)
     for (int64_t d = 0; d < p.head_dim_v; ++d) done.out[d * BLOCK_M + lane] = work.out[lane * width + d];

@@ -128,13 +128,13 @@ INLINE bool all_finite(const uint16_t* numbers, int64_t n) {
   return found == 0;
 }
 
-// Weights [BLOCK_N][BLOCK_M] -> `pairs` over keys: [BLOCK_N / PER_WORD][BLOCK_M].
+// Weights [keys][BLOCK_M] -> `pairs` over keys: [keys / PER_WORD][BLOCK_M].
 template <class Dot>
-INLINE const typename Dot::Word* weight_pairs(int vectors, const float* weights, typename Dot::Word* to) {
+INLINE const typename Dot::Word* weight_pairs(int vectors, int keys, const float* weights, typename Dot::Word* to) {
   if constexpr (Dot::PER_WORD == 1) {
     return weights;
   } else {
-    for (int r = 0; r < BLOCK_N; r += 2)
+    for (int r = 0; r < keys; r += 2)
       for (int n = 0; n < vectors * VL; n += VL)
         store(to + r / 2 * BLOCK_M + n,
               Dot::pair(load(weights + r * BLOCK_M + n), load(weights + (r + 1) * BLOCK_M + n)));
@@ -142,14 +142,14 @@ INLINE const typename Dot::Word* weight_pairs(int vectors, const float* weights,
   }
 }
 
-// Weights [BLOCK_N][BLOCK_M] -> `along`, a product over queries: [BLOCK_N][BLOCK_M / PER_WORD].
+// Weights [keys][BLOCK_M] -> `along`, a product over queries: [keys][BLOCK_M / PER_WORD].
 template <class Dot>
-INLINE const typename Dot::Word* weight_rows(const float* weights, typename Dot::Word* to) {
+INLINE const typename Dot::Word* weight_rows(int keys, const float* weights, typename Dot::Word* to) {
   if constexpr (Dot::PER_WORD == 1) {
     return weights;
   } else {
     char* out = reinterpret_cast<char*>(to);
-    for (int at = 0; at < BLOCK_N * BLOCK_M; at += VL) Dot::narrow(out + at * 2, load(weights + at));
+    for (int at = 0; at < keys * BLOCK_M; at += VL) Dot::narrow(out + at * 2, load(weights + at));
     return to;
   }
 }

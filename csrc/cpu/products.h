@@ -84,17 +84,17 @@ static void lane_product(int vectors, int64_t rows, int64_t steps, const typenam
   for (; n < vectors; ++n) lane_strip<Dot, 1, ADD>(rows, steps, a, a_row, a_step, b + n * VL, c + n * VL);
 }
 
-// Columns are head dimensions: b [steps][width], c [BLOCK_N][width], added to; width a multiple of VL.
+// Columns are head dimensions: b [steps][width], c [rows][width], added to; width a multiple of VL.
 template <class Dot>
-static void column_product(int64_t width, int64_t steps, const typename Dot::Word* a, int64_t a_row,
+static void column_product(int64_t rows, int64_t width, int64_t steps, const typename Dot::Word* a, int64_t a_row,
                            const typename Dot::Word* b, float* c) {
   int64_t n = 0;
   for (; n + COLUMN_VECTORS * VL <= width; n += COLUMN_VECTORS * VL)
-    for (int r = 0; r < BLOCK_N; r += COLUMN_ROWS)
+    for (int64_t r = 0; r < rows; r += COLUMN_ROWS)
       product_block<Dot, COLUMN_ROWS, COLUMN_VECTORS, true>(steps, a + r * a_row, a_row, 1, b + n, width,
                                                             c + r * width + n, width);
   for (; n < width; n += VL)
-    for (int r = 0; r < BLOCK_N; r += LANE_ROWS)
+    for (int64_t r = 0; r < rows; r += LANE_ROWS)
       product_block<Dot, LANE_ROWS, 1, true>(steps, a + r * a_row, a_row, 1, b + n, width, c + r * width + n, width);
 }
 

@@ -102,8 +102,8 @@ struct QueryTile {
     return stack[0];
   }
 
-  // What every lane sees of a tile of keys; nothing in lanes out of use. Gives the tile's class.
-  TileClass see(int64_t kv_tile, uint64_t* bits) const {
+  // What every lane sees of a tile of keys, nothing in lanes out of use, and what any does. Gives the tile's class.
+  TileClass see(int64_t kv_tile, uint64_t* bits, uint64_t* some) const {
     const int64_t first = kv_tile * BLOCK_N;
     uint64_t stack[kMostLeaves + 1][BLOCK_M];
     int top = 0;
@@ -127,6 +127,7 @@ struct QueryTile {
       any_bits |= bits[lane];
       if (lane < count) all_bits &= seen;
     }
+    *some = any_bits;
     return !any_bits ? kSkip : ~all_bits ? kCheck : kFull;
   }
 

@@ -9,9 +9,12 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t TILE = BLOCK_N * BLOCK_M;
 
+constexpr int KEY_STEP = 8;  // a whole number of a product's rows
+
 // One tile of keys as one tile of queries meets it.
 struct Meeting {
   int64_t first;  // key
+  int low, high;  // keys of the tile from low on and below high are worth a look; multiples of KEY_STEP
   bool check;     // some pair is hidden
   bool plain;     // the raw product times the scale is the score
   alignas(64) uint64_t bits[BLOCK_M];
@@ -27,16 +30,25 @@ struct Meeting {
   bool meet(const Params& p, const QueryTile& tile, int64_t kv_tile) {
     first = kv_tile * BLOCK_N;
     TileClass found = tile.tile_class(kv_tile);
-    if (found == kCheck) found = tile.see(kv_tile, bits);
+    uint64_t some = ~uint64_t{0};
+    if (found == kCheck) found = tile.see(kv_tile, bits, &some);
+    if (found == kSkip) return false;
+    low = __builtin_ctzll(some) / KEY_STEP * KEY_STEP;
+    high = BLOCK_N - __builtin_clzll(some) / KEY_STEP * KEY_STEP;
     check = found != kFull;
     plain = !check && !p.bias.data && p.softcap == 0.0f && p.scale >= 0.0f;
-    return found != kSkip;
+    return true;
+  }
+
+  void look_at_all() {
+    low = 0;
+    high = BLOCK_N;
   }
 
   // A bit for each key that some query sees, by mask or by bias.
   uint64_t seen(const float* scores, int vectors) const {
     uint64_t found = 0;
-    for (int j = 0; j < BLOCK_N; ++j) {
+    for (int j = low; j < high; ++j) {
       vi visible = vi{};
       for (int n = 0; n < vectors * VL; n += VL) visible |= load(scores + j * BLOCK_M + n) != splat(-kInfinity);
       found |= static_cast<uint64_t>(any(visible)) << j;
@@ -73,7 +85,7 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
   const vf scale = splat(p.scale), cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     vi word = vi{};
-    for (int j = 0; j < BLOCK_N; ++j) {
+    for (int j = at.low; j < at.high; ++j) {
       float* pair = s + j * BLOCK_M + n;
       vf t = load(pair) * scale;
       if (p.softcap != 0.0f) {
@@ -88,7 +100,7 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
         hidden = bias == splat(-kInfinity);
       }
       if (at.check) {
-        if (j % 32 == 0) word = visible_lanes(at, j, n);
+        if (j % 32 == 0 || j == at.low) word = visible_lanes(at, j, n);
         hidden |= ~(word << (31 - j % 32) >> 31);
       }
       store(pair, hidden ? splat(-kInfinity) : t);
@@ -113,8 +125,9 @@ static void dropout_factors(const Params& p, const QueryTile& tile, int64_t firs
   }
 }
 
-INLINE void multiply(float* to, const float* factor) {
-  for (int64_t at = 0; at < TILE; at += VL) store(to + at, load(to + at) * load(factor + at));
+INLINE void multiply(const Meeting& meeting, float* to, const float* factor) {
+  for (int at = meeting.low * BLOCK_M; at < meeting.high * BLOCK_M; at += VL)
+    store(to + at, load(to + at) * load(factor + at));
 }
 
 // Rows of keys without a bit in `seen`, zeroed in `pairs` form: their numbers may be anything.

@@ -37,13 +37,13 @@ struct State {
 };
 
 // Scores times `factor`, powers of two from here on, -> weights in place, with the running maximum and sum.
-static void soften(int vectors, float* s, float factor, State& state, int64_t width) {
+static void soften(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
   for (int n = 0; n < vectors * VL; n += VL) {
     vf found = splat(-kInfinity);
-    for (int j = 0; j < BLOCK_N; ++j) found = larger(found, load(s + j * BLOCK_M + n));
+    for (int j = 0; j < keys; ++j) found = larger(found, load(s + j * BLOCK_M + n));
     const vf shift = state.raise(n, found * factor, width);
     vf even = load(state.sum + n), odd = vf{};
-    for (int j = 0; j < BLOCK_N; j += 2) {
+    for (int j = 0; j < keys; j += 2) {
       const vf first = exp2(load(s + j * BLOCK_M + n) * factor - shift);
       const vf second = exp2(load(s + (j + 1) * BLOCK_M + n) * factor - shift);
       even = even + first;

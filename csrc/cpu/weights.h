@@ -63,6 +63,7 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
       if (!add) write_weights(p, tile, first_row, kv_tile * BLOCK_N, factor, false, nullptr);
       continue;
     }
+    work.at.look_at_all();
     work.keys.read_keys(p, b, h / p.group, kv_tile);
     lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
                              words_of<Dot>(padded(p.head_dim)), 1, work.rows.across, work.s);
