@@ -46,7 +46,8 @@ class Verdict:
 @functools.cache
 def room(name: str) -> ModuleType:
     """The module of a backend: why_not, forward, backward, kernel_name; where there is something to say, also
-    needs_asking, prepare (why_not, and whatever must be done before a run), notes (for a verdict), weights (see attention_weights).
+    needs_asking, prepare (why_not, and whatever must be done before a run), notes (for a verdict), weights (what
+    attention_weights returns).
     """
     return importlib.import_module(_MODULES[name])
 
