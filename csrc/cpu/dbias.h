@@ -11,14 +11,14 @@ static bool owns_dbias(const Params& p) {
          p.bias_shape[3] == p.kv_len;
 }
 
-// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places.
+// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads.
 static void store_dbias(const Params& p, const QueryTile& tile, const Meeting& at, const float* from) {
   const int64_t left = p.kv_len - at.first, last = left < at.high ? left : at.high;
-  for (int lane = 0; lane < tile.count; ++lane) {
-    const int64_t b = p.bias_shape[0] > 1 ? tile.b : 0, h = p.bias_shape[1] > 1 ? tile.head[lane] : 0;
-    const int64_t row = (b * p.bias_shape[1] + h) * p.bias_shape[2] + tile.q_idx[lane];
-    for (int64_t j = at.low; j < last; ++j) p.dbias[row * p.bias_shape[3] + at.first + j] = from[j * BLOCK_M + lane];
-  }
+  // Rows follow one another in the bias as in the tile: heads of a group are side by side, each with all its queries.
+  const int64_t row = (tile.b * p.num_heads + tile.head[0]) * p.q_len + tile.q_idx[0];
+  if (at.low < last)
+    transpose(from + at.low * BLOCK_M, BLOCK_M, last - at.low, tile.count, p.dbias + row * p.kv_len + at.first + at.low,
+              p.kv_len);
 }
 
 template <class Dot>

@@ -75,7 +75,7 @@ static void forward_step(const Params& p, const QueryTile& tile, const QueryRows
   const auto* values = work.keys.clean(at, tile, work.s, width);
   soften(tile.vectors, keys, s, at.plain ? p.scale * kLog2E : kLog2E, state, width);
   if (p.drop_below) {
-    dropout_factors(p, tile, at.first, at.dropout);
+    dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
     multiply(at, work.s, at.dropout);
   }
   const auto* weights = weight_pairs<Dot>(tile.vectors, keys, s, work.words);

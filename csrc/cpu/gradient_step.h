@@ -92,7 +92,7 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
                            row_v, 1, rows.d_out.across, d + first);
   if (!at.plain) finish_scores(p, tile, at, s, p.softcap != 0.0f ? work.slope : nullptr);
   const auto* cleaned = work.keys.clean(at, tile, s, width);
-  if (p.drop_below) dropout_factors(p, tile, at.first, at.dropout);
+  if (p.drop_below) dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
   const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     vf met = load(rows.met(p) + n);

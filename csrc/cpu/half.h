@@ -55,4 +55,66 @@ INLINE uint16_t from_float(float value, DType dtype) {
 #endif
 }
 
+// A vector of numbers from memory, as float; and back, rounded.
+struct ReadFloat {
+  static constexpr int BYTES = 4;
+  static INLINE vf read(const char* from) { return load(from); }
+};
+
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+struct ReadBFloat16 {
+  static constexpr int BYTES = 2;
+  static INLINE vf read(const char* from) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
+#else
+    return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16);
+#endif
+  }
+};
+
+struct ReadFloat16 {
+  static constexpr int BYTES = 2;
+  static INLINE vf read(const char* from) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(load<__m256i>(from));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+    vf wide;
+    const vh half = load<vh>(from);
+    for (int lane = 0; lane < VL; ++lane) wide[lane] = to_float(half[lane], kFloat16);
+    return wide;
+#endif
+  }
+};
+
+INLINE vh to_bfloat16(vf numbers) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)numbers);
+  return load<vh>(&half);
+#else
+  const vu word = (vu)numbers;
+  const vu rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16, quiet = (word >> 16) | 0x40u;
+  return __builtin_convertvector(numbers == numbers ? rounded : quiet, vh);
+#endif
+}
+
+INLINE vh to_float16(vf numbers) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_cvtps_ph((__m512)numbers, 0);
+  return load<vh>(&half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph((__m256)numbers, 0);
+  return load<vh>(&half);
+#else
+  vh half;
+  for (int lane = 0; lane < VL; ++lane) half[lane] = from_float(numbers[lane], kFloat16);
+  return half;
+#endif
+}
+
 }  // namespace fastattn::FASTATTN_ISA

@@ -9,42 +9,6 @@ namespace fastattn::FASTATTN_ISA {
 constexpr int MOST_ROWS = 8;
 constexpr int AHEAD = 16;  // keys to fetch ahead of use
 
-struct ReadFloat {
-  static constexpr int BYTES = 4;
-  static INLINE vf read(const char* from) { return load(from); }
-};
-
-typedef uint16_t vh __attribute__((vector_size(VL * 2)));
-
-struct ReadBFloat16 {
-  static constexpr int BYTES = 2;
-  static INLINE vf read(const char* from) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load<__m256i>(from)), 16);
-#elif defined(__AVX2__)
-    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16);
-#else
-    return (vf)(__builtin_convertvector(load<vh>(from), vu) << 16);
-#endif
-  }
-};
-
-struct ReadFloat16 {
-  static constexpr int BYTES = 2;
-  static INLINE vf read(const char* from) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps(load<__m256i>(from));
-#elif defined(__F16C__)
-    return (vf)_mm256_cvtph_ps(load<__m128i>(from));
-#else
-    vf wide;
-    const vh half = load<vh>(from);
-    for (int lane = 0; lane < VL; ++lane) wide[lane] = to_float(half[lane], kFloat16);
-    return wide;
-#endif
-  }
-};
-
 INLINE bool is_narrow(const Params& p) {
   return Unit::rows(p) <= MOST_ROWS && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
          p.head_dim_v % VL == 0;
@@ -181,7 +145,7 @@ static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
       store(work.out + r * width_v + d, load(work.out + r * width_v + d) * factor[r]);
   }
   if (p.drop_below) {
-    dropout_factors(p, tile, at.first, at.dropout);
+    dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
     multiply(at, work.s, at.dropout);
   }
   int64_t d = 0;

@@ -19,32 +19,28 @@ INLINE const char* row_at(const Table& table, int64_t b, int64_t h, int64_t i) {
   return static_cast<const char*>(table.data) + at * (table.dtype == kFloat32 ? 4 : 2);
 }
 
+template <class Read>
+INLINE int64_t read_vectors(const char* from, int64_t n, float* to) {
+  int64_t d = 0;
+  for (; d + VL <= n; d += VL) store(to + d, Read::read(from + d * Read::BYTES));
+  return d;
+}
+
 // n numbers as float, the rest up to `width` zero.
 static void read_row(const Table& table, const char* from, int64_t n, int64_t width, float* to) {
   const int64_t step = table.stride[3];
+  int64_t d = 0;
   if (table.dtype == kFloat32) {
     const float* row = reinterpret_cast<const float*>(from);
-    if (step == 1)
-      std::memcpy(to, row, n * 4);
-    else
-      for (int64_t d = 0; d < n; ++d) to[d] = row[d * step];
+    if (step == 1) d = read_vectors<ReadFloat>(from, n, to);
+    for (; d < n; ++d) to[d] = row[d * step];
   } else {
     const uint16_t* row = reinterpret_cast<const uint16_t*>(from);
-    if (table.dtype == kBFloat16 && step == 1)
-      for (int64_t d = 0; d < n; ++d) to[d] = to_float(row[d], kBFloat16);
-    else if (table.dtype == kBFloat16)
-      for (int64_t d = 0; d < n; ++d) to[d] = to_float(row[d * step], kBFloat16);
-    else {
-      int64_t d = 0;
-#if defined(__F16C__) || defined(__AVX512F__)
-      if (step == 1)
-        for (; d + 8 <= n; d += 8)
-          _mm256_storeu_ps(to + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + d))));
-#endif
-      for (; d < n; ++d) to[d] = to_float(row[d * step], kFloat16);
-    }
+    if (step == 1)
+      d = table.dtype == kBFloat16 ? read_vectors<ReadBFloat16>(from, n, to) : read_vectors<ReadFloat16>(from, n, to);
+    for (; d < n; ++d) to[d] = to_float(row[d * step], table.dtype);
   }
-  for (int64_t d = n; d < width; ++d) to[d] = 0.0f;
+  for (; d < width; ++d) to[d] = 0.0f;
 }
 
 // The same as raw half-precision bits.
@@ -63,16 +59,47 @@ static void write_row(const Table& table, int64_t b, int64_t h, int64_t i, int64
                       const float* from) {
   const int64_t step = table.stride[3];
   char* at = const_cast<char*>(row_at(table, b, h, i)) + first * step * (table.dtype == kFloat32 ? 4 : 2);
+  int64_t d = 0;
   if (table.dtype == kFloat32) {
     float* row = reinterpret_cast<float*>(at);
-    for (int64_t d = 0; d < n; ++d) row[d * step] = from[d];
-  } else if (table.dtype == kBFloat16 && step == 1) {
-    uint16_t* row = reinterpret_cast<uint16_t*>(at);
-    for (int64_t d = 0; d < n; ++d) row[d] = from_float(from[d], kBFloat16);
+    if (step == 1)
+      for (; d + VL <= n; d += VL) store(row + d, load(from + d));
+    for (; d < n; ++d) row[d * step] = from[d];
   } else {
     uint16_t* row = reinterpret_cast<uint16_t*>(at);
-    for (int64_t d = 0; d < n; ++d) row[d * step] = from_float(from[d], table.dtype);
+    if (step == 1)
+      for (; d + VL <= n; d += VL)
+        store(row + d, table.dtype == kBFloat16 ? to_bfloat16(load(from + d)) : to_float16(load(from + d)));
+    for (; d < n; ++d) row[d * step] = from_float(from[d], table.dtype);
   }
+}
+
+// to[c][r] = from[r][c], words of four bytes.
+static void transpose(const void* from_words, int64_t from_row, int64_t rows, int64_t columns, void* to_words,
+                      int64_t to_row) {
+  const float* from = static_cast<const float*>(from_words);
+  float* to = static_cast<float*>(to_words);
+  int64_t r = 0;
+#if defined(__SSE__)
+  for (; r + 4 <= rows; r += 4) {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      const float* at = from + r * from_row + c;
+      __m128 w0 = _mm_loadu_ps(at), w1 = _mm_loadu_ps(at + from_row), w2 = _mm_loadu_ps(at + 2 * from_row),
+             w3 = _mm_loadu_ps(at + 3 * from_row);
+      _MM_TRANSPOSE4_PS(w0, w1, w2, w3);
+      float* out = to + c * to_row + r;
+      _mm_storeu_ps(out, w0);
+      _mm_storeu_ps(out + to_row, w1);
+      _mm_storeu_ps(out + 2 * to_row, w2);
+      _mm_storeu_ps(out + 3 * to_row, w3);
+    }
+    for (; c < columns; ++c)
+      for (int64_t n = r; n < r + 4; ++n) std::memcpy(to + c * to_row + n, from + n * from_row + c, 4);
+  }
+#endif
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) std::memcpy(to + c * to_row + r, from + r * from_row + c, 4);
 }
 
 template <class Dot>
@@ -97,11 +124,7 @@ INLINE int64_t steps_of(int64_t n) {
 // Rows already read as [rows][ld] numbers -> `across`.
 template <class Dot>
 static void to_across(const typename Element<Dot>::type* rows, int64_t ld, int64_t n, typename Dot::Word* to) {
-  const int64_t steps = steps_of<Dot>(n);
-  for (int lane = 0; lane < BLOCK_M; ++lane) {
-    const char* row = reinterpret_cast<const char*>(rows + lane * ld);
-    for (int64_t k = 0; k < steps; ++k) to[k * BLOCK_M + lane] = load<typename Dot::Word>(row + k * 4);
-  }
+  transpose(rows, ld / Dot::PER_WORD, BLOCK_M, steps_of<Dot>(n), to, BLOCK_M);
 }
 
 // Rows already read as [count][ld] numbers -> `pairs` [count / 2][ld].

@@ -1,8 +1,7 @@
-// From raw products to scores: scale, soft cap, bias, mask; and the dropout factors. Tiles are [BLOCK_N][BLOCK_M].
+// From raw products to scores: scale, soft cap, bias, mask. Tiles are [BLOCK_N][BLOCK_M].
 #pragma once
 
-#include "../common/philox.h"
-#include "query_tile.h"
+#include "dropout.h"
 #include "scratch.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -19,11 +18,13 @@ struct Meeting {
   bool plain;     // the raw product times the scale is the score
   alignas(64) uint64_t bits[BLOCK_M];
   float *bias, *dropout;  // [BLOCK_N][BLOCK_M]
+  float* bias_rows;       // [BLOCK_M][BLOCK_N]
 
-  static size_t bytes() { return 2 * Scratch::bytes_for<float>(TILE); }
+  static size_t bytes() { return 3 * Scratch::bytes_for<float>(TILE); }
   void take(Scratch& from) {
     bias = from.take<float>(TILE);
     dropout = from.take<float>(TILE);
+    bias_rows = from.take<float>(TILE);
   }
 
   // False: they see nothing of each other.
@@ -58,17 +59,25 @@ struct Meeting {
 };
 
 // The bias of every pair of the tile; 0 past the last key.
-static void read_bias(const Params& p, const QueryTile& tile, int64_t first, float* to) {
-  const int64_t left = p.kv_len - first, keys = left < BLOCK_N ? left : BLOCK_N;
-  float row[BLOCK_N];
-  const char* before = nullptr;
-  for (int lane = 0; lane < tile.vectors * VL; ++lane) {
-    const char* at = row_at(p.bias, tile.b, tile.head[lane], tile.q_idx[lane]);
-    if (at != before)
-      read_row(p.bias, at + first * p.bias.stride[3] * (p.bias.dtype == kFloat32 ? 4 : 2), keys, BLOCK_N, row);
-    before = at;
-    for (int j = 0; j < BLOCK_N; ++j) to[j * BLOCK_M + lane] = row[j];
+static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at) {
+  const int64_t left = p.kv_len - at.first, keys = left < BLOCK_N ? left : BLOCK_N, lanes = tile.vectors * VL;
+  const int64_t offset = at.first * p.bias.stride[3] * (p.bias.dtype == kFloat32 ? 4 : 2);
+  const char* first_row = row_at(p.bias, tile.b, tile.head[0], tile.q_idx[0]);
+  read_row(p.bias, first_row + offset, keys, BLOCK_N, at.bias_rows);
+  const char* row[BLOCK_M];
+  bool shared = true;
+  for (int lane = 0; lane < lanes; ++lane) {
+    row[lane] = row_at(p.bias, tile.b, tile.head[lane], tile.q_idx[lane]);
+    shared &= row[lane] == first_row;
   }
+  if (!shared) {
+    for (int lane = 1; lane < lanes; ++lane)
+      read_row(p.bias, row[lane] + offset, keys, BLOCK_N, at.bias_rows + lane * BLOCK_N);
+    transpose(at.bias_rows, BLOCK_N, lanes, BLOCK_N, at.bias, BLOCK_M);
+    return;
+  }
+  for (int j = 0; j < BLOCK_N; ++j)
+    for (int n = 0; n < lanes; n += VL) store(at.bias + j * BLOCK_M + n, splat(at.bias_rows[j]));
 }
 
 // All ones in the lanes that see key j of the tile.
@@ -81,7 +90,7 @@ INLINE vi visible_lanes(const Meeting& at, int j, int n) {
 // Scores in place, hidden pairs -inf. `slope`, where given, gets d score / d (scale * product), the soft cap's.
 static void finish_scores(const Params& p, const QueryTile& tile, const Meeting& at, float* s, float* slope) {
   const bool has_bias = p.bias.data != nullptr;
-  if (has_bias) read_bias(p, tile, at.first, at.bias);
+  if (has_bias) read_bias(p, tile, at);
   const vf scale = splat(p.scale), cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     vi word = vi{};
@@ -105,23 +114,6 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
       }
       store(pair, hidden ? splat(-kInfinity) : t);
     }
-  }
-}
-
-// What a weight is multiplied by: 0 where it is dropped, else 1 / (1 - p).
-static void dropout_factors(const Params& p, const QueryTile& tile, int64_t first, float* factor) {
-  for (int j = 0; j < BLOCK_N; j += 4) {
-    uint32_t words[4][BLOCK_M];
-    for (int lane = 0; lane < BLOCK_M; ++lane) {
-      words[0][lane] = static_cast<uint32_t>((first + j) / 4);
-      words[1][lane] = static_cast<uint32_t>(tile.q_idx[lane]);
-      words[2][lane] = static_cast<uint32_t>(tile.head[lane]);
-      words[3][lane] = static_cast<uint32_t>(tile.b);
-    }
-    philox<BLOCK_M>(p.seed, words);
-    for (int word = 0; word < 4; ++word)
-      for (int lane = 0; lane < BLOCK_M; ++lane)
-        factor[(j + word) * BLOCK_M + lane] = words[word][lane] >= p.drop_below ? p.keep_scale : 0.0f;
   }
 }
 

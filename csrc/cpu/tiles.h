@@ -121,13 +121,17 @@ struct QueryRows {
 
 // [width][BLOCK_M] floats, times a factor for each lane, to the rows of a tensor.
 static void write_lanes(const Table& table, const QueryTile& tile, int64_t n, const float* from, const float* factor) {
-  float row[512];
-  for (int lane = 0; lane < tile.count; ++lane)
-    for (int64_t first = 0; first < n; first += 512) {
-      const int64_t count = n - first < 512 ? n - first : 512;
-      for (int64_t d = 0; d < count; ++d) row[d] = from[(first + d) * BLOCK_M + lane] * factor[lane];
+  constexpr int64_t PIECE = 64;
+  alignas(64) float rows[BLOCK_M * PIECE];
+  for (int64_t first = 0; first < n; first += PIECE) {
+    const int64_t count = n - first < PIECE ? n - first : PIECE;
+    transpose(from + first * BLOCK_M, BLOCK_M, count, BLOCK_M, rows, PIECE);
+    for (int lane = 0; lane < tile.count; ++lane) {
+      float* row = rows + lane * PIECE;
+      for (int64_t d = 0; d < count; d += VL) store(row + d, load(row + d) * factor[lane]);
       write_row(table, tile.b, tile.head[lane], tile.q_idx[lane], first, count, row);
     }
+  }
 }
 
 }  // namespace fastattn::FASTATTN_ISA

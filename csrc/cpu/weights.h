@@ -33,14 +33,20 @@ struct WeightsWork {
 static void write_weights(const Params& p, const QueryTile& tile, int64_t first_row, int64_t first, float factor,
                           bool add, const float* s) {
   const int64_t left = p.kv_len - first, keys = left < BLOCK_N ? left : BLOCK_N, step = p.weights.stride[3];
+  alignas(64) float rows[TILE];
+  if (s)
+    transpose(s, BLOCK_M, BLOCK_N, BLOCK_M, rows, BLOCK_N);
+  else
+    std::memset(rows, 0, sizeof rows);
   for (int lane = 0; lane < tile.count; ++lane) {
     const int64_t h = p.mean_heads ? 0 : tile.head[lane];
     float* to = reinterpret_cast<float*>(const_cast<char*>(row_at(p.weights, tile.b, h, first_row + lane)));
-    for (int64_t j = 0; j < keys; ++j) {
-      const float weight = s ? s[j * BLOCK_M + lane] * factor : 0.0f;
-      float& place = to[(first + j) * step];
-      place = add ? place + weight : weight;
-    }
+    to += first * step;
+    const float* row = rows + lane * BLOCK_N;
+    if (add)
+      for (int64_t j = 0; j < keys; ++j) to[j * step] += row[j] * factor;
+    else
+      for (int64_t j = 0; j < keys; ++j) to[j * step] = row[j] * factor;
   }
 }
 
