@@ -1,4 +1,4 @@
-# make setup | bench | test | lint | compile-all. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
+# make setup | bench | test | lint | compile-all | sanitize. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
 # No compiler and no GPU are needed. What has been set up is not set up again.
 
 # The interpreter, 3.10 to 3.13. A torch that it can import (2.11 or newer) is the one that is used.
@@ -21,13 +21,14 @@ TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name anot
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint compile-all clean
+.PHONY: help setup bench test lint compile-all sanitize clean
 
 help:
 	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
 	@echo 'make test    set up what is missing, then run the tests (ARGS=... as pytest takes them, JOBS=$(JOBS))'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
+	@echo 'make sanitize   set up what is missing, then the CPU room under the sanitizers of g++ or clang++ (Linux)'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
 	@echo 'make clean   remove .venv and what the builds left'
 
@@ -49,6 +50,9 @@ lint: setup
 
 compile-all: setup
 	@$(RUN) fastattn.cli inspect --all --jobs $(JOBS) $(ARGS)
+
+sanitize: setup
+	@.venv/bin/python .ci/sanitize.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
