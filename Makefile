@@ -1,5 +1,5 @@
-# make setup | bench | test | lint | compile-all | sanitize. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
-# No compiler and no GPU are needed. What has been set up is not set up again.
+# make setup | bench | test | lint | compile-all | sanitize. Everything lives in .venv; GNU make 3.81, which macOS has,
+# is enough. No compiler and no GPU are needed. What has been set up is not set up again.
 
 # The interpreter, 3.10 to 3.13. A torch that it can import (2.11 or newer) is the one that is used.
 PYTHON ?= python3
