@@ -14,14 +14,14 @@ template <class Dot>
 struct GradientTile {
   QueryTile* tile;
   QueryRows<Dot> query, d_out;
-  float *lse, *share, *shift;  // [BLOCK_M]; lse in powers of two, inf where nothing is seen
+  float *lse, *share, *shift, *d_lse;  // [BLOCK_M]; lse in powers of two, inf where nothing is seen
   float* dq;                   // [gathered_rows][BLOCK_M]
 
   float* met(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
 
   static size_t bytes(const Params& p) {
     return Scratch::bytes_for<QueryTile>(1) + QueryRows<Dot>::bytes(p.head_dim, true) +
-           QueryRows<Dot>::bytes(p.head_dim_v, true) + 3 * Scratch::bytes_for<float>(BLOCK_M) +
+           QueryRows<Dot>::bytes(p.head_dim_v, true) + 4 * Scratch::bytes_for<float>(BLOCK_M) +
            Scratch::bytes_for<float>(BLOCK_M * gathered_rows(p));
   }
 
@@ -32,6 +32,7 @@ struct GradientTile {
     lse = from.take<float>(BLOCK_M);
     share = from.take<float>(BLOCK_M);
     shift = from.take<float>(BLOCK_M);
+    d_lse = from.take<float>(BLOCK_M);
     dq = from.take<float>(BLOCK_M * gathered_rows(p));
   }
 
@@ -45,6 +46,7 @@ struct GradientTile {
       lse[lane] = none ? kInfinity : given[lane] * kLog2E;
       share[lane] = none ? 0.0f : terms.share[row];
       shift[lane] = none ? 0.0f : terms.shift[row];
+      d_lse[lane] = none || !p.d_lse ? 0.0f : p.d_lse[row];
     }
     query.read(p.query, *tile, p.head_dim, given);
     d_out.read(p.d_out, *tile, p.head_dim_v, given);
@@ -95,18 +97,31 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
   if (p.drop_below) dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
   const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
-    vf met = load(rows.met(p) + n);
-    const vf lse = load(rows.lse + n), share = load(rows.share + n), shift = load(rows.shift + n);
-    for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
-      const vf score = load(s + pair), whole = exp2(score * factor - lse);
-      vf weight = whole * share, d_weight = load(d + pair);
-      if (!at.plain) d_weight = score == splat(-kInfinity) ? vf{} : d_weight;
-      if (p.drop_below) {
-        weight = weight * load(at.dropout + pair);
-        d_weight = d_weight * load(at.dropout + pair);
+    const vf lse = load(rows.lse + n), share = load(rows.share + n);
+    // exp(score - lse), and the gradient of the weight before dropout.
+    const auto pair_terms = [&](int64_t pair, vf* whole, vf* d_weight, vf* kept) {
+      const vf score = load(s + pair);
+      *whole = exp2(score * factor - lse);
+      *d_weight = load(d + pair);
+      if (!at.plain) *d_weight = score == splat(-kInfinity) ? vf{} : *d_weight;
+      *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);
+      *d_weight = *d_weight * *kept;
+    };
+    vf whole, d_weight, kept, shift = load(rows.shift + n);
+    if (p.kv_len <= BLOCK_N) {
+      // All keys are here: the sum needs no rounded output.
+      vf sum = vf{};
+      for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
+        pair_terms(pair, &whole, &d_weight, &kept);
+        sum = sum + whole * d_weight;
       }
+      shift = load(rows.d_lse + n) - share * share * sum;
+    }
+    vf met = load(rows.met(p) + n);
+    for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
+      pair_terms(pair, &whole, &d_weight, &kept);
       met = met + whole * d_weight;
-      store(s + pair, weight);
+      store(s + pair, whole * share * kept);
       store(d + pair, whole * (d_weight * share + shift));
     }
     store(rows.met(p) + n, met);
