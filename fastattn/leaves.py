@@ -58,10 +58,9 @@ def make_leaves(mask: Mask, q_len: int, kv_len: int) -> Leaves:
     """The leaves of a mask that `why_not` lets pass, on the CPU."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
-    if q_len <= LONGEST_KEPT and all(flat.CLASSES.get(type(atom).__name__) is type(atom) for atom in mask.atoms()):
-        code, numbers, tensors = flat.pack(mask)
-        if not tensors:
-            return _kept(code, tuple(numbers), q_len, kv_len)
+    if q_len <= LONGEST_KEPT and flat.is_plain(mask):
+        code, numbers, _ = flat.pack(mask)
+        return _kept(code, tuple(numbers), q_len, kv_len)
     return _leaves(mask, q_len, kv_len)
 
 

@@ -139,7 +139,7 @@ class AttnSpec:
         spec = cls.from_flat(inputs, FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic), mask=mask)
         _check_sizes(spec, inputs)
         _check_numbers(spec, inputs)
-        if call is not None and not spec.mask.tensors:
+        if call is not None and flat.is_plain(spec.mask):
             if len(_SEEN) >= MOST_SEEN:
                 _SEEN.clear()
             _SEEN[call] = spec
@@ -260,7 +260,7 @@ def _plain_call(
     query, key, value, bias, sinks, _ = inputs
     if not (bias is None and sinks is None and type(query) in _KNOWN and type(key) in _KNOWN and type(value) in _KNOWN):
         return None
-    if not (mask is None or isinstance(mask, Mask)) or type(scale) not in _NUMBER or type(softcap) not in _NUMBER:
+    if not (mask is None or type(mask) in _MASKS) or type(scale) not in _NUMBER or type(softcap) not in _NUMBER:
         return None
     if query.is_nested or key.is_nested or value.is_nested or query.shape[-2] > LONGEST_SEEN:
         return None
@@ -273,6 +273,7 @@ def _plain_call(
 
 _KNOWN = (Tensor, torch.nn.Parameter)
 _NUMBER = (float, type(None))
+_MASKS = frozenset(flat.CLASSES.values())
 
 
 def _by_mode(mode: str, forward: int, backward: int) -> int:

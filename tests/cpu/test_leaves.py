@@ -103,3 +103,37 @@ def test_every_row_has_leaves():
     from fastattn.testing import make_inputs
 
     assert {name: leaves.why_not(make_inputs(case).spec.mask) for name, case in CASES.items()} == dict.fromkeys(CASES)
+
+
+def test_what_inference_mode_made_serves_training_after_it():
+    from fastattn import attention
+
+    query = torch.randn(1, 2, 23, 16)
+    with torch.inference_mode():
+        want = attention(query, query, query, mask=Window(5, 5))
+    leaf = query.clone().requires_grad_()
+    out = attention(leaf, leaf, leaf, mask=Window(5, 5))
+    out.sum().backward()
+    assert torch.equal(out, want)
+
+
+def test_a_users_mask_that_changes_is_read_anew():
+    from fastattn import attention
+
+    class Reach(Mask):
+        """A mask that can be changed."""
+
+        __dataclass_fields__ = {}  # noqa: RUF012
+        __hash__ = None
+
+        def __init__(self, reach):
+            self.reach = reach
+
+        def interval(self, q_idx, q_len, kv_len):
+            return q_idx - self.reach, q_idx + 1
+
+    query, mask = torch.randn(1, 1, 9, 8), Reach(2)
+    for reach in (2, 4):
+        mask.reach = reach
+        got = attention(query, query, query, mask=mask)
+        torch.testing.assert_close(got, attention(query, query, query, mask=Window(reach, 0)))
