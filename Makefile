@@ -1,5 +1,5 @@
-# make setup | bench | test | gpu | lint | compile-all. Everything lives in .venv; GNU make 3.81, which macOS has, is enough.
-# No compiler and no GPU are needed. What has been set up is not set up again.
+# make setup | bench | test | gpu | lint | compile-all | sanitize. Everything lives in .venv; GNU make 3.81, which macOS
+# has, is enough. No compiler and no GPU are needed. What has been set up is not set up again.
 
 # The interpreter, 3.10 to 3.13. A torch that it can import (2.11 or newer) is the one that is used.
 PYTHON ?= python3
@@ -34,7 +34,7 @@ TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name anot
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test gpu gpu-build gpu-test gpu-check gpu-bench gpu-tune gpu-setup lint compile-all clean
+.PHONY: help setup bench test gpu gpu-build gpu-test gpu-check gpu-bench gpu-tune gpu-setup lint compile-all sanitize clean
 
 help:
 	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
@@ -44,6 +44,7 @@ help:
 	@echo '             its steps alone: make gpu-build gpu-test gpu-check gpu-bench gpu-tune'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
+	@echo 'make sanitize   set up what is missing, then the CPU room under the sanitizers of g++ or clang++ (Linux)'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
 	@echo 'make clean   remove .venv and what the builds left'
 
@@ -80,6 +81,9 @@ lint: setup
 
 compile-all: setup
 	@$(RUN) fastattn.cli inspect --all --jobs $(JOBS) $(ARGS)
+
+sanitize: setup
+	@.venv/bin/python .ci/sanitize.py $(ARGS)
 
 clean:
 	rm -rf .venv .venv-offline build dist fastattn.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,13 +1,18 @@
-"""Maps the top-level rooms to package names: kernels/ is fastattn.kernels and bench/ is fastattn.bench.
+"""Maps the top-level rooms to package names: kernels/ is fastattn.kernels, bench/ fastattn.bench, csrc/ fastattn.csrc.
 
-Bare `kernels` and `bench` belong to other projects on PyPI, so neither is ever installed under its folder's name.
+Bare `kernels` and `bench` belong to other projects on PyPI, so none is ever installed under its folder's name.
+A wheel holds the C++ sources and is the same everywhere; with FASTATTN_BUILD=force in the environment it also holds the
+library that they make, for this platform: FASTATTN_BUILD=force pip wheel --no-build-isolation --no-deps .
 Everything else is in pyproject.toml.
 """
 
+import os
+import sys
+import types
 from pathlib import Path
 
+from setuptools import Distribution, find_packages, setup
 from setuptools import __version__ as setuptools_version
-from setuptools import find_packages, setup
 
 if int(setuptools_version.split(".")[0]) < 77:
     raise SystemExit(
@@ -15,8 +20,14 @@ if int(setuptools_version.split(".")[0]) < 77:
         "run `pip install -U setuptools`, or leave out --no-build-isolation"
     )
 
+# What follows is not everywhere in older ones.
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
 HERE = Path(__file__).resolve().parent
 ROOMS = {"fastattn": "fastattn", "fastattn.kernels": "kernels", "fastattn.bench": "bench"}
+SOURCES = "fastattn.csrc", "csrc"
+WITH_LIBRARY = os.environ.get("FASTATTN_BUILD") == "force"
 
 
 def room_packages() -> list[str]:
@@ -27,4 +38,46 @@ def room_packages() -> list[str]:
     ]
 
 
-setup(package_dir=ROOMS, packages=room_packages())
+def source_packages() -> list[str]:
+    """The folders of C++ files, as packages without code."""
+    package, folder = SOURCES
+    return [package, *(f"{package}.{path.name}" for path in sorted((HERE / folder).iterdir()) if path.is_dir())]
+
+
+class BuildWithLibrary(build_py):
+    """Puts the library beside the modules."""
+
+    def run(self) -> None:
+        super().run()
+        if WITH_LIBRARY and not self.editable_mode:
+            # The package itself cannot be imported before it is installed.
+            sys.modules["fastattn"] = package = types.ModuleType("fastattn")
+            package.__path__ = [str(HERE / "fastattn")]  # type: ignore[attr-defined]
+            from fastattn import compiler, native
+
+            target = Path(self.build_lib).absolute() / "fastattn" / "lib"
+            target.mkdir(parents=True, exist_ok=True)
+            native.make(compiler.find_compiler(), target / native.shipped_name())
+
+
+class PlatformDistribution(Distribution):
+    """Knows that a wheel with a library in it is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        return WITH_LIBRARY
+
+
+class TaggedWheel(bdist_wheel):
+    """A library fits any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        _, _, platform = super().get_tag()
+        return "py3", "none", platform
+
+
+setup(
+    package_dir=ROOMS | dict([SOURCES]),
+    packages=room_packages() + source_packages(),
+    distclass=PlatformDistribution,
+    cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": TaggedWheel},
+)

@@ -1,4 +1,7 @@
-"""The command line: `fastattn bench | check | info | inspect`. Sub-commands import what they need, help little."""
+"""The command line: `fastattn bench | build | check | info | inspect`.
+
+Sub-commands import what they need, help little.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     bench = commands.add_parser("bench", help="time attention beside PyTorch's own, and a real model")
     bench.set_defaults(run=_bench)
+    build = commands.add_parser("build", help="build the CPU library now, instead of at the first call that needs it")
+    build.add_argument("--force", action="store_true", help="build it even if it is there")
+    build.set_defaults(run=_build)
     check = commands.add_parser("check", help="hold every room against float64 on this machine")
     check.add_argument("--rooms", type=_names, metavar="LIST", help="only these rooms")
     check.add_argument("--only", type=options.regex, metavar="REGEX", help="only the cases whose name it finds")
@@ -99,6 +105,19 @@ def _bench(namespace: argparse.Namespace, argv: list[str]) -> int:
     if argv[1:2] == ["compare"]:
         return compare.main(argv[2:])
     return command.main(options.parse(argv[1:]))
+
+
+def _build(namespace: argparse.Namespace, argv: list[str]) -> int:
+    from fastattn import native
+
+    try:
+        path = native.build(force=namespace.force, retry=True)
+        library = native.library()
+    except native.BuildError as refusal:
+        print(f"fastattn build: {refusal}", file=sys.stderr)
+        return WRONG
+    print(f"{path}\ninstruction sets here: {', '.join(library.isas())}; in use: {library.isa()}")
+    return OK
 
 
 # ---- info
@@ -141,15 +160,19 @@ def _machine(block: dict[str, Any]) -> dict[str, str]:
 
 def _software(block: dict[str, Any]) -> dict[str, str]:
     import fastattn
+    from fastattn import native
 
     commit = f", commit {block['commit'][:9]}{' with changes' if block['dirty'] else ''}" if block["commit"] else ""
-    names = {"FASTATTN_BACKEND", "TRITON_INTERPRET", "CXX"} & set(os.environ)
+    names = {"TRITON_INTERPRET", "CXX", *(name for name in os.environ if name.startswith("FASTATTN_"))} & set(
+        os.environ
+    )
     pairs = {
         "fastattn": f"{fastattn.__version__} in {Path(fastattn.__file__).parent}{commit}",
         "Python": f"{block['python']} on {block['platform']}",
         "torch": block["torch"],
         "triton": block["triton"] or "not installed (pip install 'fastattn[triton]', Linux only)",
         "C++ compiler": block["cxx"] or "none: torch.compile cannot build for the CPU",
+        "CPU library": native.state(),
         "nvcc": shutil.which("nvcc") or "none",
     }
     if names:

@@ -11,10 +11,14 @@ from types import ModuleType
 
 from fastattn.spec import AttnSpec
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 """In order of preference: `backend=None` takes the first that can run."""
 
-_MODULES = {"reference": "fastattn.reference", "triton": "fastattn.backends.triton"}
+_MODULES = {
+    "cpu": "fastattn.backends.cpu",
+    "triton": "fastattn.backends.triton",
+    "reference": "fastattn.reference",
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -41,7 +45,10 @@ class Verdict:
 
 @functools.cache
 def room(name: str) -> ModuleType:
-    """The module of a backend: why_not, forward, backward, kernel_name."""
+    """The module of a backend: why_not, forward, backward, kernel_name; where there is something to say, also
+    needs_asking, prepare (why_not, and whatever must be done before a run), notes (for a verdict), weights (what
+    attention_weights returns).
+    """
     return importlib.import_module(_MODULES[name])
 
 
@@ -56,18 +63,18 @@ def requested(backend: str | None) -> str | None:
     return backend
 
 
-def choose(spec: AttnSpec, asked: str | None) -> str:
-    """The room that runs `spec`; `asked` is what `requested` gave.
+def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> str:
+    """The room that runs `spec`; `asked` is what `requested` gave. Builds something only where it is `to_run`.
 
     Raises:
         BackendUnavailable: a room was asked for that cannot run it. A choice made by name never falls back.
     """
     if asked is None:
         for name in BACKENDS:
-            if free_reason(name, spec) is None:
+            if free_reason(name, spec, to_run=to_run) is None:
                 return name
         raise BackendUnavailable("no backend can run this call")
-    reason = room(asked).why_not(spec)
+    reason = _reason(asked, spec, to_run)
     if reason is not None:
         others = [name for name in BACKENDS if name != asked and free_reason(name, spec) is None]
         raise BackendUnavailable(
@@ -82,11 +89,18 @@ def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
     asked = requested(backend)
     name = choose(spec, asked)
     reasons = {each: room(each).why_not(spec) if each == asked else free_reason(each, spec) for each in BACKENDS}
-    return Verdict(name, room(name).kernel_name(spec), reasons, notes)
-
-
-def free_reason(name: str, spec: AttnSpec) -> str | None:
-    """Why a free choice would pass a room by: it cannot run the call, or runs only when asked for by name."""
     module = room(name)
-    needs_asking = getattr(module, "needs_asking", None)
-    return module.why_not(spec) or (needs_asking(spec) if needs_asking else None)
+    more = module.notes(spec) if hasattr(module, "notes") else []
+    return Verdict(name, module.kernel_name(spec), reasons, [*notes, *more])
+
+
+def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | None:
+    """Why a free choice would pass a room by: it cannot run the call, or runs only when asked for by name."""
+    needs_asking = getattr(room(name), "needs_asking", None)
+    return _reason(name, spec, to_run) or (needs_asking(spec) if needs_asking else None)
+
+
+def _reason(name: str, spec: AttnSpec, to_run: bool) -> str | None:
+    module = room(name)
+    prepare = getattr(module, "prepare", None) if to_run else None
+    return module.why_not(spec) if prepare is None else prepare(spec)

@@ -37,6 +37,11 @@ def no_mask() -> Flat:
     return Full.__name__, [], []
 
 
+def is_plain(mask: Mask) -> bool:
+    """Whether a mask is one of the library's, all through, and holds no tensor: then it never changes."""
+    return not mask.tensors and all(CLASSES.get(type(atom).__name__) is type(atom) for atom in mask.atoms())
+
+
 def pack(mask: Mask) -> Flat:
     """Mask -> (code, numbers, tensors)."""
     words: list[str] = []

@@ -144,8 +144,7 @@ def attention_weights(
     if lse is not None:
         _check_lse(lse, query)
     index = None if rows is None else _row_index(rows, spec)
-    weights = reference.attention_weights(spec, inputs, lse, index)
-    return weights.sum(1) / max(spec.num_heads, 1) if heads == "mean" else weights
+    return ops.attention_weights(inputs, spec, dispatch.requested(None), lse, index, mean=heads == "mean")
 
 
 def _check_lse(lse: Tensor, query: Tensor) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +46,23 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     """out, lse of a checked call; `backend=None` leaves the choice to the room list."""
     if not _watched(inputs):
         return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
-    return FORWARD(*inputs, *spec.flat(), backend or "")
+    with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
+        return FORWARD(*inputs, *spec.flat(), backend or "")
+
+
+def attention_weights(
+    inputs: AttnInputs, spec: AttnSpec, backend: str | None, lse: Tensor | None, rows: Tensor | None, *, mean: bool
+) -> Tensor:
+    """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the room that would run
+    the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
+    """
+    recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
+    if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
+        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "weights", None)
+        if compute is not None:
+            return compute(spec, inputs, lse, rows, mean=mean)
+    weights = reference.attention_weights(spec, inputs, lse, rows)
+    return weights.sum(1) / max(spec.num_heads, 1) if mean else weights
 
 
 def _watched(inputs: AttnInputs) -> bool:
@@ -67,7 +84,7 @@ def _watched(inputs: AttnInputs) -> bool:
 
 
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str | None) -> tuple[Tensor, Tensor]:
-    return dispatch.room(dispatch.choose(spec, backend)).forward(spec, inputs)
+    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).forward(spec, inputs)
 
 
 def _run_backward(
@@ -81,7 +98,7 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    return dispatch.room(dispatch.choose(spec, backend)).backward(spec, inputs, out, lse, d_out, d_lse)
+    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).backward(spec, inputs, out, lse, d_out, d_lse)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

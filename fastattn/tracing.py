@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -27,6 +28,24 @@ def transforms_active() -> bool:
 def being_transformed() -> bool:
     """Whether operations must stay plain PyTorch: a custom autograd function would be wrong or refused there."""
     return torch.compiler.is_compiling() or transforms_active()
+
+
+_recorded = threading.local()
+
+
+@contextmanager
+def recorded_by_jit() -> Iterator[None]:
+    """Around an operator that torch.jit.trace records: within it, torch says that nobody traces."""
+    _recorded.now = True
+    try:
+        yield
+    finally:
+        _recorded.now = False
+
+
+def being_traced() -> bool:
+    """Whether this thread's call is part of a compiler's or tracer's record."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or getattr(_recorded, "now", False)
 
 
 def holds_many(tensor: Tensor) -> bool:

@@ -80,7 +80,12 @@ def worker(*names, code=0, dies_in=None, each=1.0, left=()):
 
 PYTEST = Script(["tests/a.py::test_one PASSED [ 50%]", "[gw0] [100%] PASSED tests/a.py::test_two[x y] "])
 CHECK = Script([{"room": "triton", "case": "causal", "ok": True, "words": None}])
-GOOD = {"fastattn.cli info": Script(["machine"]), "pytest": PYTEST, "fastattn.cli check": CHECK}
+GOOD = {
+    "fastattn.cli build": Script([]),
+    "fastattn.cli info": Script(["machine"]),
+    "pytest": PYTEST,
+    "fastattn.cli check": CHECK,
+}
 
 
 @dataclass
@@ -149,9 +154,9 @@ def test_a_budget_that_ends_keeps_what_there_is_and_is_no_failure(go):
 
 def test_each_step_takes_its_share_at_most(go):
     slow = Script(["x"] * 1000, each=1.0)
-    _, _, machine = go({"fastattn.cli info": slow, "pytest": slow, "fastattn.cli check": slow, **WHOLE}, budget=200.0)
+    _, _, machine = go({"fastattn.cli build": slow, "pytest": slow, "fastattn.cli check": slow, **WHOLE}, budget=200.0)
     given = {command.split(" -")[0].split(" {")[0]: seconds for command, seconds in machine.asked}
-    assert given["fastattn.cli info"] == pytest.approx(30) and given["pytest"] == pytest.approx(60)
+    assert given["fastattn.cli build"] == pytest.approx(30) and given["pytest"] == pytest.approx(60)
     assert given["fastattn.cli check"] == pytest.approx(30)
     assert given["fastattn.bench.worker"] == pytest.approx(200 - LAST_WORDS - 120 + steps.AFTER_THE_END)
 
@@ -162,7 +167,7 @@ def test_a_step_alone_may_take_it_all(go):
 
 
 def test_what_does_not_fit_any_more_is_said_not_tried(go):
-    slow = {"fastattn.cli info": Script(["x"], each=4.0), "pytest": Script(["x"], each=99.0)}
+    slow = {"fastattn.cli build": Script(["x"], each=4.0), "pytest": Script(["x"], each=99.0)}
     run, *_ = go({**slow, "fastattn.cli check": Script(["x"], each=99.0)}, budget=LAST_WORDS + 0.5)
     assert "not reached" in run.record["steps"]["bench"]["words"] and run.record["steps"]["bench"]["ok"] is None
 

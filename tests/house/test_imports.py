@@ -24,7 +24,19 @@ class Room:
 # What says what attention is; nothing in it is optimised.
 DEFINITIONS = tuple(
     f"fastattn.{name}"
-    for name in ("masks", "mask", "scores", "biases", "spec", "dropout", "flat", "visible", "tracing", "blocks")
+    for name in (
+        "masks",
+        "mask",
+        "scores",
+        "biases",
+        "spec",
+        "dropout",
+        "flat",
+        "visible",
+        "tracing",
+        "blocks",
+        "leaves",
+    )
 )
 AT_RUN_TIME = "a name made at run time"
 DOORS = ("fastattn.backends", "fastattn.kernels", "fastattn.bench", "fastattn.native", "fastattn._C")
@@ -49,9 +61,10 @@ ROOMS = (
     ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
     Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
-    Room("fastattn.native", may=("torch", "fastattn.spec"), inside=("fastattn._C",)),
+    Room("fastattn.native", may=("torch", "fastattn.compiler", "fastattn.tracing")),
+    Room("fastattn.compiler", may=(), inside=("torch",)),
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
-    Room("fastattn.backends.cpu", may=("torch", "fastattn.spec"), inside=("fastattn.native",)),
+    Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native")),
     Room("fastattn.backends.cuda", may=("torch", "fastattn.spec"), inside=("fastattn.native",)),
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {"fastattn": "fastattn", "kernels": "fastattn/kernels", "bench": "fastattn/bench"}
+ROOMS = {"fastattn": "fastattn", "kernels": "fastattn/kernels", "bench": "fastattn/bench", "csrc": "fastattn/csrc"}
 NOT_CODE = {".git", ".venv", "build", "dist", "out"}
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{0}(sys.argv[1]))"
 
@@ -119,7 +119,9 @@ def test_the_wheel_holds_every_file_of_the_rooms_and_no_other(wheel):
         f"{package}/{path.relative_to(ROOT / folder)}"
         for folder, package in ROOMS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed" or (folder == "bench" and path.parent.name == "data")
+        if path.suffix in (".py", ".h", ".cpp")
+        or path.name == "py.typed"
+        or (folder == "bench" and path.parent.name == "data")
         if "__pycache__" not in path.parts and "out" not in path.relative_to(ROOT).parts
     }
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -165,7 +167,7 @@ def test_a_checkout_that_is_not_installed_says_so(checkout, python, tmp_path):
 
 
 def test_setup_says_so_when_setuptools_is_too_old(checkout, tmp_path):
-    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nfind_packages = setup = None\n")
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nDistribution = find_packages = setup = None\n")
     done = subprocess.run(
         [sys.executable, "setup.py"],
         cwd=checkout,

@@ -9,16 +9,13 @@ from hypothesis import given, settings
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.fuzz import cases
+from fastattn.hiding import HIDING, hidden_pair, with_junk
 from fastattn.mask import Mask
-from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
+from fastattn.masks import Causal
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOM = dispatch.room("triton")
-
-
-def ints(*values):
-    return torch.tensor(values, device=DEVICE)
 
 
 def test_the_room_is_there():
@@ -56,73 +53,13 @@ def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case):
     check_close(problem, run(problem, "triton"))
 
 
-def columns(q_len, kv_len):
-    """A table with columns that nobody sees, that one head of a group sees, and a row that sees nothing."""
-    table = torch.rand(2, 4, q_len, kv_len, generator=torch.Generator().manual_seed(0)) < 0.4
-    table[..., 5:30] = False
-    table[:, 1, :, 12] = True
-    table[:, :, 7] = False
-    return Dense(table.to(DEVICE))
-
-
-def padded_ids(n, seed=None):
-    ids = torch.arange(n) * 4 // n if seed is None else torch.randint(0, 3, (n,), generator=torch.manual_seed(seed))
-    ids[n - n // 4 :] = -1
-    return ids[None].to(DEVICE)
-
-
-HIDING = {
-    "lengths": lambda q, kv: Lengths(ints(kv - 3, 20), ints(q - q // 4, 7), ints(0, 17)),
-    "lengths-none": lambda q, kv: Lengths(ints(0, kv)),
-    "causal-empty-rows": lambda q, kv: Causal(offset=-20),
-    "causal-unseen-keys": lambda q, kv: Causal(align="top-left"),
-    "window": lambda q, kv: Window(9, 0, offset=25) & Lengths(ints(kv, kv - 20)),
-    "chunked": lambda q, kv: Chunked(8, 0, 0, offset=ints(16, -9)),
-    "prefix": lambda q, kv: Prefix(ints(9, 0), offset=-17),
-    "segments-sorted": lambda q, kv: Segments(padded_ids(q), padded_ids(kv), sorted=True),
-    "segments-scattered": lambda q, kv: Segments(padded_ids(q, 1), padded_ids(kv, 2)),
-    "packed": lambda q, kv: Packed(ints(0, q // 3, q // 3, q - 2), ints(0, 20, 25, kv - 9)),
-    "table": columns,
-    "table-and": lambda q, kv: columns(q, kv) & Lengths(ints(kv - 3, 20)),
-    "or": lambda q, kv: Window(4, 0, align="top-left") | Lengths(ints(3, 0)),
-    "three-terms": lambda q, kv: Window(4, 0, offset=-9) | Window(1, 1, offset=12) | Lengths(ints(3, 0)),
-}
-
-
-def junk_like(tensor):
-    """NaN and both infinities in turn: a maximum skips the one and keeps the others."""
-    values = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=tensor.dtype, device=DEVICE)
-    return values[torch.arange(tensor.numel(), device=DEVICE) % 3].view(tensor.shape)
-
-
-def with_junk(clean, seen):
-    """The problem with junk in every query, key, value and gradient that no partner sees; seen [B, H, q, kv]."""
-    spec = clean.spec
-    row = seen.any(-1)
-    column = seen.unflatten(1, (spec.num_kv_heads, spec.group)).any(3).any(2)
-    assert not row.all() or not column.all()
-    query, key, val = (
-        torch.where(kept[..., None], each, junk_like(each))
-        for kept, each in zip((row, column, column), clean.inputs[:3], strict=True)
-    )
-    d_out, d_lse = (
-        torch.where(kept, each, junk_like(each))
-        for kept, each in zip((row[..., None], row), (clean.d_out, clean.d_lse), strict=True)
-    )
-    inputs = clean.inputs._replace(query=query, key=key, value=val)
-    return clean.__class__(clean.case, inputs, clean.mask, d_out, d_lse)
-
-
 @pytest.mark.parametrize("q_len", [20, 8], ids=["", "few-queries"])
 @pytest.mark.parametrize("mask", HIDING)
 def test_what_nobody_sees_may_hold_anything(mask, q_len):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
-    kv_len, batch = 50, 1 if mask == "packed" else 2
-    case = Case(mask, q_len, kv_len, batch, num_heads=4, num_kv_heads=2, mask=lambda *_: HIDING[mask](q_len, kv_len))
-    clean = make_inputs(case, DEVICE)
-    seen = clean.mask.dense(q_len, kv_len, device=torch.device(DEVICE)).expand(batch, 4, q_len, kv_len)
+    clean, dirty = hidden_pair(mask, q_len, 50, DEVICE)
     grads = q_len > 8
-    want, got = run(clean, "triton", grads=grads), run(with_junk(clean, seen), "triton", grads=grads)
+    want, got = run(clean, "triton", grads=grads), run(dirty, "triton", grads=grads)
     for name in want:
         assert torch.equal(want[name], got[name]), name
     check_close(clean, want)

@@ -1,7 +1,11 @@
 """`fastattn inspect`: its options, what it says, how it ends. Nothing is compiled here but one kernel."""
 
 import json
+import signal
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -207,20 +211,66 @@ def test_a_compiler_that_dies_takes_one_problem_with_it(monkeypatch):
     assert rows["fwd"].registers != rows["dkv"].registers == rows["delta"].registers
 
 
-def test_leaving_early_ends_the_processes(monkeypatch):
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
-    started = []
-    monkeypatch.setattr(
-        workers.Worker, "stop", lambda self, stop=workers.Worker.stop: (started.append(self), stop(self))
-    )
-    coming = workers.compile_all([BARE], 1)
-    coming.close()  # before the first
-    assert started == []
-    monkeypatch.setattr(workers, "as_completed", lambda futures: (_ for _ in ()).throw(KeyboardInterrupt))
+@pytest.fixture
+def stopped(monkeypatch):
+    """The workers that were stopped."""
+    found = []
+    monkeypatch.setattr(workers.Worker, "stop", lambda self, stop=workers.Worker.stop: (found.append(self), stop(self)))
+    return found
+
+
+def leave_once(monkeypatch, event):
+    """Control-C as soon as the event has come."""
+
+    def as_completed(futures):
+        event.wait()
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(workers, "as_completed", as_completed)
+
+
+def test_leaving_before_the_first_starts_nothing(stopped):
+    workers.compile_all([BARE], 1).close()
+    assert stopped == []
+
+
+def test_leaving_early_ends_the_processes(monkeypatch, stopped):
+    """Even one that is being started, which nobody knows of yet."""
+    starting = threading.Event()
+
+    def slow(*arguments, start=subprocess.Popen, **options):
+        starting.set()
+        time.sleep(0.3)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
+    monkeypatch.setattr(workers.subprocess, "Popen", slow)
+    leave_once(monkeypatch, starting)
     with pytest.raises(KeyboardInterrupt):
         next(workers.compile_all([BARE], 1))
-    (worker,) = started
-    assert worker.process is None or worker.process.poll() is not None
+    (worker,) = stopped
+    assert worker.process.returncode == -signal.SIGKILL
+
+
+def test_leaving_early_ends_a_process_at_work(monkeypatch, stopped):
+    asked = threading.Event()
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
+    monkeypatch.setattr(workers, "asdict", lambda problem: asked.set() or {})
+    leave_once(monkeypatch, asked)
+    with pytest.raises(KeyboardInterrupt):
+        next(workers.compile_all([BARE], 1))
+    (worker,) = stopped
+    assert worker.process.returncode == -signal.SIGKILL
+
+
+def test_a_stopped_worker_starts_no_process():
+    worker = workers.Worker()
+    worker.stop()
+    with pytest.raises(RuntimeError, match="has been stopped"):
+        worker.compile(BARE)
+    worker.close()
+    assert worker.process is None
 
 
 def test_a_real_row_comes_from_a_process_without_the_interpreter(monkeypatch):

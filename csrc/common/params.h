@@ -1,0 +1,80 @@
+// One attention problem as the kernels see it: sizes, pointers, strides in elements. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+
+enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A tensor [batch, heads, rows, columns]; a stride of 0 repeats.
+struct Table {
+  void* data = nullptr;
+  DType dtype = kFloat32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+// What a mask is made of: an interval of keys for each query, a bool table, or equal ids.
+enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2 };
+
+struct MaskLeaf {
+  LeafKind kind = kInterval;
+  const int32_t* start = nullptr;   // [batch, heads, q_len], inside [0, kv_len]
+  const int32_t* stop = nullptr;
+  const uint8_t* elements = nullptr;  // [batch, heads, q_len, kv_len]
+  const int64_t* q_ids = nullptr;     // [batch, q_len]
+  const int64_t* kv_ids = nullptr;    // [batch, kv_len]
+  int64_t stride[4] = {0, 0, 0, 0};
+  int64_t kv_id_stride[2] = {0, 0};
+};
+
+constexpr int kMostLeaves = 32;
+constexpr int kMostWords = 64;
+constexpr int32_t kAnd = -1;
+constexpr int32_t kOr = -2;
+
+// The mask in postfix: a leaf's number pushes it, kAnd and kOr join the two on top. No words: everything is visible.
+struct MaskProgram {
+  int32_t leaves = 0;
+  int32_t words = 0;
+  MaskLeaf leaf[kMostLeaves];
+  int32_t word[kMostWords];
+};
+
+// Runs body(first, last, context) over parts of [0, n), in parallel and each part once; n is at most `threads`.
+using ParallelFor = void (*)(int64_t n, void (*body)(int64_t first, int64_t last, void* context), void* context);
+
+struct Params {
+  int64_t batch = 0, num_heads = 0, num_kv_heads = 0, group = 1;
+  int64_t q_len = 0, kv_len = 0, head_dim = 0, head_dim_v = 0;
+  DType dtype = kFloat32;
+  float scale = 1.0f;
+  float softcap = 0.0f;  // 0: none
+  Table query, key, value, out, bias;  // bias.data null: none
+  const float* sinks = nullptr;        // [num_heads]
+  float* lse = nullptr;                // [batch, num_heads, q_len]
+  MaskProgram mask;
+  uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
+  float keep_scale = 1.0f;
+  uint64_t seed = 0;
+
+  // Backward.
+  Table d_out, dq, dk, dv;
+  const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
+  float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
+  float* dsinks = nullptr;       // [num_heads]
+  float* dbias = nullptr;        // contiguous, bias_shape, zeros on entry
+  int64_t bias_shape[4] = {1, 1, 1, 1};
+
+  // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;
+  // `rows` null: every query.
+  Table weights;
+  bool mean_heads = false;
+  const int64_t* rows = nullptr;
+  int64_t row_count = 0;
+
+  int threads = 1;
+  ParallelFor parallel_for = nullptr;
+};
+
+}  // namespace fastattn

@@ -1,0 +1,132 @@
+// The step that the backward passes share: from one tile of queries and one of keys to the gradient of their scores.
+#pragma once
+
+#include "row_terms.h"
+#include "tiles.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// Rows of BLOCK_M numbers that a tile of queries gathers: its dq, transposed, and its `met` (row_terms.h).
+INLINE int64_t gathered_rows(const Params& p) { return padded(p.head_dim) + 1; }
+
+// A tile of queries as the backward passes need it.
+template <class Dot>
+struct GradientTile {
+  QueryTile* tile;
+  QueryRows<Dot> query, d_out;
+  float *lse, *share, *shift, *d_lse;  // [BLOCK_M]; lse in powers of two, inf where nothing is seen
+  float* dq;                   // [gathered_rows][BLOCK_M]
+
+  float* met(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
+
+  static size_t bytes(const Params& p) {
+    return Scratch::bytes_for<QueryTile>(1) + QueryRows<Dot>::bytes(p.head_dim, true) +
+           QueryRows<Dot>::bytes(p.head_dim_v, true) + 4 * Scratch::bytes_for<float>(BLOCK_M) +
+           Scratch::bytes_for<float>(BLOCK_M * gathered_rows(p));
+  }
+
+  void take(const Params& p, Scratch& from) {
+    tile = from.take<QueryTile>(1);
+    query.take(p.head_dim, true, from);
+    d_out.take(p.head_dim_v, true, from);
+    lse = from.take<float>(BLOCK_M);
+    share = from.take<float>(BLOCK_M);
+    shift = from.take<float>(BLOCK_M);
+    d_lse = from.take<float>(BLOCK_M);
+    dq = from.take<float>(BLOCK_M * gathered_rows(p));
+  }
+
+  void read(const Params& p) {
+    const RowTerms terms(p);
+    float given[BLOCK_M];
+    for (int lane = 0; lane < BLOCK_M; ++lane) {
+      const int64_t row = (tile->b * p.num_heads + tile->head[lane]) * p.q_len + tile->q_idx[lane];
+      given[lane] = lane < tile->count ? p.lse[row] : -kInfinity;
+      const bool none = given[lane] == -kInfinity;
+      lse[lane] = none ? kInfinity : given[lane] * kLog2E;
+      share[lane] = none ? 0.0f : terms.share[row];
+      shift[lane] = none ? 0.0f : terms.shift[row];
+      d_lse[lane] = none || !p.d_lse ? 0.0f : p.d_lse[row];
+    }
+    query.read(p.query, *tile, p.head_dim, given);
+    d_out.read(p.d_out, *tile, p.head_dim_v, given);
+    clear(p);
+  }
+  void clear(const Params& p) { std::memset(dq, 0, BLOCK_M * gathered_rows(p) * sizeof(float)); }
+};
+
+// Scratch of one meeting.
+template <class Dot>
+struct GradientWork {
+  using Word = typename Dot::Word;
+  KeyTile<Dot> keys;
+  Meeting at;
+  float *weight, *d_score, *slope;  // [BLOCK_N][BLOCK_M]
+  Word* words;
+
+  static size_t bytes(const Params& p) {
+    return KeyTile<Dot>::bytes(p) + Meeting::bytes() + 4 * Scratch::bytes_for<float>(TILE);
+  }
+
+  void take(const Params& p, Scratch& from) {
+    keys.take(p, from);
+    at.take(from);
+    weight = from.take<float>(TILE);
+    d_score = from.take<float>(TILE);
+    slope = from.take<float>(TILE);
+    words = from.take<Word>(TILE);
+  }
+};
+
+// Fills work.weight, with sinks and dropout in it, and work.d_score, the gradient of the scores before the bias and
+// after the soft cap, for the keys that are worth a look; work.slope is the soft cap's. Gives the keys for the product with d_score.
+template <class Dot>
+static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot>& rows, GradientWork<Dot>& work) {
+  const QueryTile& tile = *rows.tile;
+  const Meeting& at = work.at;
+  const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
+  float *s = work.weight, *d = work.d_score;
+  const int64_t keys = at.high - at.low, first = at.low * BLOCK_M;
+  const int64_t row = words_of<Dot>(width), row_v = words_of<Dot>(width_v);
+  lane_product<Dot, false>(tile.vectors, keys, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k) + at.low * row, row,
+                           1, rows.query.across, s + first);
+  lane_product<Dot, false>(tile.vectors, keys, steps_of<Dot>(p.head_dim_v), along<Dot>(work.keys.v) + at.low * row_v,
+                           row_v, 1, rows.d_out.across, d + first);
+  if (!at.plain) finish_scores(p, tile, at, s, p.softcap != 0.0f ? work.slope : nullptr);
+  const auto* cleaned = work.keys.clean(at, tile, s, width);
+  if (p.drop_below) dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
+  const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
+  for (int n = 0; n < tile.vectors * VL; n += VL) {
+    const vf lse = load(rows.lse + n), share = load(rows.share + n);
+    // exp(score - lse), and the gradient of the weight before dropout.
+    const auto pair_terms = [&](int64_t pair, vf* whole, vf* d_weight, vf* kept) {
+      const vf score = load(s + pair);
+      *whole = exp2(score * factor - lse);
+      *d_weight = load(d + pair);
+      if (!at.plain) *d_weight = score == splat(-kInfinity) ? vf{} : *d_weight;
+      *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);
+      *d_weight = *d_weight * *kept;
+    };
+    vf whole, d_weight, kept, shift = load(rows.shift + n);
+    if (p.kv_len <= BLOCK_N) {
+      // All keys are here: the sum needs no rounded output.
+      vf sum = vf{};
+      for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
+        pair_terms(pair, &whole, &d_weight, &kept);
+        sum = sum + whole * d_weight;
+      }
+      shift = load(rows.d_lse + n) - share * share * sum;
+    }
+    vf met = load(rows.met(p) + n);
+    for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
+      pair_terms(pair, &whole, &d_weight, &kept);
+      met = met + whole * d_weight;
+      store(s + pair, whole * share * kept);
+      store(d + pair, whole * (d_weight * share + shift));
+    }
+    store(rows.met(p) + n, met);
+  }
+  return cleaned;
+}
+
+}  // namespace fastattn::FASTATTN_ISA

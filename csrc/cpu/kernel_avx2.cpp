@@ -1,0 +1,2 @@
+#define FASTATTN_ISA avx2
+#include "kernel.h"

@@ -1,0 +1,2 @@
+#define FASTATTN_ISA avx512
+#include "kernel.h"

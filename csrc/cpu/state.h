@@ -1,0 +1,73 @@
+// The running softmax of a tile of queries over tiles of keys (Milakov and Gimelshein 2018).
+#pragma once
+
+#include <cmath>
+
+#include "tiles.h"
+#include "work.h"
+
+namespace fastattn::FASTATTN_ISA {
+
+// The running result of a tile of queries.
+struct State {
+  float *max, *sum, *out;  // [BLOCK_M], [BLOCK_M], [width][BLOCK_M]
+
+  // Floats that it takes.
+  static int64_t size(const Params& p) { return BLOCK_M * (2 + padded(p.head_dim_v)); }
+
+  explicit State(float* at) : max(at), sum(at + BLOCK_M), out(at + 2 * BLOCK_M) {}
+  void clear(int64_t width) {
+    for (int lane = 0; lane < BLOCK_M; ++lane) max[lane] = -kInfinity;
+    std::memset(sum, 0, (1 + width) * BLOCK_M * sizeof(float));
+  }
+  void scale(int n, vf factor, int64_t width) {
+    store(sum + n, load(sum + n) * factor);
+    for (int64_t d = 0; d < width; ++d) store(out + d * BLOCK_M + n, load(out + d * BLOCK_M + n) * factor);
+  }
+  // Raise the maximum of the lanes from n on; returns what to subtract from scores.
+  vf raise(int n, vf found, int64_t width) {
+    const vf before = load(max + n), now = larger(before, found);
+    const vf shift = now == splat(-kInfinity) ? vf{} : now;
+    if (any(now != before)) {
+      store(max + n, now);
+      if (any(before != splat(-kInfinity))) scale(n, exp2(before - shift), width);
+    }
+    return shift;
+  }
+};
+
+// Scores times `factor`, powers of two from here on, -> weights in place, with the running maximum and sum.
+static void soften(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
+  for (int n = 0; n < vectors * VL; n += VL) {
+    vf found = splat(-kInfinity);
+    for (int j = 0; j < keys; ++j) found = larger(found, load(s + j * BLOCK_M + n));
+    const vf shift = state.raise(n, found * factor, width);
+    vf even = load(state.sum + n), odd = vf{};
+    for (int j = 0; j < keys; j += 2) {
+      const vf first = exp2(load(s + j * BLOCK_M + n) * factor - shift);
+      const vf second = exp2(load(s + (j + 1) * BLOCK_M + n) * factor - shift);
+      even = even + first;
+      odd = odd + second;
+      store(s + j * BLOCK_M + n, first);
+      store(s + (j + 1) * BLOCK_M + n, second);
+    }
+    store(state.sum + n, even + odd);
+  }
+}
+
+// out and lse of a finished tile.
+static void finish_tile(const Params& p, const QueryTile& tile, const State& state) {
+  float factor[BLOCK_M];
+  for (int lane = 0; lane < tile.count; ++lane) {
+    const float sum = state.sum[lane], max = state.max[lane];
+    const bool none = max == -kInfinity && sum == 0.0f;
+    const float lse = none ? -kInfinity : max * kLn2 + logf(sum);
+    const int64_t h = tile.head[lane];
+    factor[lane] = none ? 0.0f : 1.0f / sum;
+    if (p.sinks) factor[lane] *= 1.0f / (1.0f + expf(p.sinks[h] - lse));
+    p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
+  }
+  write_lanes(p.out, tile, p.head_dim_v, state.out, factor);
+}
+
+}  // namespace fastattn::FASTATTN_ISA

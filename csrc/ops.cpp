@@ -1,0 +1,228 @@
+// The rooms as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any Python.
+//
+// The only file that includes a torch header. The operators check nothing: fastattn/spec.py has done so. They write
+// into the tensors that they are given, and a problem that the room cannot solve becomes an error with its sentence.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "common/params.h"
+#include "cpu/room.h"
+
+namespace {
+
+using fastattn::DType;
+using fastattn::MaskLeaf;
+using fastattn::Params;
+using fastattn::Table;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+// torch's own pool: where it is busy with this thread already, the parts run one after the other.
+void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+}
+
+DType dtype_of(const Tensor& tensor) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  if (dtype == aoti_torch_dtype_bfloat16()) return fastattn::kBFloat16;
+  if (dtype == aoti_torch_dtype_float16()) return fastattn::kFloat16;
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "float32, bfloat16 or float16 is needed, got dtype number ", dtype);
+  return fastattn::kFloat32;
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
+  return static_cast<T*>(data);
+}
+
+// Sizes and strides aligned at the last of four axes; an axis of size 1 repeats.
+struct Shape {
+  int64_t size[4] = {1, 1, 1, 1};
+  int64_t stride[4] = {0, 0, 0, 0};
+
+  explicit Shape(const Tensor& tensor) {
+    int64_t dims = 0;
+    int64_t* sizes = nullptr;
+    int64_t* strides = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dims));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+    STD_TORCH_CHECK(dims <= 4, "a tensor of at most 4 dimensions is needed, got ", dims);
+    for (int64_t axis = 0; axis < dims; ++axis) {
+      size[4 - dims + axis] = sizes[axis];
+      stride[4 - dims + axis] = sizes[axis] == 1 ? 0 : strides[axis];
+    }
+  }
+};
+
+Table table(const Tensor& tensor, const Shape& shape) {
+  Table t;
+  t.data = pointer<void>(tensor);
+  t.dtype = dtype_of(tensor);
+  for (int axis = 0; axis < 4; ++axis) t.stride[axis] = shape.stride[axis];
+  return t;
+}
+
+Table table(const Tensor& tensor) { return table(tensor, Shape(tensor)); }
+
+// Words: a leaf's kind pushes the next leaf, which takes one tensor or, for ids, two; kAnd and kOr join.
+//   interval  int32 [2, batch, heads, q_len]: starts, then stops
+//   elements  bool [batch, heads, q_len, kv_len]
+//   ids       int64 [batch, q_len], int64 [batch, kv_len]
+void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors) {
+  STD_TORCH_CHECK(words.size() <= fastattn::kMostWords, "a mask of at most 64 words is needed, got ", words.size());
+  size_t next = 0;
+  const auto take = [&]() -> const Tensor& {
+    STD_TORCH_CHECK(next < tensors.size(), "a mask's program asks for more tensors than the ", tensors.size(), " given");
+    return tensors[next++];
+  };
+  for (const int64_t word : words) {
+    p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.leaves;
+    if (word < 0) continue;
+    STD_TORCH_CHECK(p.mask.leaves < fastattn::kMostLeaves, "a mask of at most 32 leaves is needed");
+    MaskLeaf& leaf = p.mask.leaf[p.mask.leaves++];
+    leaf.kind = static_cast<fastattn::LeafKind>(word);
+    const Tensor& first = take();
+    const Shape shape(first);
+    if (leaf.kind == fastattn::kInterval) {
+      leaf.start = pointer<int32_t>(first);
+      leaf.stop = leaf.start + shape.stride[0];
+      for (int axis = 0; axis < 3; ++axis) leaf.stride[axis] = shape.stride[axis + 1];
+    } else if (leaf.kind == fastattn::kElements) {
+      leaf.elements = pointer<uint8_t>(first);
+      for (int axis = 0; axis < 4; ++axis) leaf.stride[axis] = shape.stride[axis];
+    } else {
+      const Tensor& second = take();
+      const Shape keys(second);
+      leaf.q_ids = pointer<int64_t>(first);
+      leaf.kv_ids = pointer<int64_t>(second);
+      leaf.stride[0] = shape.stride[2];
+      leaf.stride[2] = shape.stride[3];
+      leaf.kv_id_stride[0] = keys.stride[2];
+      leaf.kv_id_stride[1] = keys.stride[3];
+    }
+  }
+}
+
+Params problem(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& bias, const Maybe& sinks,
+               const Maybe& seed, const std::vector<int64_t>& words, const std::vector<Tensor>& mask_tensors,
+               double scale, double softcap, double dropout_p) {
+  Params p;
+  const Shape q(query), k(key), v(value);
+  p.batch = q.size[0];
+  p.num_heads = q.size[1];
+  p.q_len = q.size[2];
+  p.head_dim = q.size[3];
+  p.num_kv_heads = k.size[1];
+  p.group = p.num_kv_heads > 0 ? p.num_heads / p.num_kv_heads : 1;
+  p.kv_len = k.size[2];
+  p.head_dim_v = v.size[3];
+  p.dtype = dtype_of(query);
+  p.query = table(query, q);
+  p.key = table(key, k);
+  p.value = table(value, v);
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  if (bias) {
+    const Shape shape(*bias);
+    p.bias = table(*bias, shape);
+    for (int axis = 0; axis < 4; ++axis) p.bias_shape[axis] = shape.size[axis];
+  }
+  if (sinks) p.sinks = pointer<float>(*sinks);
+  read_mask(p, words, mask_tensors);
+  if (dropout_p > 0) {
+    p.drop_below = static_cast<uint64_t>(std::floor(dropout_p * 4294967296.0));
+    p.keep_scale = dropout_p < 1 ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 0.0f;
+    p.seed = static_cast<uint64_t>(*pointer<int64_t>(seed.value()));
+  }
+  uint32_t threads = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  p.threads = static_cast<int>(threads);
+  p.parallel_for = threads > 1 ? parallel_for : nullptr;
+  return p;
+}
+
+void check(const char* sentence) {
+  if (sentence != nullptr) throw std::runtime_error(sentence);
+}
+
+void cpu_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
+                 std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
+                 double dropout_p, Tensor out, Tensor lse) {
+  Params p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  p.out = table(out);
+  p.lse = pointer<float>(lse);
+  check(fastattn::cpu::forward(p));
+}
+
+void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
+                  std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
+                  double dropout_p, Tensor out, Tensor lse, Tensor d_out, Maybe d_lse, Tensor dq, Tensor dk, Tensor dv,
+                  Maybe dbias, Maybe dsinks, Tensor row_terms) {
+  Params p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  p.out = table(out);
+  p.lse = pointer<float>(lse);
+  p.d_out = table(d_out);
+  p.dq = table(dq);
+  p.dk = table(dk);
+  p.dv = table(dv);
+  if (d_lse) p.d_lse = pointer<float>(*d_lse);
+  if (dbias) p.dbias = pointer<float>(*dbias);
+  if (dsinks) p.dsinks = pointer<float>(*dsinks);
+  p.row_terms = pointer<float>(row_terms);
+  check(fastattn::cpu::backward(p));
+}
+
+void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<int64_t> mask_words,
+                 std::vector<Tensor> mask_tensors, double scale, double softcap, Tensor lse, Maybe rows,
+                 bool mean_heads, Tensor weights) {
+  Params p = problem(query, key, key, bias, sinks, std::nullopt, mask_words, mask_tensors, scale, softcap, 0.0);
+  p.lse = pointer<float>(lse);
+  if (rows) {
+    p.rows = pointer<int64_t>(*rows);
+    p.row_count = Shape(*rows).size[3];
+  }
+  p.weights = table(weights);
+  p.mean_heads = mean_heads;
+  check(fastattn::cpu::weights(p));
+}
+
+}  // namespace
+
+extern "C" {
+
+// The instruction set that a call would use now, and all that the machine has: see cpu/room.h.
+__attribute__((visibility("default"))) const char* fastattn_cpu_isa() { return fastattn::cpu::isa(); }
+__attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return fastattn::cpu::isas(); }
+}
+
+#define FASTATTN_PROBLEM                                                                         \
+  "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? seed, int[] mask_words, " \
+  "Tensor[] mask_tensors, float scale, float softcap, float dropout_p, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
+  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_backward(" FASTATTN_PROBLEM
+        "Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+        "Tensor(d!)? dbias, Tensor(e!)? dsinks, Tensor(f!) row_terms) -> ()");
+  m.def("cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
+        "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
+  m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+  m.impl("cpu_weights", TORCH_BOX(&cpu_weights));
+}

@@ -1,0 +1,121 @@
+"""The door to the CPU room: what it can do, and the way in. The library is built and loaded when it is about to run."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from fastattn import leaves, native
+from fastattn.spec import AttnInputs, AttnSpec
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ISAS = ("generic", "avx2", "avx512", "amx")
+MAX_LEN = 2**31 - 1  # an interval's ends are int32
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def why_not(spec: AttnSpec) -> str | None:
+    """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
+    return _spec_reason(spec) or native.why_not() or _isa_reason()
+
+
+def prepare(spec: AttnSpec) -> str | None:
+    """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
+    return _spec_reason(spec) or native.prepare()
+
+
+def notes(spec: AttnSpec) -> list[str]:
+    """What is to be said of a verdict that names this room."""
+    return [] if native.available() else ["the CPU library is not built yet: the first call builds it and waits"]
+
+
+def kernel_name(spec: AttnSpec) -> str:
+    """The kernels that run the call."""
+    library = native.available()
+    isa = "" if library is None else f" ({library.isa()})"
+    return "attention forward" + (" and backward" if spec.needs_grad else "") + isa
+
+
+def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
+    inputs = _readable(inputs)
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    native.library().forward(*inputs, *_numbers(spec), out, lse)
+    return out, lse
+
+
+def backward(
+    spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+) -> Gradients:
+    """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes."""
+    inputs, d_out = _readable(inputs), d_out.resolve_neg()
+    d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
+    dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
+    dbias = None if inputs.bias is None else torch.zeros(inputs.bias.shape, dtype=torch.float32, device=spec.device)
+    dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
+    row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
+    native.library().backward(
+        *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
+    )
+    return dq, dk, dv, dbias, dsinks
+
+
+def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool) -> Tensor:
+    """weights [batch, num_heads, q_len or len(rows), kv_len] float32, before dropout, or their mean over the heads
+    [batch, q_len or len(rows), kv_len]; lse is computed where it is not given.
+    """
+    inputs = _readable(inputs)
+    if lse is None:  # a value of one column is the cheapest
+        _, lse = forward(spec, inputs._replace(value=inputs.value[..., :1]))
+    count = spec.q_len if rows is None else len(rows)
+    table = torch.empty(
+        spec.batch, 1 if mean else spec.num_heads, count, spec.kv_len, dtype=torch.float32, device=spec.device
+    )
+    words, tensors, scale, softcap, _ = _numbers(spec)
+    native.library().weights(
+        inputs.query, inputs.key, inputs.bias, inputs.sinks, words, tensors, scale, softcap,
+        lse.float().contiguous(), rows, mean, table,
+    )  # fmt: skip
+    return table.squeeze(1) if mean else table
+
+
+def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
+    """The operators' arguments between the inputs and the outputs."""
+    words, tensors = spec.leaves
+    return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
+
+
+def _readable(inputs: AttnInputs) -> AttnInputs:
+    """As kernels read memory: no negated views, sinks float32 and side by side."""
+    query, key, value, bias, sinks, _ = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
+        inputs = inputs.resolved()
+    if inputs.sinks is not None:
+        inputs = inputs._replace(sinks=inputs.sinks.float().contiguous())
+    return inputs
+
+
+def _spec_reason(spec: AttnSpec) -> str | None:
+    if spec.device.type != "cpu":
+        return f"the tensors are on {spec.device.type}, and this room runs on the CPU"
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype} has no kernel; float16, bfloat16 and float32 have"
+    if max(spec.q_len, spec.kv_len) > MAX_LEN:
+        return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
+    return leaves.why_not(spec.mask)
+
+
+def _isa_reason() -> str | None:
+    """What FASTATTN_CPU_ISA asks for and this machine lacks. ValueError if there is no such instruction set."""
+    asked = os.environ.get("FASTATTN_CPU_ISA")
+    if not asked:
+        return None
+    if asked not in ISAS:
+        raise ValueError(f"FASTATTN_CPU_ISA: one of {', '.join(ISAS)} is needed, got {asked!r}")
+    library = native.available()
+    if library is None or asked in (has := library.isas()):
+        return None
+    return f"FASTATTN_CPU_ISA={asked}: the library and this machine share {', '.join(has)} only"

@@ -1,0 +1,257 @@
+"""Building the library: with compilers that are made up, in a cache of its own; and without any."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import fastattn
+from fastattn import compiler, native
+from fastattn.cli import main
+
+QUERY = torch.randn(1, 2, 5, 8)
+
+FAKE = """#!/bin/sh
+case "$*" in *--version*) echo "{version}"; exit 0;; esac
+echo "$*" >> "{log}"
+sleep {seconds}
+for last; do :; done
+echo half > "$last"
+case "$*" in *{fails}*) echo "In file included from x.h:"; echo "x.cpp:3:1: error: no such thing"; exit 1;; esac
+exit 0
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Put a made-up compiler in CXX and an empty cache beside it; the log has a line a command."""
+
+    def make(version="made-up 1.0", fails="nothing-at-all", seconds=0):
+        script = tmp_path / "c++"
+        script.write_text(FAKE.format(version=version, log=tmp_path / "log", fails=fails, seconds=seconds))
+        script.chmod(0o755)
+        compiler._find_compiler.cache_clear()
+        return lambda: (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTATTN_BUILD", raising=False)
+    yield make
+    compiler._find_compiler.cache_clear()
+
+
+@pytest.fixture(params=["ninja", "by itself"])
+def way(request, monkeypatch):
+    """With ninja, and with the compiler called directly."""
+    real = compiler.shutil.which
+    if request.param == "ninja" and real("ninja") is None:
+        pytest.skip("needs ninja")
+    if request.param == "by itself":
+        monkeypatch.setattr(
+            compiler.shutil, "which", lambda name, **named: None if name == "ninja" else real(name, **named)
+        )
+    return request.param
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """As if nothing had been loaded in this process."""
+    for name, value in (("_loaded", None), ("_failure", None), ("_warned", False)):
+        monkeypatch.setattr(native, name, value)
+
+
+def left_in(folder):
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+def test_it_is_built_once_and_says_so_on_one_line(fake, way, tmp_path, capsys):
+    log = fake()
+    path = native.build()
+    units = len(log()) - 1
+    assert path.read_text() == "half\n" and path.parent == tmp_path / "cache"
+    assert "-shared" in log()[-1]
+    assert capsys.readouterr().err == f"fastattn: building the CPU library, {units} files with made-up 1.0 ... 0 s\n"
+    assert native.build() == path and len(log()) == units + 1
+    assert native.build(force=True) == path and len(log()) == 2 * units + 2
+    assert left_in(path.parent) == [".lock", native.SUFFIX]
+
+
+@pytest.mark.parametrize("fails", ["room.cpp", "ops.cpp", "-shared"])
+def test_a_failed_build_says_why_and_is_remembered(fails, fake, way, tmp_path, capsys):
+    log = fake(fails=fails)
+    with pytest.raises(compiler.BuildError) as failure:
+        native.build()
+    said = str(failure.value)
+    assert "the compiler says: x.cpp:3:1: error: no such thing\nthe command was: " in said
+    assert fails in said.splitlines()[-1] and "`fastattn build` tries again" in said
+    assert "... failed after 0 s\n" in capsys.readouterr().err
+    assert left_in(tmp_path / "cache") == [".failed", ".lock"]  # and nothing half-written
+    calls = len(log())
+    with pytest.raises(compiler.BuildError, match="no such thing"):
+        native.build()
+    assert len(log()) == calls
+    assert main(["build"]) == 1
+    assert len(log()) > calls
+    fake()
+    assert native.build(retry=True).exists()
+    assert left_in(tmp_path / "cache") == [".lock", native.SUFFIX]
+
+
+def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
+    keys = []
+
+    def note():
+        keys.append(compiler.key(compiler.find_compiler()))
+
+    fake()
+    note()
+    fake(version="made-up 1.1")
+    note()
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    note()
+    monkeypatch.setattr(compiler, "source_digest", lambda: "other sources")
+    note()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    note()
+    assert len(set(keys)) == 5
+    monkeypatch.setattr(compiler, "sources", lambda: tmp_path / "elsewhere")  # where they lie is nothing to it
+    note()
+    assert keys[-1] == keys[-2]
+
+
+BUILD = "from fastattn import native; print(native.build())"
+
+
+def test_processes_that_want_it_at_once_build_it_once(fake):
+    log = fake(seconds=0.2)
+    started = [
+        subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120) for process in started]
+    assert len({out for out, _ in said}) == 1 and said[0][0].strip().endswith(native.SUFFIX)
+    assert sum("building" in err for _, err in said) == 1
+    assert sum("-shared" in line for line in log()) == 1
+
+
+def test_a_builder_that_is_killed_leaves_nothing_that_is_taken_for_the_library(fake, tmp_path):
+    log = fake(seconds=30)
+    process = subprocess.Popen([sys.executable, "-c", BUILD], stderr=subprocess.DEVNULL)
+    while not log():
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert native.find() is None
+    fake()
+    assert native.build().exists()
+
+
+def test_a_library_that_cannot_be_loaded(fake, unloaded):
+    fake()
+    native.build()
+    with pytest.warns(RuntimeWarning, match="plain reference on the CPU.*cannot be loaded"):
+        assert "FASTATTN_BUILD=force" in native.prepare()
+    assert native.available() is None
+
+
+def test_never_and_nonsense(fake, unloaded, monkeypatch):
+    log = fake()
+    monkeypatch.setenv("FASTATTN_BUILD", "never")
+    assert "FASTATTN_BUILD=never forbids it" in native.why_not()
+    with pytest.warns(RuntimeWarning, match="FASTATTN_BUILD=never"):
+        out = fastattn.attention(QUERY, QUERY, QUERY)
+    assert torch.equal(out, fastattn.attention(QUERY, QUERY, QUERY, backend="reference"))
+    with pytest.raises(fastattn.BackendUnavailable, match="FASTATTN_BUILD=never"):
+        fastattn.attention(QUERY, QUERY, QUERY, backend="cpu")
+    monkeypatch.setattr(native, "_failure", None)
+    monkeypatch.setenv("FASTATTN_BUILD", "perhaps")
+    with pytest.raises(ValueError, match="FASTATTN_BUILD: one of auto, never, force is needed, got 'perhaps'"):
+        native.why_not()
+    assert log() == []
+
+
+def test_explaining_builds_nothing_and_says_what_a_call_would(fake, unloaded):
+    log = fake()
+    verdict = fastattn.explain(QUERY, QUERY, QUERY)
+    assert verdict.backend == "cpu"
+    assert verdict.notes[-1] == "the CPU library is not built yet: the first call builds it and waits"
+    assert log() == []
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_no_build_starts_while_tracing(fake, unloaded):
+    log = fake()
+    traced = torch.jit.trace(lambda each: fastattn.attention(each, each, each), QUERY, check_trace=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fastattn.attention(QUERY, QUERY, QUERY)
+    assert log() == []
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):
+        traced(QUERY)
+    assert log()
+
+
+def test_a_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):
+    fake()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(compiler.BuildError, match=r"cannot be written .*name another in FASTATTN_CACHE_DIR"):
+        native.build()
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "~/somewhere")
+    assert native.cache_folder() == native.Path.home() / "somewhere"
+    monkeypatch.delenv("FASTATTN_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.cache_folder() == tmp_path / "fastattn"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert native.cache_folder() == native.Path.home() / ".cache" / "fastattn"
+
+
+def test_a_library_within_the_package_comes_first_where_its_sources_are_the_ones_beside_it(fake, tmp_path, monkeypatch):
+    fake()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "package" / "native.py"))
+    folder = tmp_path / "package" / "lib"
+    folder.mkdir(parents=True)
+    (folder / f"fastattn_cpu_of-other-sources{native.SUFFIX}").touch()
+    assert native.find() is None
+    (folder / native.shipped_name()).touch()
+    assert native.find() == folder / native.shipped_name()
+
+
+NO_COMPILER = """
+import warnings
+import torch, fastattn
+query = torch.randn(1, 2, 5, 8)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fastattn.attention(query, query, query)
+print(len(caught), caught[0].message)
+print(fastattn.explain(query, query, query))
+"""
+
+
+def test_without_a_compiler_the_reference_serves_and_a_warning_says_it_once(tmp_path):
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("CXX", "FASTATTN_BUILD", "FASTATTN_BACKEND")
+    }
+    environment = clean | {"PATH": str(tmp_path), "FASTATTN_CACHE_DIR": str(tmp_path / "cache")}
+    run = lambda *words: subprocess.run(
+        [sys.executable, *words], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    (tmp_path / "call.py").write_text(textwrap.dedent(NO_COMPILER))
+    done = run("call.py")
+    assert done.returncode == 0, done.stderr
+    first, *rest = done.stdout.splitlines()
+    assert first.startswith("1 fastattn computes with its plain reference on the CPU, slowly: no C++ compiler is found")
+    assert "runs this call: plain PyTorch" in "\n".join(rest)
+    told = run("-m", "fastattn.cli", "info")
+    assert "no C++ compiler is found" in " ".join(told.stdout.split()), told.stderr
+    built = run("-m", "fastattn.cli", "build")
+    assert built.returncode == 1 and "install g++ or clang++" in built.stderr
