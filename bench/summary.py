@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn.bench.env import headline
 from fastattn.bench.report import say_case
 from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
+from fastattn.bench.steps import is_ours
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,8 @@ def print_summary(console: Console, record: dict[str, Any]) -> None:
     for name, step in record["steps"].items():
         mark, style = MARKS[step["ok"]]
         console.print(f"{mark} {name:<6} {step['seconds']:>5.0f} s  {step['words']}", style=style)
-    _print_failures(console, failures(record))
+    _print_lines(console, failures(record), "✗", "red")
+    _print_lines(console, {"notes on others": notes(record)}, "·", "yellow")
     rows = [Row.of(row) for row in record.get("rows", [])]
     if rows:
         _print_ratios(console, rows)
@@ -42,7 +44,7 @@ def failures(record: dict[str, Any]) -> dict[str, list[str]]:
     """What went wrong, by kind, a line each."""
     tests = record.get("tests", {"failed": {}})["failed"]
     checks = [row for row in record.get("checks", []) if row["ok"] is False]
-    rows = [row for row in record.get("rows", []) if row["correct"] is False or row["crashed"]]
+    rows = [row for row in record.get("rows", []) if is_ours(row) and (row["correct"] is False or row["crashed"])]
     return {
         "tests": [f"{name}: {why}".removesuffix(": ") for name, why in tests.items()],
         "checks": [f"{row['room']}, {row['case']}: {row['words']}" for row in checks],
@@ -51,12 +53,18 @@ def failures(record: dict[str, Any]) -> dict[str, list[str]]:
     }
 
 
-def _print_failures(console: Console, found: dict[str, list[str]]) -> None:
+def notes(record: dict[str, Any]) -> list[str]:
+    """What other libraries did wrong, a line each."""
+    rows = [row for row in record.get("rows", []) if not is_ours(row) and (row["correct"] is False or row["crashed"])]
+    return [f"{row['name']}: {row['reason']}" for row in rows]
+
+
+def _print_lines(console: Console, found: dict[str, list[str]], mark: str, style: str) -> None:
     for kind, lines in found.items():
         for line in lines[:MOST_FAILURES]:
-            console.print(f"✗ {line[:200]}", style="red")
+            console.print(f"{mark} {line[:200]}", style=style)
         if len(lines) > MOST_FAILURES:
-            console.print(f"  and {len(lines) - MOST_FAILURES} more {kind}", style="red")
+            console.print(f"  and {len(lines) - MOST_FAILURES} more {kind}", style=style)
 
 
 def _print_ratios(console: Console, rows: list[Row]) -> None:

@@ -186,7 +186,7 @@ FAILING = Script(
 def test_failed_tests_wrong_results_and_crashes_come_first_ratios_last(go, capsys):
     check = Script([{"room": "triton", "case": "bias", "ok": False, "words": "dq is off"}], 1, words="ended with 1")
     wrong = worker("self")
-    wrong.lines.insert(0, {"cell": CELLS[1].name, "rows": [row_of(CELLS[1], "flex") | {"correct": False}]})
+    wrong.lines.insert(0, {"cell": CELLS[1].name, "rows": [row_of(CELLS[1]) | {"correct": False}]})
     scripts = {"pytest": FAILING, "fastattn.cli check": check, "fastattn.bench.worker": [wrong, worker("cross", "gqa")]}
     run, *_ = go(scripts)
     assert failures(run.record)["tests"] == ["tests/a.py::test_one: AssertionError: 1 is not 2"]
@@ -196,6 +196,16 @@ def test_failed_tests_wrong_results_and_crashes_come_first_ratios_last(go, capsy
     places = [said.index(words) for words in order]
     assert places == sorted(places)
     assert len(said.splitlines()) < 40
+
+
+def test_what_another_library_does_wrong_is_noted_and_no_failure(go, capsys):
+    script = worker("self", "cross", "gqa")
+    wrong = row_of(CELLS[1], "flex") | {"correct": False, "samples_ms": [], "reason": "wrong: dq"}
+    script.lines.insert(0, {"cell": CELLS[1].name, "rows": [row_of(CELLS[1]), wrong]})
+    run, *_ = go({"fastattn.bench.worker": script})
+    assert run.record["steps"]["bench"]["ok"] is True and not any(failures(run.record).values())
+    print_summary(Console(width=110, highlight=False, markup=False), run.record)
+    assert "· causal/fp32/B1-H1-N8-D8/fwd/flex: wrong: dq" in capsys.readouterr().out
 
 
 def test_the_best_other_is_the_fastest_that_is_not_ours():
