@@ -51,10 +51,14 @@ def environment(device_type: str, argv: list[str] | None = None) -> dict[str, An
 
 def headline(block: dict[str, Any]) -> str:
     """The block in one line for people."""
-    where = block["gpu"] or f"{block['cpu']}, {block['threads']} threads"
+    where = block["gpu"] or f"{block['cpu']}, {say_threads(block)}"
     commit = f" ({block['commit'][:9]}{' + changes' if block['dirty'] else ''})" if block["commit"] else ""
     cuda = f", CUDA {block['cuda']}" if block.get("cuda") else ""
     return f"{where} · torch {block['torch']}{cuda} · Python {block['python']} · fastattn {block['fastattn']}{commit}"
+
+
+def say_threads(block: dict[str, Any]) -> str:
+    return "1 thread" if block["threads"] == 1 else f"{block['threads']} threads"
 
 
 def device_name(block: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ class Options:
     presets: list[str] = field(default_factory=list)
     ops: list[str] | None = None
     providers: list[str] | None = None
+    peers: Path | None = None
     baseline: str | None = None
     dtypes: list[str] | None = None
     modes: list[str] | None = None
@@ -88,6 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("presets", nargs="*", metavar="PRESET", help="attention of known models by name, see --list")
     what.add_argument("--op", dest="ops", type=names, metavar="LIST", help="operations; `all`, or see --list")
     what.add_argument("--providers", type=names, metavar="LIST", help=f"who computes (default {','.join(PROVIDERS)})")
+    what.add_argument(
+        "--peers", type=Path, metavar="DIR", help="folder with unpacked wheels, for fa2, fa3, fa4, xformers (or PEERS=)"
+    )
     what.add_argument("--baseline", metavar="NAME", help="whose time the speed-up is against (default sdpa)")
     what.add_argument("--dtype", dest="dtypes", type=names, metavar="LIST", help="fp32, bf16, fp16")
     what.add_argument("--mode", dest="modes", type=_list_of(_mode), metavar="LIST", help="fwd, bwd, fwd+bwd")

@@ -18,7 +18,8 @@ from fastattn.bench.overhead import overhead_us
 from fastattn.bench.presets import preset_cases
 from fastattn.bench.problem import Made, Problem
 from fastattn.bench.progress import Progress
-from fastattn.bench.providers import Provider, provider
+from fastattn.bench.provider import Provider
+from fastattn.bench.providers import provider
 from fastattn.bench.ratios import paired
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases

