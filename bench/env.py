@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 BUSY = 0.5
 """A load average above this many running tasks a core, before the benchmark starts, is worth a warning."""
@@ -114,10 +114,16 @@ def _gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]),
-        "gpu_clocks": _output(
-            ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv", "-i", "0"],
-        ),
+        "gpu_clocks": gpu_state(),
     }
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, power and temperature with their units, by nvidia-smi; None where it does not answer."""
+    line = _output(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "-i", "0"])
+    values = [] if line is None else [each.strip() for each in line.splitlines()[0].split(",")]
+    names = CLOCKS.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
 
 
 def _commit() -> dict[str, Any]:
