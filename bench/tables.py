@@ -44,7 +44,11 @@ def table(path: Path, only: str | None = None) -> str:
     if not shown:
         raise ValueError(f"{path} has no row that {only!r} finds")
     date = environment["date"][:10]
-    return "\n".join([f"{headline(environment)} · {date}", "", *summary(shown)])
+    lines = [f"{headline(environment)} · {date}", ""]
+    if environment["busy"]:
+        load, cores = environment["load_average"][0], environment["cores"]
+        lines += [f"The machine was busy (load {load} on {cores} cores): times are too long, ratios less so.", ""]
+    return "\n".join([*lines, *summary(shown)])
 
 
 def documents(root: Path) -> list[Path]:

@@ -67,6 +67,17 @@ def test_report_renders_and_check_holds(checkout, capsys):
     assert "old figures" not in text and main(["bench", "report", str(root), "--check"]) == 0
 
 
+def test_a_busy_machine_is_said_above_its_table(checkout):
+    root = checkout()
+    path = root / "bench/results/one.json"
+    whole = json.loads(path.read_text())
+    for busy in (True, False):
+        whole["environment"] |= {"busy": busy, "load_average": [7.5, 1, 1], "cores": 2}
+        path.write_text(json.dumps(whole))
+        main(["bench", "report", str(root)])
+        assert ("busy (load 7.5 on 2 cores)" in (root / "README.md").read_text()) is busy
+
+
 def test_one_figure_that_was_changed_by_hand_is_found(checkout):
     root = checkout()
     main(["bench", "report", str(root)])
