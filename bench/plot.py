@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn.bench.env import headline, say_threads
 from fastattn.bench.report import by_op, say_case
 from fastattn.bench.roofline import attainable
-from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, say_against, say_rate, say_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +131,7 @@ def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
     rate, fast, slow = row.tflops(), row.tflops(low), row.tflops(high)
     panel.barh(place, rate, height=0.78, color=color)
     panel.errorbar(rate, place, xerr=[[rate - slow], [fast - rate]], color="#222222", linewidth=0.9, capsize=2)
-    speedup = "" if row.speedup is None or row.provider == row.baseline else f"  {say_speedup(row.speedup)}"
+    speedup = f"  {say_against(row)}"
     panel.annotate(
         f"{say_rate(rate)}   {say_time(row.median_ms)}{speedup}",
         (fast, place),
