@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastattn.bench import env, estimate, files, model, report, store
+from fastattn.bench import env, estimate, files, model, peers, report, store
 from fastattn.bench.clock import clock_for
 from fastattn.bench.options import Options
 from fastattn.bench.presets import PRESETS
@@ -39,6 +39,8 @@ def main(options: Options) -> int:
     try:
         if options.source is not None:
             return _show(console, options, *files.read_json(options.source))
+        if options.peers is not None:
+            peers.look_in(options.peers)
         device = pick_device(options.device)
         rows = plan(options, device) if options.wants_cases or options.list or options.dry_run else []
         if options.list or options.dry_run:

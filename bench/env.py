@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 BUSY = 0.5
 """A load average above this many running tasks a core, before the benchmark starts, is worth a warning."""
@@ -51,10 +51,14 @@ def environment(device_type: str, argv: list[str] | None = None) -> dict[str, An
 
 def headline(block: dict[str, Any]) -> str:
     """The block in one line for people."""
-    where = block["gpu"] or f"{block['cpu']}, {block['threads']} threads"
+    where = block["gpu"] or f"{block['cpu']}, {say_threads(block)}"
     commit = f" ({block['commit'][:9]}{' + changes' if block['dirty'] else ''})" if block["commit"] else ""
     cuda = f", CUDA {block['cuda']}" if block.get("cuda") else ""
     return f"{where} · torch {block['torch']}{cuda} · Python {block['python']} · fastattn {block['fastattn']}{commit}"
+
+
+def say_threads(block: dict[str, Any]) -> str:
+    return "1 thread" if block["threads"] == 1 else f"{block['threads']} threads"
 
 
 def device_name(block: dict[str, Any]) -> str:
@@ -110,10 +114,16 @@ def _gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]),
-        "gpu_clocks": _output(
-            ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv", "-i", "0"],
-        ),
+        "gpu_clocks": gpu_state(),
     }
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Clocks, power and temperature with their units, by nvidia-smi; None where it does not answer."""
+    line = _output(["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader", "-i", "0"])
+    values = [] if line is None else [each.strip() for each in line.splitlines()[0].split(",")]
+    names = CLOCKS.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
 
 
 def _commit() -> dict[str, Any]:

@@ -15,9 +15,12 @@ from fastattn.bench.rows import Row, say_against, say_bytes, say_error, say_rate
 from fastattn.bench_cases import OPS
 
 SCHEMA = "fastattn-bench/2"
+READS = (SCHEMA, "fastattn-gpu/1")
+"""What is written here, and what `make gpu` writes: its rows are the same."""
+
 RATES = "useful TFLOP/s | dense-equivalent TFLOP/s"
 MORE = "memory | mask made in | first call | overhead"
-LONG = ("samples_ms", "errors")
+LONG = ("samples_ms", "errors", "gpu_state")
 """Fields of a row that are lists; a CSV leaves them out."""
 
 
@@ -55,7 +58,7 @@ def write_markdown(path: Path, rows: list[Row], environment: dict[str, Any]) -> 
 def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
     """A summary with a column for each provider, then a table of every figure for each operation."""
     lines = [headline(environment), "", f"{environment['date']} · `{environment['command']}`", ""]
-    lines += [*_summary(rows), ""]
+    lines += [*summary(rows), ""]
     for op, of_op in by_op(rows).items():
         against = f"vs {of_op[0].baseline}" if of_op[0].baseline else "speed-up"
         lines += [f"### {op}: {OPS[op].says}", ""]
@@ -65,7 +68,7 @@ def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summary(rows: list[Row]) -> list[str]:
+def summary(rows: list[Row]) -> list[str]:
     """A line for each case and mode: median time by provider, and its speed-up against the baseline."""
     providers = list(dict.fromkeys(row.provider for row in rows))
     titles = [next((row.who for row in rows if row.provider == name and row.timed), name) for name in providers]
@@ -117,7 +120,7 @@ def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         schema = whole["schema"]
-        if schema == SCHEMA:
+        if schema in READS:
             return [Row.of(record) for record in whole["rows"]], whole["environment"]
     except (OSError, KeyError, TypeError, ValueError) as failure:
         raise ValueError(f"{path} is not a run of fastattn bench ({failure!r})") from failure

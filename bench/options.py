@@ -16,6 +16,7 @@ LARGEST_RANGE = 1000
 EPILOG = """
 sizes are lists: 512   1k,2k,4k   512:8k:*2 (512, 1024 ... 8192)   1k:4k:+1k
 fastattn bench compare A B [--threshold 5%] [--fail]     two runs side by side, by name (--save) or file
+fastattn bench report [--check]                          the tables of the documents, from bench/results
 exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran; 130 Ctrl-C
 examples:
   fastattn bench                                     this machine's default run, a real model at its end
@@ -33,6 +34,7 @@ class Options:
     presets: list[str] = field(default_factory=list)
     ops: list[str] | None = None
     providers: list[str] | None = None
+    peers: Path | None = None
     baseline: str | None = None
     dtypes: list[str] | None = None
     modes: list[str] | None = None
@@ -88,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("presets", nargs="*", metavar="PRESET", help="attention of known models by name, see --list")
     what.add_argument("--op", dest="ops", type=names, metavar="LIST", help="operations; `all`, or see --list")
     what.add_argument("--providers", type=names, metavar="LIST", help=f"who computes (default {','.join(PROVIDERS)})")
+    what.add_argument(
+        "--peers", type=Path, metavar="DIR", help="folder with unpacked wheels, for fa2, fa3, fa4, xformers (or PEERS=)"
+    )
     what.add_argument("--baseline", metavar="NAME", help="whose time the speed-up is against (default sdpa)")
     what.add_argument("--dtype", dest="dtypes", type=names, metavar="LIST", help="fp32, bf16, fp16")
     what.add_argument("--mode", dest="modes", type=_list_of(_mode), metavar="LIST", help="fwd, bwd, fwd+bwd")

@@ -8,7 +8,7 @@ import time
 import torch
 
 from fastattn.bench.problem import Problem, tiny
-from fastattn.bench.providers import Provider
+from fastattn.bench.provider import Provider
 from fastattn.bench_cases import BenchCase
 
 ROUNDS = 7

@@ -8,10 +8,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastattn.bench.env import headline
+from fastattn.bench.env import headline, say_threads
 from fastattn.bench.report import by_op, say_case
 from fastattn.bench.roofline import attainable
-from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, say_against, say_rate, say_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +24,13 @@ COLORS = {
     "sdpa": "#8C8C8C",
     "sdpa-math": "#CC79A7",
     "flex": "#E69F00",
+    "fa2": "#F0C040",
+    "fa3": "#009E73",
+    "fa4": "#D55E00",
+    "xformers": "#7A5BA6",
 }
 ROOF = "#9A9A9A"
-SPARE = ("#009E73", "#D55E00", "#F0E442", "#000000")
+SPARE = ("#A65628", "#5B7F00", "#C2186B", "#000000")
 NAME_HEIGHT = 0.075
 """Of a panel of lines: the least distance between two names at its right edge."""
 
@@ -80,7 +84,7 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
                 most = max((row.tflops(row.quartiles_ms[0]) for row in timed if row.mode == mode), default=1.0)
                 panel.set_xlim(0, most * 1.42)
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
-        where = environment["gpu"] or f"{environment['cpu']}, {environment['threads']} threads"
+        where = environment["gpu"] or f"{environment['cpu']}, {say_threads(environment)}"
         baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""
         if bars:
             figures = f"TFLOP/s, median time{baseline}"
@@ -127,7 +131,7 @@ def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
     rate, fast, slow = row.tflops(), row.tflops(low), row.tflops(high)
     panel.barh(place, rate, height=0.78, color=color)
     panel.errorbar(rate, place, xerr=[[rate - slow], [fast - rate]], color="#222222", linewidth=0.9, capsize=2)
-    speedup = "" if row.speedup is None or row.provider == row.baseline else f"  {say_speedup(row.speedup)}"
+    speedup = f"  {say_against(row)}"
     panel.annotate(
         f"{say_rate(rate)}   {say_time(row.median_ms)}{speedup}",
         (fast, place),

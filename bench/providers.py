@@ -1,6 +1,5 @@
-"""Who computes: fastattn, by room, beside PyTorch's own attentions. One small class each.
+"""Who computes: fastattn, by room, beside PyTorch's own attentions; other libraries are in peers.py.
 
-A provider says why it cannot run a case (`why_not`), else makes the callable that is checked and timed (`make`).
 Masks become what each provider's users would pass, before the clock starts; the memory such a mask takes is counted.
 """
 
@@ -17,7 +16,9 @@ from torch import Tensor
 import fastattn
 from fastattn.bench import estimate
 from fastattn.bench.env import cxx
+from fastattn.bench.peers import PEERS
 from fastattn.bench.problem import Made, Problem, tiny
+from fastattn.bench.provider import Provider
 from fastattn.bench_cases import OPS, BenchCase, known
 from fastattn.dispatch import BACKENDS
 from fastattn.masks import Causal, Full
@@ -29,25 +30,6 @@ SDPA_BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
 }
 CUDA_ONLY = ("efficient", "cudnn")
-
-
-class Provider:
-    """Base: a name, a reason not to run, a callable."""
-
-    name: str
-    compiles = False
-    """Whether each size is compiled anew, so that a tiny call says nothing of a large one's overhead."""
-
-    def why_not(self, problem: Problem, mode: str) -> str | None:
-        """A short reason why this provider cannot run `mode` of `problem`, or None."""
-        return None
-
-    def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
-        """Bytes, about, that `mode` of `case` will take beside its inputs and outputs."""
-        return 0
-
-    def make(self, problem: Problem) -> Made:
-        raise NotImplementedError
 
 
 class Fastattn(Provider):
@@ -207,5 +189,5 @@ def provider(name: str) -> Provider:
 
 
 def known_providers() -> dict[str, Provider]:
-    every = [Fastattn(), *map(Fastattn, BACKENDS), Sdpa(), *map(Sdpa, SDPA_BACKENDS), Flex()]
+    every = [Fastattn(), *map(Fastattn, BACKENDS), Sdpa(), *map(Sdpa, SDPA_BACKENDS), Flex(), *PEERS.values()]
     return {each.name: each for each in every}

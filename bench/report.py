@@ -57,6 +57,7 @@ def print_legend(console: Console, rows: list[Row]) -> None:
     against = against if baseline else ""
     console.print()
     _print_growth(console, rows)
+    _print_tiny(console, rows)
     _print_overhead(console, rows)
     console.print(
         f"Time: median. {against}TFLOP/s: on visible pairs alone. Memory: a call's peak beyond its inputs, "
@@ -82,6 +83,13 @@ def _print_growth(console: Console, rows: list[Row]) -> None:
         shown = ", ".join(f"{each.provider} {each.exponent:.2f}" for each in lines)
         lengths = f"{lines[0].lengths[0]} to {lines[0].lengths[-1]} keys"
         console.print(f"{case} {mode}, {lengths}: time grows with length to the power of {shown}", soft_wrap=True)
+
+
+def _print_tiny(console: Console, rows: list[Row]) -> None:
+    for row in rows:
+        if row.host_ms is not None:
+            graph = "no graph" if row.graph_ms is None else f"in a CUDA graph {say_time(row.graph_ms)}"
+            console.print(f"{row.name}: waited for {say_time(row.host_ms)}, {graph}", soft_wrap=True)
 
 
 def _print_overhead(console: Console, rows: list[Row]) -> None:

@@ -18,6 +18,7 @@ class Row:
 
     `first_call_s`: seconds of the first call of this mode, with what it compiles or builds. `mask_s`: seconds that the
     mask took in this provider's form. `overhead_us`: microseconds of the host for a call that does next to nothing.
+    `graph_ms`, `host_ms`: a tiny call on a GPU by two more clocks. `gpu_state`: clocks, power and temperature after it.
     `speedup_low`, `speedup_high`: the 95% interval of the speed-up.
     Exactly one of `reason` (why there is no time) and `samples_ms` is filled once the row has run.
     """
@@ -46,6 +47,9 @@ class Row:
     useful_flops: int | None = None
     dense_flops: int | None = None
     least_bytes: int | None = None
+    graph_ms: float | None = None
+    host_ms: float | None = None
+    gpu_state: dict[str, str] | None = None
     peak_bytes: int | None = None
     memory_method: str | None = None
     estimated_bytes: int | None = None

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import torch
 
-from fastattn.bench import estimate
+from fastattn.bench import env, estimate, tiny_calls
 from fastattn.bench import options as flags
 from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
 from fastattn.bench.memory import peak_bytes
@@ -18,7 +18,8 @@ from fastattn.bench.overhead import overhead_us
 from fastattn.bench.presets import preset_cases
 from fastattn.bench.problem import Made, Problem
 from fastattn.bench.progress import Progress
-from fastattn.bench.providers import Provider, provider
+from fastattn.bench.provider import Provider
+from fastattn.bench.providers import provider
 from fastattn.bench.ratios import paired
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases
@@ -135,11 +136,23 @@ class CaseRunner:
                 _refuse(row, timing.failure)
             else:
                 row.samples_ms, row.calls_per_sample = timing.samples_ms, timing.inner
+        if self.device.type == "cuda":
+            self._look_closer(rows, calls)
         base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
         for row in rows:
             if base is not None and row.timed:
                 row.speedup = base.median_ms / row.median_ms
                 row.speedup_low, row.speedup_high = paired(base.samples_ms, row.samples_ms) or (None, None)
+
+    def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]]) -> None:
+        """On a GPU: its clocks while it is still warm, and two more clocks for tiny calls."""
+        state = env.gpu_state()
+        for row in rows:
+            if row.timed:
+                row.gpu_state = state
+                if row.median_ms < tiny_calls.TINY_MS:
+                    row.host_ms = tiny_calls.host_ms(calls[row.provider])
+                    row.graph_ms = tiny_calls.graph_ms(calls[row.provider])
 
     def _ready(self, row: Row) -> Callable[[], object] | None:
         """What to time for a row; None, with the reason in the row, where it cannot run or is wrong."""

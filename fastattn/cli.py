@@ -100,10 +100,11 @@ def _print_version() -> int:
 
 
 def _bench(namespace: argparse.Namespace, argv: list[str]) -> int:
-    from fastattn.bench import command, compare, options
+    from fastattn.bench import command, compare, options, tables
 
-    if argv[1:2] == ["compare"]:
-        return compare.main(argv[2:])
+    for word, verb in (("compare", compare.main), ("report", tables.main)):
+        if argv[1:2] == [word]:
+            return verb(argv[2:])
     return command.main(options.parse(argv[1:]))
 
 

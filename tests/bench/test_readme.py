@@ -1,24 +1,115 @@
-"""The README's figures are those of the committed measurement that it names, to the digit."""
+"""The documents' figures are those of the committed measurements that they name, to the digit."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("rich", reason="the benchmark needs rich")
 
-from fastattn.bench.files import markdown, read_json
+from fastattn.bench import tables
+from fastattn.bench.files import read_json
+from fastattn.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = sorted((ROOT / "bench/results").glob("*.json"))
 
 
-def test_the_table_is_the_measurements():
-    readme = (ROOT / "README.md").read_text()
-    source = re.search(r"<!-- table: (\S+) -->", readme)[1]
-    rows, environment = read_json(ROOT / source)
-    headline, _, _, _, *rest = markdown(rows, environment).splitlines()
-    summary = "\n".join(rest[: rest.index("")])
-    assert summary.count("\n") > 5
-    for part in (headline, summary):
-        assert part in readme, f"print it anew: fastattn bench --from {source} --md table.md"
-    assert not environment["dirty"], "measure a clean tree"
+@pytest.mark.parametrize("path", tables.documents(ROOT), ids=lambda path: path.name)
+def test_a_table_is_its_measurement(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.render(text, ROOT) == text, "print it anew: fastattn bench report"
+
+
+def test_the_readme_has_a_table():
+    assert ROOT / "README.md" in tables.documents(ROOT)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_a_measurement_can_be_read_and_was_of_a_clean_tree(path):
+    rows, environment = read_json(path)
+    assert rows and environment["commit"] and not environment["dirty"], "measure a clean tree"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A README with a table, and its measurement."""
+    (tmp_path / "bench/results").mkdir(parents=True)
+    shutil.copy(SOURCES[0], tmp_path / "bench/results/one.json")
+
+    def write(marker="<!-- table: bench/results/one.json -->", end=tables.END):
+        (tmp_path / "README.md").write_text(f"before\n\n{marker}\nold figures\n{end}\nafter\n")
+        return tmp_path
+
+    return write
+
+
+def test_report_renders_and_check_holds(checkout, capsys):
+    root = checkout()
+    assert main(["bench", "report", str(root), "--check"]) == 1
+    assert (
+        "differs from its measurement" in capsys.readouterr().out and "old figures" in (root / "README.md").read_text()
+    )
+    assert main(["bench", "report", str(root)]) == 0
+    text = (root / "README.md").read_text()
+    _, environment = read_json(root / "bench/results/one.json")
+    assert text.startswith("before\n\n<!-- table") and text.endswith("<!-- end of table -->\nafter\n")
+    for words in (
+        environment["date"][:10],
+        environment["torch"],
+        environment["commit"][:9],
+        environment["cpu"],
+        "| self |",
+    ):
+        assert words in text
+    assert "old figures" not in text and main(["bench", "report", str(root), "--check"]) == 0
+
+
+def test_a_busy_machine_is_said_above_its_table(checkout):
+    root = checkout()
+    path = root / "bench/results/one.json"
+    whole = json.loads(path.read_text())
+    for busy in (True, False):
+        whole["environment"] |= {"busy": busy, "load_average": [7.5, 1, 1], "cores": 2}
+        path.write_text(json.dumps(whole))
+        main(["bench", "report", str(root)])
+        assert ("busy (load 7.5 on 2 cores)" in (root / "README.md").read_text()) is busy
+
+
+def test_one_figure_that_was_changed_by_hand_is_found(checkout):
+    root = checkout()
+    main(["bench", "report", str(root)])
+    path = root / "README.md"
+    path.write_text(re.sub(r"(\d) ms", r"\g<1>1 ms", path.read_text(), count=1))
+    assert main(["bench", "report", str(root), "--check"]) == 1
+
+
+def test_a_marker_may_pick_rows(checkout):
+    root = checkout("<!-- table: bench/results/one.json only=causal/.*/fwd -->")
+    main(["bench", "report", str(root)])
+    text = (root / "README.md").read_text()
+    assert "| causal |" in text and "| self |" not in text and "bwd" not in text
+
+
+@pytest.mark.parametrize(
+    "marker, end, sentence",
+    [
+        ("<!-- table: bench/results/none.json -->", tables.END, "none.json is not a run of fastattn bench"),
+        ("<!-- table: bench/results/one.json -->", "", "has no end; write <!-- end of table --> below it"),
+        ("<!-- table: bench/results/one.json only=nothing -->", tables.END, "has no row that 'nothing' finds"),
+        ("no marker", tables.END, "no marked table in"),
+    ],
+)
+def test_a_table_that_cannot_be_filled_is_a_sentence(checkout, capsys, marker, end, sentence):
+    root = checkout(marker, end)
+    assert main(["bench", "report", str(root)]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_run_of_make_gpu_is_read_too(checkout):
+    root = checkout()
+    path = root / "bench/results/one.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": "fastattn-gpu/1", "steps": {}}))
+    assert main(["bench", "report", str(root)]) == 0

