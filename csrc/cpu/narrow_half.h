@@ -45,8 +45,8 @@ INLINE void paired_scores(const char* key, int64_t key_bytes, int64_t dim, const
     for (int r = 0; r < ROWS; ++r) scores[j * BLOCK_M + r] = _mm512_reduce_add_ps(sum[j][r]);
 }
 
-// out[r][paired_place(d)] += sum over j of weights[j][r] * value[j][d], for VECTORS * PAIRED numbers d and the keys with
-// a bit in `seen`; weights [BLOCK_N / 2][BLOCK_M] are pairs of keys. `ahead` bytes of later rows are fetched.
+// out[r][paired_place(d)] += sum over j of weights[j][r] * value[j][d], for VECTORS * PAIRED numbers d and the keys
+// with a bit in `seen`; weights [BLOCK_N / 2][BLOCK_M] are pairs of keys. `ahead` bytes of later rows are fetched.
 template <int ROWS, int VECTORS>
 INLINE void paired_output(const char* value, int64_t value_bytes, uint64_t seen, const uint32_t* weights, float* out,
                           int64_t width, int64_t ahead) {
