@@ -1,7 +1,7 @@
-// Backward, in one pass over the pairs of tiles (five products each). An item of work owns a part of one key head's keys
-// and gathers their dk and dv over all queries of all heads that read them; queries are packed a chunk at a time, and a
-// chunk's dq is complete for the part when the chunk is done. Parts then add to dq one after another, in their order:
-// each waits for its turn at a chunk, and since items start in order too, whoever is waited for is at work.
+// Backward, in one pass over the pairs of tiles (five products each). An item of work owns a part of one key head's
+// keys and gathers their dk and dv over all queries of all heads that read them; queries are packed a chunk at a time,
+// and a chunk's dq is complete for the part when the chunk is done. Parts then add to dq one after another, in their
+// order: each waits for its turn at a chunk, and since items start in order too, whoever is waited for is at work.
 #pragma once
 
 #include <sched.h>
@@ -81,8 +81,8 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
   const auto* d_scores = weight_rows<Dot>(keys, d_score, work.words);
   column_product<Dot>(keys, width, steps, d_scores, row, rows.query.pairs, dk);
   const auto* d_pairs = weight_pairs<Dot>(vectors, keys, d_score, work.words);
-  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, pairs + words_of<Dot>(at.low) * width, 1, width, d_pairs,
-                          rows.dq);
+  const auto* seen_pairs = pairs + words_of<Dot>(at.low) * width;
+  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, seen_pairs, 1, width, d_pairs, rows.dq);
 }
 
 // Add a finished chunk to dq, in turn; the last part writes it out.

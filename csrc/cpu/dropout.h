@@ -49,8 +49,8 @@ INLINE void keep_or_drop(const Params& p, vw words, float* factor) {
 #endif
 }
 
-// What a weight is multiplied by: 0 where it is dropped, else 1 / (1 - p). For keys [low, high) of the tile of keys that
-// starts at `first`; both multiples of four.
+// What a weight is multiplied by: 0 where it is dropped, else 1 / (1 - p). For keys [low, high) of the tile of keys
+// that starts at `first`; both multiples of four.
 static void dropout_factors(const Params& p, const QueryTile& tile, int64_t first, int low, int high, float* factor) {
   constexpr int N = BLOCK_M / WL % 3 == 0 ? 3 : 2;
   alignas(64) uint64_t q_idx[BLOCK_M], head[BLOCK_M];

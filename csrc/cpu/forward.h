@@ -1,8 +1,8 @@
-// Forward, by tiles of queries (Dao et al. 2022, FlashAttention): scores S^T = K Q^T [keys][queries], so that queries are
-// lanes and maximum, sum and mask need no step across them; weights P^T = exp(S^T - max); output O^T += V^T P^T.
+// Forward, by tiles of queries (Dao et al. 2022, FlashAttention): scores S^T = K Q^T [keys][queries], so that queries
+// are lanes and maximum, sum and mask need no step across them; weights P^T = exp(S^T - max); output O^T += V^T P^T.
 //
-// An item of work is a few tiles of queries that share each packed tile of keys, and, where there are few queries, a part
-// of the keys, whose results are joined afterwards. Which parts depends on the shape alone: so do the bits.
+// An item of work is a few tiles of queries that share each packed tile of keys, and, where there are few queries, a
+// part of the keys, whose results are joined afterwards. Which parts depends on the shape alone: so do the bits.
 #pragma once
 
 #include "narrow.h"

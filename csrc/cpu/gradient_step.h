@@ -79,7 +79,8 @@ struct GradientWork {
 };
 
 // Fills work.weight, with sinks and dropout in it, and work.d_score, the gradient of the scores before the bias and
-// after the soft cap, for the keys that are worth a look; work.slope is the soft cap's. Gives the keys for the product with d_score.
+// after the soft cap, for the keys that are worth a look; work.slope is the soft cap's. Gives the keys for the product
+// with d_score.
 template <class Dot>
 static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot>& rows, GradientWork<Dot>& work) {
   const QueryTile& tile = *rows.tile;

@@ -2,12 +2,12 @@
 // once, where they lie, and lanes are head dimensions in both products. Scores are still [keys][queries].
 #pragma once
 
+#include "narrow_half.h"
 #include "state.h"
 
 namespace fastattn::FASTATTN_ISA {
 
 constexpr int MOST_ROWS = 8;
-constexpr int AHEAD = 16;  // keys to fetch ahead of use
 
 INLINE bool is_narrow(const Params& p) {
   return Unit::rows(p) <= MOST_ROWS && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
@@ -27,11 +27,6 @@ INLINE float total(vf numbers) {
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
 #endif
-}
-
-// Bring a row into the cache; past the end of memory this does nothing.
-INLINE void fetch(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
 // scores[j][r] = sum over d of key[j][d] * query[r][d], for KEYS keys.
@@ -92,11 +87,14 @@ struct NarrowWork {
   QueryRows<FloatDot> query;
   Meeting at;
   float *s, *out, *state;  // [BLOCK_N][BLOCK_M], [MOST_ROWS][width], a State
+  uint16_t* half;          // [MOST_ROWS][width], the queries in bfloat16
+  uint32_t* words;         // [BLOCK_N / 2][BLOCK_M]
 
   bool take(const Params& p, Scratch& from) {
     const int64_t size = State::size(p), width = padded(p.head_dim_v);
     if (!from.reset(Scratch::bytes_for<QueryTile>(1) + QueryRows<FloatDot>::bytes(p.head_dim, false) +
-                    Meeting::bytes() + Scratch::bytes_for<float>(TILE) +
+                    Meeting::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
+                    Scratch::bytes_for<float>(MOST_ROWS * padded(p.head_dim)) +
                     Scratch::bytes_for<float>(MOST_ROWS * width) + Scratch::bytes_for<float>(size)))
       return false;
     tile = from.take<QueryTile>(1);
@@ -105,6 +103,8 @@ struct NarrowWork {
     s = from.take<float>(TILE);
     out = from.take<float>(MOST_ROWS * width);
     state = from.take<float>(size);
+    half = from.take<uint16_t>(MOST_ROWS * padded(p.head_dim));
+    words = from.take<uint32_t>(TILE);
     std::memset(s, 0, TILE * sizeof(float));
     std::memset(out, 0, MOST_ROWS * width * sizeof(float));
     State(state).clear(width);
@@ -112,17 +112,11 @@ struct NarrowWork {
   }
 };
 
-// One tile of keys.
+// Scores of the tile's keys.
 template <class Read, int ROWS>
-static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
-  constexpr int KEYS = ROWS > 4 ? 1 : 2, VECTORS = ROWS > 4 ? 2 : 4;
-  const QueryTile& tile = *work.tile;
-  const Meeting& at = work.at;
-  const int64_t left = p.kv_len - at.first, count = left < BLOCK_N ? left : BLOCK_N;
-  const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
-  const char* key = row_at(p.key, tile.b, kv_head, at.first);
-  const char* value = row_at(p.value, tile.b, kv_head, at.first);
-  const int64_t key_bytes = p.key.stride[2] * Read::BYTES, value_bytes = p.value.stride[2] * Read::BYTES;
+INLINE void narrow_tile_scores(const Params& p, const char* key, int64_t key_bytes, int64_t count, NarrowWork& work) {
+  constexpr int KEYS = ROWS > 4 ? 1 : 2;
+  const int64_t width = padded(p.head_dim);
   int64_t j = 0;
   for (; j + KEYS <= count; j += KEYS) {
     for (int n = 0; n < KEYS; ++n) fetch(key + (j + n + AHEAD) * key_bytes, p.head_dim * Read::BYTES);
@@ -132,28 +126,91 @@ static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
   for (; j < count; ++j)
     narrow_scores<Read, ROWS, 1>(key + j * key_bytes, key_bytes, p.head_dim, work.query.rows, width,
                                  work.s + j * BLOCK_M);
+}
+
+template <class Read, int ROWS>
+INLINE void narrow_tile_output(const Params& p, const char* value, int64_t value_bytes, uint64_t seen,
+                               NarrowWork& work) {
+  constexpr int VECTORS = ROWS > 4 ? 2 : 4;
+  const int64_t width = padded(p.head_dim_v);
+  int64_t d = 0;
+  for (; d + VECTORS * VL <= p.head_dim_v; d += VECTORS * VL)
+    narrow_output<Read, ROWS, VECTORS>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width,
+                                       d ? 0 : p.head_dim_v * Read::BYTES);
+  for (; d < p.head_dim_v; d += VL)
+    narrow_output<Read, ROWS, 1>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width, 0);
+}
+
+#if defined(__AVX512BF16__)
+template <int ROWS>
+INLINE void paired_tile_scores(const Params& p, const char* key, int64_t key_bytes, int64_t count, NarrowWork& work) {
+  constexpr int KEYS = ROWS > 4 ? 1 : 2;
+  const int64_t width = padded(p.head_dim);
+  int64_t j = 0;
+  for (; j + KEYS <= count; j += KEYS) {
+    for (int n = 0; n < KEYS; ++n) fetch(key + (j + n + AHEAD) * key_bytes, p.head_dim * 2);
+    paired_scores<ROWS, KEYS>(key + j * key_bytes, key_bytes, p.head_dim, work.half, width, work.s + j * BLOCK_M);
+  }
+  for (; j < count; ++j)
+    paired_scores<ROWS, 1>(key + j * key_bytes, key_bytes, p.head_dim, work.half, width, work.s + j * BLOCK_M);
+}
+
+template <int ROWS>
+INLINE void paired_tile_output(const Params& p, const char* value, int64_t value_bytes, uint64_t seen,
+                               NarrowWork& work) {
+  constexpr int VECTORS = ROWS > 4 ? 1 : 2;
+  const int64_t width = padded(p.head_dim_v);
+  const uint32_t* weights = weight_pairs<BFloat16Dot>(1, BLOCK_N, work.s, work.words);
+  int64_t d = 0;
+  for (; d + VECTORS * PAIRED <= p.head_dim_v; d += VECTORS * PAIRED)
+    paired_output<ROWS, VECTORS>(value + d * 2, value_bytes, seen, weights, work.out + d, width,
+                                 d ? 0 : p.head_dim_v * 2);
+  for (; d < p.head_dim_v; d += PAIRED)
+    paired_output<ROWS, 1>(value + d * 2, value_bytes, seen, weights, work.out + d, width, 0);
+}
+
+template <class Read>
+constexpr bool IS_PAIRED = false;
+template <>
+constexpr bool IS_PAIRED<ReadBFloat16Pairs> = true;
+#endif
+
+// One tile of keys.
+template <class Read, int ROWS>
+static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
+  const QueryTile& tile = *work.tile;
+  const Meeting& at = work.at;
+  const int64_t left = p.kv_len - at.first, count = left < BLOCK_N ? left : BLOCK_N, width = padded(p.head_dim_v);
+  const char* key = row_at(p.key, tile.b, kv_head, at.first);
+  const char* value = row_at(p.value, tile.b, kv_head, at.first);
+  const int64_t key_bytes = p.key.stride[2] * Read::BYTES, value_bytes = p.value.stride[2] * Read::BYTES;
+#if defined(__AVX512BF16__)
+  if constexpr (IS_PAIRED<Read>)
+    paired_tile_scores<ROWS>(p, key, key_bytes, count, work);
+  else
+#endif
+    narrow_tile_scores<Read, ROWS>(p, key, key_bytes, count, work);
   if (!at.plain) finish_scores(p, tile, at, work.s, nullptr);
   const uint64_t seen = at.plain ? ~uint64_t{0} : at.seen(work.s, tile.vectors);
   State state(work.state);
-  alignas(64) float before[MOST_ROWS], factor[MOST_ROWS];
+  alignas(64) float before[MOST_ROWS];
   std::memcpy(before, state.max, sizeof before);
   soften(tile.vectors, BLOCK_N, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, 0);
   for (int r = 0; r < ROWS; ++r) {
     if (before[r] == state.max[r] || before[r] == -kInfinity) continue;
-    factor[r] = exp2f(before[r] - state.max[r]);
-    for (int64_t d = 0; d < width_v; d += VL)
-      store(work.out + r * width_v + d, load(work.out + r * width_v + d) * factor[r]);
+    const float factor = exp2f(before[r] - state.max[r]);
+    for (int64_t d = 0; d < width; d += VL) store(work.out + r * width + d, load(work.out + r * width + d) * factor);
   }
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
     multiply(at, work.s, at.dropout);
   }
-  int64_t d = 0;
-  for (; d + VECTORS * VL <= p.head_dim_v; d += VECTORS * VL)
-    narrow_output<Read, ROWS, VECTORS>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width_v,
-                                       d ? 0 : p.head_dim_v * Read::BYTES);
-  for (; d < p.head_dim_v; d += VL)
-    narrow_output<Read, ROWS, 1>(value + d * Read::BYTES, value_bytes, seen, work.s, work.out + d, width_v, 0);
+#if defined(__AVX512BF16__)
+  if constexpr (IS_PAIRED<Read>)
+    paired_tile_output<ROWS>(p, value, value_bytes, seen, work);
+  else
+#endif
+    narrow_tile_output<Read, ROWS>(p, value, value_bytes, seen, work);
 }
 
 using NarrowStep = void (*)(const Params&, int64_t, NarrowWork&);
@@ -177,9 +234,18 @@ static bool narrow_item(const Params& p, int64_t index, int64_t first, int64_t l
   first = first < from ? from : first;
   last = last > to ? to : last;
   const int count = work.tile->count;
-  const NarrowStep step = p.dtype == kFloat32    ? narrow_step_for<ReadFloat>(count)
-                          : p.dtype == kBFloat16 ? narrow_step_for<ReadBFloat16>(count)
-                                                 : narrow_step_for<ReadFloat16>(count);
+  NarrowStep step = p.dtype == kFloat32    ? narrow_step_for<ReadFloat>(count)
+                    : p.dtype == kBFloat16 ? narrow_step_for<ReadBFloat16>(count)
+                                           : narrow_step_for<ReadFloat16>(count);
+  bool paired = false;
+#if defined(__AVX512BF16__)
+  paired = p.dtype == kBFloat16 && p.head_dim % PAIRED == 0 && p.head_dim_v % PAIRED == 0;
+  if (paired) {
+    step = narrow_step_for<ReadBFloat16Pairs>(count);
+    const int64_t all = MOST_ROWS * padded(p.head_dim);
+    for (int64_t d = 0; d < all; d += VL) store(work.half + d, to_bfloat16(load(work.query.rows + d)));
+  }
+#endif
   for (int64_t kv_tile = first; kv_tile < last; ++kv_tile)
     if (work.at.meet(p, *work.tile, kv_tile)) {
       work.at.look_at_all();
@@ -187,7 +253,8 @@ static bool narrow_item(const Params& p, int64_t index, int64_t first, int64_t l
     }
   State done(work.state);
   for (int lane = 0; lane < count; ++lane)
-    for (int64_t d = 0; d < p.head_dim_v; ++d) done.out[d * BLOCK_M + lane] = work.out[lane * width + d];
+    for (int64_t d = 0; d < p.head_dim_v; ++d)
+      done.out[d * BLOCK_M + lane] = work.out[lane * width + (paired ? paired_place(d) : d)];
   if (state)
     std::memcpy(state, work.state, State::size(p) * sizeof(float));
   else

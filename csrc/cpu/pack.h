@@ -14,6 +14,13 @@ namespace fastattn::FASTATTN_ISA {
 
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+constexpr int AHEAD = 32;  // rows to fetch ahead of use where memory is read as it lies
+
+// Bring a row into the second-level cache; past the end of memory this does nothing.
+INLINE void fetch(const char* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 INLINE const char* row_at(const Table& table, int64_t b, int64_t h, int64_t i) {
   const int64_t at = b * table.stride[0] + h * table.stride[1] + i * table.stride[2];
   return static_cast<const char*>(table.data) + at * (table.dtype == kFloat32 ? 4 : 2);
@@ -44,7 +51,7 @@ static void read_row(const Table& table, const char* from, int64_t n, int64_t wi
 }
 
 // The same as raw half-precision bits.
-static void read_row(const Table& table, const char* from, int64_t n, int64_t width, uint16_t* to) {
+INLINE void read_row(const Table& table, const char* from, int64_t n, int64_t width, uint16_t* to) {
   const uint16_t* row = reinterpret_cast<const uint16_t*>(from);
   const int64_t step = table.stride[3];
   if (step == 1)

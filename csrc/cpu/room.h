@@ -14,7 +14,8 @@ const char* backward(const Params& p);
 // Weights from lse.
 const char* weights(const Params& p);
 
-// The instruction set in use: the best that this machine has, or the one that FASTATTN_CPU_ISA names, read at each call.
+// The instruction set in use: the best that this machine has, or the one that FASTATTN_CPU_ISA names, read at each
+// call.
 const char* isa();
 
 // Those that this machine has, worst first, separated by spaces.

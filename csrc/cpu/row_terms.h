@@ -3,9 +3,9 @@
 //   share = exp(lse - log(exp(lse) + exp(sink)))     what the sink leaves of the weights; 1 without sinks
 //   shift = d_lse - share * sum(d_out * out)         so that d score = exp(score - lse) * (share * d weight + shift)
 //
-// The sinks' gradient, and a bias's that is summed, want that sum more exactly than a rounded output tells it: `met`, the
-// sum over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over rows of
-// -(1 - share) * met.
+// The sinks' gradient, and a bias's that is summed, want that sum more exactly than a rounded output tells it: `met`,
+// the sum over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over
+// rows of -(1 - share) * met.
 #pragma once
 
 #include <cmath>

@@ -165,6 +165,6 @@ def test_what_it_cannot_do_it_says():
 def test_the_interpreter_runs_only_when_asked():
     query = torch.randn(1, 2, 8, 16)
     verdict = explain(query, query, query)
-    assert verdict.backend == "reference"
+    assert verdict.backend in ("cpu", "reference")
     assert "runs only with backend='triton'" in verdict.reasons["triton"]
     assert explain(query, query, query, backend="triton").kernel == "attn_fwd"
