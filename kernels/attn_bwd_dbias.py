@@ -12,7 +12,7 @@ import triton.language as tl
 from fastattn.kernels.gradients import gradient_tile
 from fastattn.kernels.masks import read_numbers
 from fastattn.kernels.tiles import dot, load_line, load_tile, narrow
-from fastattn.kernels.veil import unveil
+from fastattn.kernels.veil import stride, unveil
 from fastattn.kernels.walk import read_sizes
 
 
@@ -54,7 +54,8 @@ def attn_dbias_kernel(
             BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         dbias += d_scores
-    at = t.dbias + own_batch.to(tl.int64) * strides.dbias[0] + own_head.to(tl.int64) * strides.dbias[1]
-    at += q_idx.to(tl.int64)[:, None] * strides.dbias[2] + kv_idx.to(tl.int64)[None, :] * strides.dbias[3]
+    at = t.dbias + own_batch.to(tl.int64) * stride(strides.dbias, 0) + own_head.to(tl.int64) * stride(strides.dbias, 1)
+    at += q_idx.to(tl.int64)[:, None] * stride(strides.dbias, 2)
+    at += kv_idx.to(tl.int64)[None, :] * stride(strides.dbias, 3)
     dbias = narrow(dbias, t.dbias.dtype.element_ty, KIND.BF16_BY_HAND)
     tl.store(at, dbias, mask=inside[:, None] & (kv_idx < kv_len)[None, :])

@@ -3,6 +3,16 @@
 import triton
 import triton.language as tl
 
+from fastattn.kernels.veil import unveil, veil
+
+WORDS = 2**32
+WIDE = tl.constexpr(2**40)  # added, the threshold takes 64 bits whatever it is
+
+
+def threshold_of(dropout_p: float) -> int:
+    """Words below it are dropped; as it travels."""
+    return veil(int(dropout_p * WORDS) + WIDE.value)
+
 
 @triton.jit
 def kept_weights(seed, threshold, batch, head, q_idx, kv_lo, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -18,4 +28,4 @@ def kept_weights(seed, threshold, batch, head, q_idx, kv_lo, ROWS: tl.constexpr,
     w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, word + batch)
     # The last axis of a join runs fastest: pairs (0, 1) and (2, 3) side by side.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, [ROWS, COLUMNS]).to(tl.int64) >= threshold
+    return tl.reshape(words, [ROWS, COLUMNS]).to(tl.int64) >= unveil(threshold) - WIDE

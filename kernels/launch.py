@@ -24,6 +24,7 @@ from fastattn.kernels.configs import (
     target_of,
     tiles_of,
 )
+from fastattn.kernels.dropout import threshold_of
 from fastattn.kernels.kind import bias_axes, kind_of
 from fastattn.kernels.operands import named, operands
 from fastattn.kernels.scores import Scales, score_of
@@ -35,8 +36,6 @@ ROW_PAD = 16
 """Rows; Triton knows of a stride that 16 divides."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether the kernels above were made for Triton's interpreter: it reads the variable when a kernel is defined."""
-
-WORDS = 2**32
 
 
 class Launch(NamedTuple):
@@ -76,7 +75,7 @@ class Problem:
             score_of(spec)[1],
             float(spec.scale),
             1.0 if spec.softcap is None else float(spec.softcap),
-            int(spec.dropout_p * WORDS),
+            threshold_of(spec.dropout_p),
             1.0 / kept if kept else 0.0,
         )
         bias = inputs.bias

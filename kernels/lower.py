@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn.kernels.masks import AND, FAR, OR, RULES
-from fastattn.kernels.veil import veil
+from fastattn.kernels.veil import veil, veiled
 from fastattn.spec import AttnSpec
 
 MOST_TERMS = 2
@@ -99,7 +99,7 @@ def _hides(names: list[str], args: list[tuple], spec: AttnSpec) -> bool:
 
 def _by_head(names: list[str], args: list[tuple]) -> bool:
     """The strides of heads are 0 where one table serves all."""
-    strides = {"Rows": lambda of: of[3][1] != veil(0), "Dense": lambda of: of[1][1] != 0}
+    strides = {"Rows": lambda of: of[3][1] != veil(0), "Dense": lambda of: of[0].stride(1) != 0}
     return any(strides[name](each) for name, each in zip(names, args, strict=True) if name in strides)
 
 
@@ -235,7 +235,7 @@ def _segments(mask: Any, spec: AttnSpec) -> tuple:
 def _dense(mask: Any, spec: AttnSpec) -> tuple:
     """The table's bytes; its strides over [batch, num_heads, q_len, kv_len]."""
     table = mask.table.expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len).view(torch.uint8)
-    return table, table.stride()
+    return table, veiled(table.stride())
 
 
 ARGUMENTS = {

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.kernels.veil import unveil
+from fastattn.kernels.veil import stride, unveil
 
 FAR = tl.constexpr(2**29 - 1)  # beyond every length; fits an int32 veiled, and so does the sum of three
 AND, OR = tl.constexpr(-1), tl.constexpr(-2)
@@ -348,8 +348,8 @@ def _segments_keep(q_idx, kv_idx, numbers):
 @triton.jit
 def _dense_numbers(args, batch, head, q_len, kv_len):
     """The first byte of the table; the strides of its queries and keys."""
-    table = args[0] + batch.to(tl.int64) * args[1][0] + head.to(tl.int64) * args[1][1]
-    return table, args[1][2], args[1][3], q_len, kv_len
+    table = args[0] + batch.to(tl.int64) * stride(args[1], 0) + head.to(tl.int64) * stride(args[1], 1)
+    return table, stride(args[1], 2), stride(args[1], 3), q_len, kv_len
 
 
 @triton.jit

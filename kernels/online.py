@@ -13,6 +13,7 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+LARGEST = tl.constexpr(3.4028234e38)  # of float32
 
 
 class Normalizer(NamedTuple):
@@ -68,8 +69,10 @@ def _softmax_weights(scores, factor, total):
 
 @triton.jit
 def _softmax_left(total, sink):
-    """What a sink leaves of a row's weights, and what it takes: they add up to 1, and neither is a difference."""
-    sink *= LOG2E
+    """What a sink leaves of a row's weights, and what it takes: they add up to 1, and neither is a difference. total is
+    inf where a row saw nothing, a sink never.
+    """
+    sink = tl.minimum(sink * LOG2E, LARGEST)
     return 1.0 / (1.0 + tl.exp2(sink - total)), 1.0 / (1.0 + tl.exp2(total - sink))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.kind import wide
+from fastattn.kernels.veil import veiled
 
 TMA_BYTES = 16
 """What the copy engine wants addresses and strides to be multiples of (CUDA driver API, cuTensorMapEncodeTiled)."""
@@ -35,10 +36,15 @@ def operands(
         described = descriptors and movable(rows)
         block = [count, wide(tensor.shape[3])] if tensor.dim() == 4 else [1, count]
         tensors[name] = _descriptor(rows, block) if described else tensor
-        strides[name] = () if described else tensor.stride()
+        strides[name] = () if described else _strides(tensor)
     for name, table in strided.items():
-        tensors[name], strides[name] = table, () if table is None else table.stride()
+        tensors[name], strides[name] = table, () if table is None else _strides(table)
     return named(**tensors, **plain), named(**strides)
+
+
+def _strides(tensor: Tensor) -> tuple:
+    """Those of [batch, heads, length] have steps that 16 divides."""
+    return veiled(tensor.stride()) if tensor.dim() == 4 else tensor.stride()
 
 
 def movable(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastattn.kernels.masks import keep
 from fastattn.kernels.online import LOG2E
+from fastattn.kernels.veil import stride
 
 
 class Scales(NamedTuple):
@@ -23,7 +24,7 @@ class Scales(NamedTuple):
     factor: Any
     scale: Any
     softcap: Any
-    threshold: Any  # Philox words below it are dropped
+    threshold: Any  # see dropout.threshold_of
     gain: Any  # 1 / (1 - p)
 
 
@@ -96,16 +97,16 @@ def score_tile(
     if CHECK:
         kept = keep(KIND, q_idx, kv_idx, numbers)
     if KIND.BIAS != "":
-        at = bias + batch.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
+        at = bias + batch.to(tl.int64) * stride(bias_strides, 0) + head.to(tl.int64) * stride(bias_strides, 1)
         inside = (q_idx < numbers[0][0]) & (kv_idx < numbers[0][1])
         if KIND.BIAS == "k":
             inside = kv_idx < numbers[0][1]
-            at += kv_idx.to(tl.int64) * bias_strides[3]
+            at += kv_idx.to(tl.int64) * stride(bias_strides, 3)
         elif KIND.BIAS == "q":
             inside = q_idx < numbers[0][0]
-            at += q_idx.to(tl.int64) * bias_strides[2]
+            at += q_idx.to(tl.int64) * stride(bias_strides, 2)
         else:
-            at += q_idx.to(tl.int64) * bias_strides[2] + kv_idx.to(tl.int64) * bias_strides[3]
+            at += q_idx.to(tl.int64) * stride(bias_strides, 2) + kv_idx.to(tl.int64) * stride(bias_strides, 3)
         added = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)  # who is not there sees nobody
         kept = kept & (added != float("-inf"))
         scores += added

@@ -8,6 +8,8 @@ what may not be written. Addresses are 64 bits wide.
 import triton
 import triton.language as tl
 
+from fastattn.kernels.veil import stride
+
 
 @triton.jit
 def load_tile(
@@ -47,12 +49,12 @@ def store_tile(
 def _pointers(tensor, strides, batch, head, rows, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[len(rows), BLOCK_D], and which of them lie inside."""
     offs_d = tl.arange(0, BLOCK_D)
-    base = tensor + batch.to(tl.int64) * strides[0]
-    offs_row = head.to(tl.int64) * strides[1] + rows.to(tl.int64) * strides[2]
+    base = tensor + batch.to(tl.int64) * stride(strides, 0)
+    offs_row = head.to(tl.int64) * stride(strides, 1) + rows.to(tl.int64) * stride(strides, 2)
     inside = (rows < length)[:, None]
     if DIM != BLOCK_D:
         inside = inside & (offs_d < DIM)[None, :]
-    return base + offs_row[:, None] + offs_d.to(tl.int64)[None, :] * strides[3], inside
+    return base + offs_row[:, None] + offs_d.to(tl.int64)[None, :] * stride(strides, 3), inside
 
 
 @triton.jit

@@ -6,7 +6,7 @@ which is neither, and are read back where a kernel begins. Beyond 2^29 it takes 
 """
 
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter asks every jitted function for it
+import triton.language as tl
 
 
 def veil(number: int) -> int:
@@ -18,3 +18,22 @@ def veil(number: int) -> int:
 def unveil(number):
     """The number again, of the width it travelled in."""
     return number >> 2
+
+
+def veiled(strides: tuple[int, ...]) -> tuple:
+    """Four strides as they travel: as they are where 16 divides all but the last, so that rows can be read in vectors;
+    else all but the last in one veiled tuple.
+    """
+    *steps, last = strides
+    return tuple(strides) if all(step % 16 == 0 for step in steps) else (tuple(map(veil, steps)), last)
+
+
+@triton.jit
+def stride(strides, AXIS: tl.constexpr):
+    """One of them again."""
+    if len(strides) == 4:
+        return strides[AXIS]
+    elif AXIS == 3:
+        return strides[1]
+    else:
+        return unveil(strides[0][AXIS])
