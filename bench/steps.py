@@ -113,7 +113,7 @@ def bench(run: Run, seconds: float) -> Outcome:
     while left and run.now() < until:
         task = {"device": run.settings.device, "cells": left, "providers": providers, "seconds": until - run.now()}
         child = run.child(["fastattn.bench.worker", json.dumps(task)], until - run.now() + AFTER_THE_END)
-        begun = None
+        begun, before = None, len(left)
         for line in _objects(child):
             if "begin" in line:
                 begun = line["begin"]
@@ -129,7 +129,7 @@ def bench(run: Run, seconds: float) -> Outcome:
         if begun is not None and run.now() < until:
             run.record["crashed"][begun] = ": ".join([ending.words, *ending.tail[-1:]])
             left.remove(begun)
-        elif begun is None and not ending.well and run.now() < until and left:
+        elif not ending.well and len(left) == before and run.now() < until:
             run.record["crashed"][left.pop(0)] = ": ".join([ending.words, *ending.tail[-1:]])
     run.record["left"] = left
     wrong = [row for row in rows if Row.of(row).failed and is_ours(row)]

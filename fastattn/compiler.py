@@ -72,16 +72,27 @@ def source_digest() -> str:
 
 def find_compiler() -> Compiler:
     """The one that CXX names, or the first of NAMES. BuildError where none works."""
-    return _find_compiler(os.environ.get("CXX") or None, os.environ.get("PATH"))
+    return _find_compiler(os.environ.get("CXX", "").strip() or None, os.environ.get("PATH"))
+
+
+def _words(name: str, text: str) -> list[str]:
+    """A variable's value as words of a command line."""
+    try:
+        return shlex.split(text)
+    except ValueError as refusal:
+        raise BuildError(f"{name}={text} is no command line ({refusal})") from refusal
 
 
 @functools.cache
 def _find_compiler(named: str | None, path: str | None) -> Compiler:
-    for command in [shlex.split(named)] if named else [[name] for name in NAMES]:
+    for command in [_words("CXX", named)] if named else [[name] for name in NAMES]:
         found = shutil.which(command[0], path=path)
         if found is None:
             continue
-        said = subprocess.run([found, *command[1:], "--version"], capture_output=True, text=True, check=False)
+        try:
+            said = subprocess.run([found, *command[1:], "--version"], capture_output=True, text=True, check=False)
+        except OSError:  # a file of that name that is no program
+            continue
         if said.returncode == 0 and said.stdout.strip():
             return Compiler((found, *command[1:]), said.stdout.strip().splitlines()[0])
     raise BuildError(NO_COMPILER.format(f"CXX={named}" if named else f"looked for {', '.join(NAMES)}"))
@@ -100,7 +111,7 @@ def key(compiler: Compiler) -> str:
 def plan(compiler: Compiler, library: str) -> list[Step]:
     """The steps that make `library`; the last one links what the others made. CXXFLAGS and LDFLAGS are heeded."""
     root, torch = sources(), _torch_folder()
-    extra, link = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
+    extra, link = (_words(name, os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
     files: dict[str, tuple[str, ...]] = {"cpu/room": (), "cpu/kernel_generic": ()}
     if platform.machine().lower() in ("x86_64", "amd64"):
         files |= {f"cpu/{name}": flags for name, flags in X86.items()}

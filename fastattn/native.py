@@ -27,6 +27,7 @@ from fastattn.compiler import BuildError
 
 MODES = ("auto", "never", "force")
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+ANOTHER_FOLDER = "name another in FASTATTN_CACHE_DIR"
 AGAIN = "`fastattn build` tries again"
 
 
@@ -154,7 +155,10 @@ def cache_folder() -> Path:
     named = os.environ.get("FASTATTN_CACHE_DIR")
     if named:
         return Path(named).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as refusal:
+        raise BuildError(f"there is no home folder for the library ({refusal}); {ANOTHER_FOLDER}") from refusal
     return Path(base) / "fastattn"
 
 
@@ -176,7 +180,7 @@ def build(*, force: bool = False, retry: bool = False) -> Path:
     found = compiler.find_compiler()
     key = compiler.key(found)
     path, failed = _path(key), _failed_mark()
-    with _locked(path.with_suffix(".lock")):
+    with _writing(), _locked(path.with_suffix(".lock")):
         if not force:
             if path.exists():
                 return path
@@ -224,16 +228,19 @@ def _locked(path: Path) -> Iterator[None]:
         import fcntl
     except ImportError as missing:
         raise BuildError("the library is built on Linux and macOS; elsewhere a wheel must bring it") from missing
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as refusal:
-        raise BuildError(
-            f"the cache folder cannot be written ({refusal}); name another in FASTATTN_CACHE_DIR"
-        ) from refusal
-    with file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """What the system refuses in the cache folder, as a sentence."""
+    try:
+        yield
+    except OSError as refusal:
+        raise BuildError(f"the cache folder cannot be written ({refusal}); {ANOTHER_FOLDER}") from refusal
 
 
 def _text(function: Any) -> str:

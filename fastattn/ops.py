@@ -155,7 +155,16 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, spec, backend = _unpack(args)
     grads = _run_backward(spec, inputs, backend, out, lse, d_out, d_lse)
-    return tuple(inputs.query.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(
+        inputs.query.new_empty(0) if grad is None or given is None else _as_promised(grad, given)
+        for grad, given in zip(grads, inputs, strict=False)
+    )
+
+
+def _as_promised(grad: Tensor, given: Tensor) -> Tensor:
+    """A gradient in its input's dtype and strides: compiled code reads it as the fake below says that it lies."""
+    like = torch.empty_like(given)
+    return grad if (grad.dtype, grad.stride()) == (like.dtype, like.stride()) else like.copy_(grad)
 
 
 def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:

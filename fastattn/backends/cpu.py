@@ -24,7 +24,7 @@ def why_not(spec: AttnSpec) -> str | None:
 
 def prepare(spec: AttnSpec) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or native.prepare()
+    return _spec_reason(spec) or native.prepare() or _isa_reason()
 
 
 def notes(spec: AttnSpec) -> list[str]:

@@ -139,6 +139,12 @@ def test_a_worker_that_dies_costs_its_cell_alone(go):
     assert run.record["steps"]["bench"]["ok"] is False and "1 crashed" in run.record["steps"]["bench"]["words"]
 
 
+def test_a_worker_whose_device_broke_costs_no_cell_that_it_did_not_begin(go):
+    scripts = [worker("self", code=70), worker("causal", code=70), worker("cross", "gqa")]
+    run, *_ = go({"fastattn.bench.worker": scripts})
+    assert run.record["crashed"] == {} and len(run.record["rows"]) == 12
+
+
 def test_a_worker_that_dies_before_it_begins_is_not_asked_for_ever(go):
     run, _, machine = go({"fastattn.bench.worker": Script([], 1, words="ended with 1")})
     assert len(run.record["crashed"]) == len(CELLS)

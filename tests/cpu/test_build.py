@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import pytest
 import torch
@@ -193,6 +194,50 @@ def test_no_build_starts_while_tracing(fake, unloaded):
     with pytest.warns(RuntimeWarning, match="cannot be loaded"):
         traced(QUERY)
     assert log()
+
+
+def no_program(folder):
+    path = folder / "no-program"
+    path.write_text("not a program")
+    path.chmod(0o755)
+    return {"CXX": str(path)}
+
+
+BROKEN = {
+    "a file that is no program": (no_program, "no C++ compiler is found"),
+    "a folder": (lambda folder: {"CXX": str(folder)}, "no C++ compiler is found"),
+    "an open quote": (lambda folder: {"CXX": "c++ '"}, "CXX=c++ ' is no command line"),
+    "an open quote in the flags": (lambda folder: {"CXXFLAGS": "'-O1"}, "CXXFLAGS='-O1 is no command line"),
+}
+
+
+@pytest.mark.parametrize(("broken", "says"), BROKEN.values(), ids=BROKEN)
+def test_whatever_is_wrong_with_the_compiler_the_reference_serves(fake, tmp_path, monkeypatch, broken, says):
+    fake()
+    for name, value in broken(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    compiler._find_compiler.cache_clear()
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setattr(native, "_failure", None)
+    with pytest.raises(compiler.BuildError) as refusal:
+        native.build()
+    assert says in str(refusal.value)
+    assert says in fastattn.explain(QUERY, QUERY, QUERY).reasons["cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # said once a process
+        assert fastattn.attention(QUERY, QUERY, QUERY).isfinite().all()
+
+
+def test_a_file_lock_that_is_refused_is_a_sentence(fake, monkeypatch):
+    fake()
+    fcntl = pytest.importorskip("fcntl", reason="locks files by fcntl")
+
+    def refuse(file, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(compiler.BuildError, match=r"cannot be written \(.*No locks available.*name another"):
+        native.build()
 
 
 def test_a_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):

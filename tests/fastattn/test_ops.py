@@ -151,6 +151,21 @@ def test_compile_fullgraph_equals_eager(name):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_compiled_gradients_of_a_bias_and_sinks_that_are_computed(dtype):
+    """Code behind the backward operator reads them in the dtype and strides of the inputs: a bias lies as T5's does."""
+    query = torch.randn(1, 2, 7, 8).to(dtype)
+    bias, sinks = torch.randn(7, 7, 2).to(dtype).requires_grad_(), torch.randn(2).to(dtype).requires_grad_()
+
+    def loss(bias, sinks):
+        out = attention(query, query, query, bias=(1.5 * bias).permute(2, 0, 1), sinks=2 * sinks)
+        return out.float().square().sum()
+
+    want = torch.autograd.grad(loss(bias, sinks), (bias, sinks))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(bias, sinks), (bias, sinks))
+    torch.testing.assert_close(got, want)
+
+
 def test_compile_makes_masks_inside_and_follows_dynamic_lengths():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
