@@ -1,7 +1,8 @@
 // Backward, in one pass over the pairs of tiles (five products each). An item of work owns a part of one key head's
 // keys and gathers their dk and dv over all queries of all heads that read them; queries are packed a chunk at a time,
 // and a chunk's dq is complete for the part when the chunk is done. Parts then add to dq one after another, in their
-// order: each waits for its turn at a chunk, and since items start in order too, whoever is waited for is at work.
+// order: each waits for its turn at a chunk, and since items start in order too, whoever is waited for is at work, or has
+// found no memory, which ends all waiting.
 #pragma once
 
 #include <sched.h>
@@ -20,6 +21,7 @@ struct BackwardPlan {
   float* dq = nullptr;                  // [groups of a wave][streams][tiles][gathered_rows][BLOCK_M]
   std::atomic<int32_t>* turn = nullptr;  // [groups of a wave][streams][chunks]: the part that may add next
   float* met = nullptr;                  // [batch, num_heads, q_len], where somebody wants it
+  mutable std::atomic<bool> failed{false};
 
   explicit BackwardPlan(const Params& p) {
     groups = p.batch * p.num_kv_heads;
@@ -85,9 +87,9 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
   lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, seen_pairs, 1, width, d_pairs, rows.dq);
 }
 
-// Add a finished chunk to dq, in turn; the last part writes it out.
+// Add a finished chunk to dq, in turn; the last part writes it out. False where the turn will not come.
 template <class Dot>
-static void add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int64_t part, int64_t stream, int64_t chunk,
+static bool add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int64_t part, int64_t stream, int64_t chunk,
                    int64_t count, GradientTile<Dot>* rows) {
   const int64_t size = gathered_rows(p) * BLOCK_M;
   float factor[BLOCK_M];
@@ -95,7 +97,10 @@ static void add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int6
   std::atomic<int32_t>* turn = nullptr;
   if (plan.parts > 1) {
     turn = plan.turn + (slot * plan.streams + stream) * plan.chunks + chunk;
-    while (turn->load(std::memory_order_acquire) != part) sched_yield();
+    while (turn->load(std::memory_order_acquire) != part) {
+      if (plan.failed.load(std::memory_order_relaxed)) return false;
+      sched_yield();
+    }
   }
   for (int64_t n = 0; n < count; ++n) {
     if (part > 0 || part + 1 < plan.parts) {
@@ -118,6 +123,7 @@ static void add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int6
     }
   }
   if (turn) turn->store(static_cast<int32_t>(part) + 1, std::memory_order_release);
+  return true;
 }
 
 // [rows][width] floats, times a factor, to the rows of a tensor from `first` on.
@@ -134,7 +140,10 @@ template <class Dot>
 static bool backward_item(const Params& p, const BackwardPlan& plan, int64_t first_group, int64_t item,
                           Scratch& scratch) {
   BackwardWork<Dot> work;
-  if (!work.take(p, plan, scratch)) return false;
+  if (!work.take(p, plan, scratch)) {
+    plan.failed.store(true, std::memory_order_relaxed);
+    return false;
+  }
   const int64_t slot = item / plan.parts, part = item % plan.parts, group = first_group + slot;
   const int64_t b = group / p.num_kv_heads, kv_head = group % p.num_kv_heads;
   const int64_t part_first = part * plan.part_tiles, end = part_first + plan.part_tiles;
@@ -170,7 +179,7 @@ static bool backward_item(const Params& p, const BackwardPlan& plan, int64_t fir
           backward_step<Dot>(p, work.rows[n], work.step, work.dk + at * width, work.dv + at * width_v);
         }
       }
-      add_dq<Dot>(p, plan, slot, part, stream, chunk, count, work.rows);
+      if (!add_dq<Dot>(p, plan, slot, part, stream, chunk, count, work.rows)) return false;
     }
   }
   const int64_t first = part_first * BLOCK_N, stop = part_last * BLOCK_N, last = stop < p.kv_len ? stop : p.kv_len;

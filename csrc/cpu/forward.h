@@ -73,7 +73,7 @@ static void forward_step(const Params& p, const QueryTile& tile, const QueryRows
   lane_product<Dot, false>(tile.vectors, keys, steps, along<Dot>(work.keys.k) + at.low * row, row, 1, query.across, s);
   if (!at.plain) finish_scores(p, tile, at, work.s, nullptr);
   const auto* values = work.keys.clean(at, tile, work.s, width);
-  soften(tile.vectors, keys, s, at.plain ? p.scale * kLog2E : kLog2E, state, width);
+  soften(tile.vectors, keys, s, to_power(p), state, width);
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
     multiply(at, work.s, at.dropout);
@@ -139,8 +139,8 @@ static bool join_parts(const Params& p, const ForwardPlan& plan, int64_t item, S
   for (int64_t n = 1; n < plan.parts; ++n) {
     State part(parts + n * size);
     for (int lane = 0; lane < tile.vectors * VL; lane += VL) {
-      const vf shift = whole.raise(lane, load(part.max + lane), width);
-      const vf factor = exp2(load(part.max + lane) - shift);
+      const vf shift = whole.raise(lane, load(part.max + lane), to_power(p), width);
+      const vf factor = exp2((load(part.max + lane) - shift) * to_power(p));
       store(whole.sum + lane, load(whole.sum + lane) + load(part.sum + lane) * factor);
       for (int64_t d = 0; d < width; ++d) {
         float* to = whole.out + d * BLOCK_M + lane;

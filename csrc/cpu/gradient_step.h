@@ -14,7 +14,7 @@ template <class Dot>
 struct GradientTile {
   QueryTile* tile;
   QueryRows<Dot> query, d_out;
-  float *lse, *share, *shift, *d_lse;  // [BLOCK_M]; lse in powers of two, inf where nothing is seen
+  float *lse, *share, *shift, *d_lse;  // [BLOCK_M]; lse inf where nothing is seen
   float* dq;                   // [gathered_rows][BLOCK_M]
 
   float* met(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
@@ -43,7 +43,7 @@ struct GradientTile {
       const int64_t row = (tile->b * p.num_heads + tile->head[lane]) * p.q_len + tile->q_idx[lane];
       given[lane] = lane < tile->count ? p.lse[row] : -kInfinity;
       const bool none = given[lane] == -kInfinity;
-      lse[lane] = none ? kInfinity : given[lane] * kLog2E;
+      lse[lane] = none ? kInfinity : given[lane];
       share[lane] = none ? 0.0f : terms.share[row];
       shift[lane] = none ? 0.0f : terms.shift[row];
       d_lse[lane] = none || !p.d_lse ? 0.0f : p.d_lse[row];
@@ -96,13 +96,13 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
   if (!at.plain) finish_scores(p, tile, at, s, p.softcap != 0.0f ? work.slope : nullptr);
   const auto* cleaned = work.keys.clean(at, tile, s, width);
   if (p.drop_below) dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
-  const vf factor = splat(at.plain ? p.scale * kLog2E : kLog2E);
+  const vf unit = splat(to_score(p));
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     const vf lse = load(rows.lse + n), share = load(rows.share + n);
-    // exp(score - lse), and the gradient of the weight before dropout.
+    // exp(score - lse), at most 1 however lse is rounded, and the gradient of the weight before dropout.
     const auto pair_terms = [&](int64_t pair, vf* whole, vf* d_weight, vf* kept) {
       const vf score = load(s + pair);
-      *whole = exp2(score * factor - lse);
+      *whole = exp2(at_most_zero((score * unit - lse) * kLog2E));
       *d_weight = load(d + pair);
       if (!at.plain) *d_weight = score == splat(-kInfinity) ? vf{} : *d_weight;
       *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);

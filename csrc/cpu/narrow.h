@@ -195,10 +195,10 @@ static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
   State state(work.state);
   alignas(64) float before[MOST_ROWS];
   std::memcpy(before, state.max, sizeof before);
-  soften(tile.vectors, BLOCK_N, work.s, at.plain ? p.scale * kLog2E : kLog2E, state, 0);
+  soften(tile.vectors, BLOCK_N, work.s, to_power(p), state, 0);
   for (int r = 0; r < ROWS; ++r) {
     if (before[r] == state.max[r] || before[r] == -kInfinity) continue;
-    const float factor = exp2f(before[r] - state.max[r]);
+    const float factor = exp2f((before[r] - state.max[r]) * to_power(p));
     for (int64_t d = 0; d < width; d += VL) store(work.out + r * width + d, load(work.out + r * width + d) * factor);
   }
   if (p.drop_below) {

@@ -220,11 +220,15 @@ struct QueryTile {
     }
   }
 
-  // 64 bytes of 0 or 1 to bits, eight at a time: the product moves byte n's bit to bit 56 + n.
+  // 64 bytes to bits, 1 where a byte is not 0, eight at a time: a sum and its byte's top bit tell whether one is 0, and
+  // the product moves byte n's bit to bit 56 + n.
   static uint64_t gather_bits(const uint8_t* bytes) {
     uint64_t bits = 0;
-    for (int n = 0; n < 8; ++n)
-      bits |= (load<uint64_t>(bytes + 8 * n) * uint64_t{0x0102040810204080} >> 56) << (8 * n);
+    for (int n = 0; n < 8; ++n) {
+      const uint64_t word = load<uint64_t>(bytes + 8 * n), low_bits = uint64_t{0x7f7f7f7f7f7f7f7f};
+      const uint64_t ones = (((word & low_bits) + low_bits) | word) >> 7 & uint64_t{0x0101010101010101};
+      bits |= (ones * uint64_t{0x0102040810204080} >> 56) << (8 * n);
+    }
     return bits;
   }
 };

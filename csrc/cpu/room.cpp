@@ -62,11 +62,19 @@ const Room* chosen() {
   return best;
 }
 
+// A cap above it bends no score, and what is divided by it may be too small for a float.
+constexpr float kWideCap = 1e30f;
+
 const char* run(Pass Room::*pass, const Params& p) {
   const Room* room = chosen();
   if (!room)
     return "FASTATTN_CPU_ISA: it must name an instruction set that this machine has (generic, and on x86-64 avx2, "
            "avx512), or be empty for the best one";
+  if (p.softcap > kWideCap) {
+    Params uncapped = p;
+    uncapped.softcap = 0.0f;
+    return (room->*pass)(uncapped);
+  }
   return (room->*pass)(p);
 }
 

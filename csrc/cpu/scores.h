@@ -10,12 +10,21 @@ constexpr int64_t TILE = BLOCK_N * BLOCK_M;
 
 constexpr int KEY_STEP = 8;  // a whole number of a product's rows
 
+// Tiles hold raw products, -inf where hidden, and the softmax scales them: so where nothing but a scale that leaves
+// differences in range lies between a product and its score. Elsewhere they hold scores.
+INLINE bool holds_products(const Params& p) {
+  return !p.bias.data && p.softcap == 0.0f && p.scale > 1e-30f && p.scale < 1e30f;
+}
+
+// What a tile's number is multiplied by to be a score.
+INLINE float to_score(const Params& p) { return holds_products(p) ? p.scale : 1.0f; }
+
 // One tile of keys as one tile of queries meets it.
 struct Meeting {
   int64_t first;  // key
   int low, high;  // keys of the tile from low on and below high are worth a look; multiples of KEY_STEP
   bool check;     // some pair is hidden
-  bool plain;     // the raw product times the scale is the score
+  bool plain;     // products are what the tile holds: there is nothing to finish
   alignas(64) uint64_t bits[BLOCK_M];
   float *bias, *dropout;  // [BLOCK_N][BLOCK_M]
   float* bias_rows;       // [BLOCK_M][BLOCK_N]
@@ -37,7 +46,7 @@ struct Meeting {
     low = __builtin_ctzll(some) / KEY_STEP * KEY_STEP;
     high = BLOCK_N - __builtin_clzll(some) / KEY_STEP * KEY_STEP;
     check = found != kFull;
-    plain = !check && !p.bias.data && p.softcap == 0.0f && p.scale >= 0.0f;
+    plain = !check && holds_products(p);
     return true;
   }
 
@@ -87,11 +96,11 @@ INLINE vi visible_lanes(const Meeting& at, int j, int n) {
   return word;
 }
 
-// Scores in place, hidden pairs -inf. `slope`, where given, gets d score / d (scale * product), the soft cap's.
+// From products to what tiles hold, in place, hidden pairs -inf. `slope`, where given, gets d score / d (scale * product), the soft cap's.
 static void finish_scores(const Params& p, const QueryTile& tile, const Meeting& at, float* s, float* slope) {
   const bool has_bias = p.bias.data != nullptr;
   if (has_bias) read_bias(p, tile, at);
-  const vf scale = splat(p.scale), cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
+  const vf scale = splat(holds_products(p) ? 1.0f : p.scale), cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     vi word = vi{};
     for (int j = at.low; j < at.high; ++j) {

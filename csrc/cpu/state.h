@@ -8,7 +8,7 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// The running result of a tile of queries.
+// The running result of a tile of queries; the maximum is of what tiles hold (holds_products).
 struct State {
   float *max, *sum, *out;  // [BLOCK_M], [BLOCK_M], [width][BLOCK_M]
 
@@ -24,28 +24,32 @@ struct State {
     store(sum + n, load(sum + n) * factor);
     for (int64_t d = 0; d < width; ++d) store(out + d * BLOCK_M + n, load(out + d * BLOCK_M + n) * factor);
   }
-  // Raise the maximum of the lanes from n on; returns what to subtract from scores.
-  vf raise(int n, vf found, int64_t width) {
+  // Raise the maximum of the lanes from n on; returns what to subtract before multiplying by `factor`.
+  vf raise(int n, vf found, float factor, int64_t width) {
     const vf before = load(max + n), now = larger(before, found);
     const vf shift = now == splat(-kInfinity) ? vf{} : now;
     if (any(now != before)) {
       store(max + n, now);
-      if (any(before != splat(-kInfinity))) scale(n, exp2(before - shift), width);
+      if (any(before != splat(-kInfinity))) scale(n, exp2((before - shift) * factor), width);
     }
     return shift;
   }
 };
 
-// Scores times `factor`, powers of two from here on, -> weights in place, with the running maximum and sum.
+// What differences of a tile's numbers are multiplied by to be powers of two.
+INLINE float to_power(const Params& p) { return to_score(p) * kLog2E; }
+
+// What a tile holds -> weights in place, with the running maximum and sum. The maximum is subtracted before `factor`
+// comes in: its own weight is exactly 1, however large the scores, which rounding a product first would not give.
 static void soften(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
   for (int n = 0; n < vectors * VL; n += VL) {
     vf found = splat(-kInfinity);
     for (int j = 0; j < keys; ++j) found = larger(found, load(s + j * BLOCK_M + n));
-    const vf shift = state.raise(n, found * factor, width);
+    const vf shift = state.raise(n, found, factor, width);
     vf even = load(state.sum + n), odd = vf{};
     for (int j = 0; j < keys; j += 2) {
-      const vf first = exp2(load(s + j * BLOCK_M + n) * factor - shift);
-      const vf second = exp2(load(s + (j + 1) * BLOCK_M + n) * factor - shift);
+      const vf first = exp2((load(s + j * BLOCK_M + n) - shift) * factor);
+      const vf second = exp2((load(s + (j + 1) * BLOCK_M + n) - shift) * factor);
       even = even + first;
       odd = odd + second;
       store(s + j * BLOCK_M + n, first);
@@ -61,10 +65,10 @@ static void finish_tile(const Params& p, const QueryTile& tile, const State& sta
   for (int lane = 0; lane < tile.count; ++lane) {
     const float sum = state.sum[lane], max = state.max[lane];
     const bool none = max == -kInfinity && sum == 0.0f;
-    const float lse = none ? -kInfinity : max * kLn2 + logf(sum);
+    const float lse = none ? -kInfinity : max * to_score(p) + logf(sum);
     const int64_t h = tile.head[lane];
     factor[lane] = none ? 0.0f : 1.0f / sum;
-    if (p.sinks) factor[lane] *= 1.0f / (1.0f + expf(p.sinks[h] - lse));
+    if (p.sinks && !none) factor[lane] *= 1.0f / (1.0f + expf(p.sinks[h] - lse));
     p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
   }
   write_lanes(p.out, tile, p.head_dim_v, state.out, factor);

@@ -61,6 +61,15 @@ INLINE vf larger(vf x, vf y) {
 #endif
 }
 
+// The number, or 0 where it is more; NaN stays.
+INLINE vf at_most_zero(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps(_mm512_setzero_ps(), (__m512)x);
+#else
+  return x > 0.0f ? vf{} : x;
+#endif
+}
+
 INLINE bool any(vi mask) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;

@@ -59,8 +59,9 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
   alignas(64) float lse[BLOCK_M], share[BLOCK_M];
   for (int lane = 0; lane < BLOCK_M; ++lane) {
     const float given = p.lse[(b * p.num_heads + h) * p.q_len + tile.q_idx[lane]];
-    lse[lane] = given == -kInfinity ? kInfinity : given * kLog2E;
-    share[lane] = p.sinks ? 1.0f / (1.0f + expf(p.sinks[h] - given)) : 1.0f;
+    const bool none = given == -kInfinity;
+    lse[lane] = none ? kInfinity : given;
+    share[lane] = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - given)) : 1.0f;
   }
   const float factor = p.mean_heads ? 1.0f / static_cast<float>(p.num_heads) : 1.0f;
   const int64_t kv_tiles = (p.kv_len + BLOCK_N - 1) / BLOCK_N;
@@ -74,10 +75,12 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
     lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
                              words_of<Dot>(padded(p.head_dim)), 1, work.rows.across, work.s);
     if (!work.at.plain) finish_scores(p, tile, work.at, work.s, nullptr);
-    const vf to_powers = splat(work.at.plain ? p.scale * kLog2E : kLog2E);
+    const vf unit = splat(to_score(p));
     for (int n = 0; n < tile.vectors * VL; n += VL)
-      for (int at = n; at < TILE; at += BLOCK_M)
-        store(work.s + at, exp2(load(work.s + at) * to_powers - load(lse + n)) * load(share + n));
+      for (int at = n; at < TILE; at += BLOCK_M) {
+        const vf power = (load(work.s + at) * unit - load(lse + n)) * kLog2E;
+        store(work.s + at, exp2(at_most_zero(power)) * load(share + n));
+      }
     write_weights(p, tile, first_row, work.at.first, factor, add, work.s);
   }
 }
