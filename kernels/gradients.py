@@ -21,7 +21,7 @@ def gradient_tile(
     raw, d_weights, total, delta, scales, t, bias_strides, batch, head, q_rows, kv_lo, numbers, KIND: tl.constexpr,
     CHECK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIRROR: tl.constexpr,
 ):  # fmt: skip
-    """raw <q, k> and d_weights <do, v>, [BLOCK_M, BLOCK_N] or with MIRROR [BLOCK_N, BLOCK_M]; total (log2 of exp(lse))
+    """raw <q, k> and d_weights <do, v>, [BLOCK_M, BLOCK_N] or with MIRROR [BLOCK_N, BLOCK_M]; total (attn_bwd_delta.py)
     and delta [BLOCK_M]; q_rows [BLOCK_M], keys from kv_lo on -> the weights that met the values, ds, draw, left p <do,
     v>, and what is kept.
     """

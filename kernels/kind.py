@@ -65,7 +65,8 @@ def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) 
     """The kind of a spec; `flags` are those of a kernel's own: packed, split, persistent."""
     exact = spec.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     by_hand = interpreted and spec.dtype == torch.bfloat16
-    score, normalizer = score_of(spec)[0], type(spec.normalizer).__name__
+    score = score_of(spec)[0]
+    normalizer = type(spec.normalizer).__name__ + ("" if score == "raw" else "Natural")
     constants = (
         ("HEAD_DIM", spec.head_dim),
         ("BLOCK_D", wide(spec.head_dim)),

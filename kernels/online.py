@@ -76,9 +76,54 @@ def _softmax_left(total, sink):
     return 1.0 / (1.0 + tl.exp2(sink - total)), 1.0 / (1.0 + tl.exp2(total - sink))
 
 
+# The same for scores in natural units, whose factor is LOG2E, and that may be of any size (a bias of -1e30 for
+# padding): the maximum is subtracted before the factor is met, so that the largest score weighs exactly 1. A
+# multiply-add of such sizes would leave the product's rounding error, and nothing here may overflow on the way.
+
+
+@triton.jit
+def _natural_step(scores, factor, row_max, row_sum):
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2((scores - reference[:, None]) * factor)
+    rescale = tl.exp2((row_max - reference) * factor)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
+
+
+@triton.jit
+def _natural_finish(factor, row_max, row_sum, sink):
+    nothing = row_sum == 0.0
+    lse = tl.where(nothing, float("-inf"), row_max + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN2)
+    divisor = row_sum
+    if sink is not None:
+        divisor += tl.exp2((sink - row_max) * factor)
+    return tl.where(nothing, 1.0, divisor), lse
+
+
+@triton.jit
+def _natural_total(lse):
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def _natural_weights(scores, factor, total):
+    """At most 1, though a large total has lost the count of what it sums."""
+    return tl.exp2(tl.minimum((scores - total) * factor, 0.0))
+
+
+@triton.jit
+def _natural_left(total, sink):
+    above = (total - tl.minimum(sink, LARGEST)) * LOG2E
+    return 1.0 / (1.0 + tl.exp2(-above)), 1.0 / (1.0 + tl.exp2(above))
+
+
 NORMALIZERS = {
     "Softmax": Normalizer(
         _softmax_begin, _softmax_step, _softmax_finish, _softmax_total, _softmax_weights, _softmax_left
-    )
+    ),
+    "SoftmaxNatural": Normalizer(
+        _softmax_begin, _natural_step, _natural_finish, _natural_total, _natural_weights, _natural_left
+    ),
 }
+"""By the normaliser's name; scores of any size have their own rule."""
 """By the normaliser's class name."""

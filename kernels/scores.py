@@ -17,6 +17,9 @@ from fastattn.kernels.masks import keep
 from fastattn.kernels.online import LOG2E
 from fastattn.kernels.veil import stride
 
+LARGEST_SCALE = 64.0
+"""Above it scores are so large that their rounding, met before the maximum is subtracted, would show in the weights."""
+
 
 class Scales(NamedTuple):
     """The numbers of a launch: the score's unit in log2, the scale, the soft cap, and dropout's threshold and gain."""
@@ -75,10 +78,12 @@ SCORES = {
 
 
 def score_of(spec: Any) -> tuple[str, float]:
-    """The rule for a spec, and its factor: a running maximum needs a positive one, and a bias the natural unit."""
+    """The rule for a spec, and its factor: a running maximum needs a positive one, a bias and scores of any size the
+    natural unit.
+    """
     if spec.softcap is not None:
         return "capped", LOG2E.value
-    if spec.bias_shape is not None or spec.scale <= 0:
+    if spec.bias_shape is not None or not 0 < spec.scale <= LARGEST_SCALE:
         return "scaled", LOG2E.value
     return "raw", spec.scale * LOG2E.value
 
