@@ -1,8 +1,8 @@
 // Backward, in one pass over the pairs of tiles (five products each). An item of work owns a part of one key head's
 // keys and gathers their dk and dv over all queries of all heads that read them; queries are packed a chunk at a time,
 // and a chunk's dq is complete for the part when the chunk is done. Parts then add to dq one after another, in their
-// order: each waits for its turn at a chunk, and since items start in order too, whoever is waited for is at work, or has
-// found no memory, which ends all waiting.
+// order: each waits for its turn at a chunk, and since items start in order too, whoever is waited for is at work, or
+// has found no memory, which ends all waiting.
 #pragma once
 
 #include <sched.h>

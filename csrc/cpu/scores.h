@@ -96,11 +96,13 @@ INLINE vi visible_lanes(const Meeting& at, int j, int n) {
   return word;
 }
 
-// From products to what tiles hold, in place, hidden pairs -inf. `slope`, where given, gets d score / d (scale * product), the soft cap's.
+// From products to what tiles hold, in place, hidden pairs -inf. `slope`, where given, gets the soft cap's derivative,
+// d score / d (scale * product).
 static void finish_scores(const Params& p, const QueryTile& tile, const Meeting& at, float* s, float* slope) {
   const bool has_bias = p.bias.data != nullptr;
   if (has_bias) read_bias(p, tile, at);
-  const vf scale = splat(holds_products(p) ? 1.0f : p.scale), cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
+  const vf scale = splat(holds_products(p) ? 1.0f : p.scale);
+  const vf cap = splat(p.softcap), over_cap = splat(p.softcap ? 1.0f / p.softcap : 0.0f);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     vi word = vi{};
     for (int j = at.low; j < at.high; ++j) {
