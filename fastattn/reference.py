@@ -69,8 +69,11 @@ def pull_back(
 
 
 def like(grad: Tensor, tensor: Tensor) -> Tensor:
-    """The gradient with the memory layout that `torch.empty_like` of the tensor has: what operators promise."""
-    return grad if holds_many(grad) else torch.empty_like(tensor).copy_(grad)
+    """The gradient in the dtype and memory layout that `torch.empty_like` of the tensor has: what operators promise."""
+    if holds_many(grad):
+        return grad
+    promised = torch.empty_like(tensor)
+    return grad if (grad.dtype, grad.stride()) == (promised.dtype, promised.stride()) else promised.copy_(grad)
 
 
 def plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
