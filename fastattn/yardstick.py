@@ -149,7 +149,8 @@ def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
     d_lse = torch.where(row, problem.d_lse.to(wide).unsqueeze(-1), 0.0)
     d_t = weights * (d_weights - delta) + alone * d_lse
     d_scores = rounded(d_t * slope)
-    size_d = (weights * (d_out.abs() @ value.mT.abs() * kept + delta.abs()) + alone * d_lse.abs()) * slope
+    size_t = weights * (d_out.abs() @ value.mT.abs() * kept + delta.abs()) + alone * d_lse.abs()
+    size_d = size_t * slope
 
     def by_kv_head(tensor: Tensor) -> Tensor:
         return tensor.unflatten(1, (spec.num_kv_heads, spec.group)).sum(2)
@@ -170,7 +171,7 @@ def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
     }
     if inputs.bias is not None:
         near["dbias"] = d_t.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
-        sums["dbias"] = size_d.sum_to_size(inputs.bias.shape)
+        sums["dbias"] = size_t.sum_to_size(inputs.bias.shape)
     if inputs.sinks is not None and sinks is not None:
         share = (sinks - safe).exp()
         near["dsinks"] = (-share * delta).sum((0, 2, 3)).to(inputs.sinks.dtype)
