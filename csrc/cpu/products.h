@@ -39,7 +39,8 @@ struct BFloat16Dot {
 };
 #endif
 
-// ROWS x VECTORS of c in registers over all of k.
+// ROWS x VECTORS of c in registers over all of k. What is added to comes last: small terms are summed before they meet a
+// sum beside which each of them would vanish.
 template <class Dot, int ROWS, int VECTORS, bool ADD>
 INLINE void product_block(int64_t steps, const typename Dot::Word* a, int64_t a_row, int64_t a_step,
                           const typename Dot::Word* b, int64_t b_step, float* c, int64_t c_row) {
@@ -47,7 +48,7 @@ INLINE void product_block(int64_t steps, const typename Dot::Word* a, int64_t a_
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) sum[r][v] = ADD ? load(c + r * c_row + v * VL) : vf{};
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = vf{};
   for (int64_t k = 0; k < steps; ++k) {
     typename Dot::Vector line[VECTORS];
 #pragma GCC unroll 16
@@ -62,7 +63,10 @@ INLINE void product_block(int64_t steps, const typename Dot::Word* a, int64_t a_
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) store(c + r * c_row + v * VL, sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      float* to = c + r * c_row + v * VL;
+      store(to, ADD ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 template <class Dot, int VECTORS, bool ADD>

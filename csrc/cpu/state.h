@@ -46,7 +46,7 @@ static void soften(int vectors, int keys, float* s, float factor, State& state, 
     vf found = splat(-kInfinity);
     for (int j = 0; j < keys; ++j) found = larger(found, load(s + j * BLOCK_M + n));
     const vf shift = state.raise(n, found, factor, width);
-    vf even = load(state.sum + n), odd = vf{};
+    vf even = vf{}, odd = vf{};
     for (int j = 0; j < keys; j += 2) {
       const vf first = exp2((load(s + j * BLOCK_M + n) - shift) * factor);
       const vf second = exp2((load(s + (j + 1) * BLOCK_M + n) - shift) * factor);
@@ -55,7 +55,7 @@ static void soften(int vectors, int keys, float* s, float factor, State& state, 
       store(s + j * BLOCK_M + n, first);
       store(s + (j + 1) * BLOCK_M + n, second);
     }
-    store(state.sum + n, even + odd);
+    store(state.sum + n, load(state.sum + n) + (even + odd));
   }
 }
 
