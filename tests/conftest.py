@@ -1,4 +1,4 @@
-"""Every test: NaN in fresh memory, one thread a process, the same random draws in CI; `gpu` where there is one."""
+"""Every test: NaN in fresh memory, one thread a process, the same random draws each time; `gpu` where there is one."""
 
 import os
 
@@ -17,9 +17,9 @@ if not torch.cuda.is_available():  # Triton runs in its interpreter then, and as
 
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("local", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("local"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+settings.register_profile("new", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("new"), derandomize=True, print_blob=True)
+settings.load_profile("same")  # --hypothesis-profile=new draws others each time
 
 # `python -m pytest` puts the checkout on the path, where transformers finds our kernels/ for the package it asks for.
 ROOT = Path(__file__).resolve().parent.parent
