@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastattn.bench import peers
 from fastattn.bench.clock import Budget, clock_for
 from fastattn.bench.progress import Progress
 from fastattn.bench.rows import Row
@@ -27,7 +28,7 @@ BROKEN_DEVICE = 70
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told: cells by name, who runs them, and how many seconds there are."""
+    """What a worker is told: cells by name, who runs them beside the peers that it finds, how many seconds there are."""
 
     device: str
     cells: list[str]
@@ -40,13 +41,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("task", help="a Task as JSON")
     task = Task(**json.loads(parser.parse_args(argv).task))
     until = time.monotonic() + task.seconds
+    providers = [*task.providers, *peers.found()]
     known = {cell.name: cell for cell in suite(task.device)}
     for index, name in enumerate(task.cells):
         if time.monotonic() >= until:
             _say({"left": task.cells[index:]})
             break
         _say({"begin": name})
-        rows = time_cell(known[name], task.providers, torch.device(task.device))
+        rows = time_cell(known[name], providers, torch.device(task.device))
         _say({"cell": name, "rows": [row.record() for row in rows]})
         if task.device == "cuda" and not _alive():
             return BROKEN_DEVICE
