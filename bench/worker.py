@@ -28,7 +28,7 @@ BROKEN_DEVICE = 70
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told: cells by name, who runs them beside the peers that it finds, how many seconds there are."""
+    """What a worker is told: cells by name, who runs them beside the peers it finds, how many seconds there are."""
 
     device: str
     cells: list[str]
