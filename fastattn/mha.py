@@ -205,8 +205,8 @@ def forward(
         raise kind(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
 
     if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-        q, k, v = projections.separate(query, key, value, *weights, in_proj_bias, kv_dim)
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        q, k, v = projections.separate(query, key, value, *separate, in_proj_bias, kv_dim)
     else:
         q, k, v = projections.packed(query, key, value, in_proj_weight, in_proj_bias, kv_dim)
     if bias_k is not None and bias_v is not None:
@@ -282,14 +282,12 @@ def _visibility(
     return mask, bias
 
 
-def _near(
-    window: tuple[int | None, int | None], q_len: int, kv_len: int, added: int, device: torch.device
-) -> Mask:
+def _near(window: tuple[int | None, int | None], q_len: int, kv_len: int, added: int, device: torch.device) -> Mask:
     """The window over the keys that were given, and the `added` ones after them, which have no place of their own."""
-    given = kv_len - added
-    mask = Window(*window, offset=given - q_len)
     if not added:
-        return mask
+        return Window(*window)
+    given = int(kv_len - added)
+    mask = Window(*window, offset=given - int(q_len))
     first, end = (torch.full((1,), size, dtype=torch.int32, device=device) for size in (given, kv_len))
     return (mask & Lengths(first, validate=False)) | Lengths(end, kv_starts=first, validate=False)
 

@@ -96,9 +96,9 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             "bias_v": (1, 1, kv_dim),
         }
         for name, shape in shapes.items():
-            old = self._parameters[name]
+            old = getattr(self, name)
             if old is not None:
-                self._parameters[name] = Parameter(torch.empty(shape, dtype=old.dtype, device=old.device))
+                setattr(self, name, Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
         self._reset_parameters()
 
     @property

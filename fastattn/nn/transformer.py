@@ -150,7 +150,7 @@ class TransformerEncoder(DropIn, nn.TransformerEncoder):
 
         Args:
             src, mask, src_key_padding_mask: as the layer takes them.
-            is_causal: a hint that the mask is causal; None looks (which reads the mask, so not while a compiler traces).
+            is_causal: a hint that the mask is causal; None looks (not while a compiler traces).
 
         Returns:
             As src.
@@ -234,18 +234,29 @@ class Transformer(DropIn, nn.Transformer):
         backend: str | None = None,
         num_kv_heads: int | None = None,
     ) -> None:
-        made = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        extras: dict[str, Any] = {"window": window, "backend": backend, "num_kv_heads": num_kv_heads}
+        made: dict[str, Any] = {
+            "dim_feedforward": dim_feedforward,
+            "dropout": dropout,
+            "activation": activation,
+            "layer_norm_eps": layer_norm_eps,
+            "batch_first": batch_first,
+            "norm_first": norm_first,
+            "bias": bias,
+            "window": window,
+            "backend": backend,
+            "num_kv_heads": num_kv_heads,
+            **place,
+        }
         # In torch's order, which a seed's numbers depend on.
         if custom_encoder is None:
-            layer = TransformerEncoderLayer(*made, **place, **extras)
+            encoder_layer = TransformerEncoderLayer(d_model, nhead, **made)
             norm = nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **place)
-            custom_encoder = TransformerEncoder(layer, num_encoder_layers, norm)
+            custom_encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norm)
         if custom_decoder is None:
-            layer = TransformerDecoderLayer(*made, **place, **extras)
+            decoder_layer = TransformerDecoderLayer(d_model, nhead, **made)
             norm = nn.LayerNorm(d_model, eps=layer_norm_eps, bias=bias, **place)
-            custom_decoder = TransformerDecoder(layer, num_decoder_layers, norm)
+            custom_decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norm)
         super().__init__(
             d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation,
             custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first, bias, device, dtype,

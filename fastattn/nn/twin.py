@@ -25,8 +25,9 @@ def torchs(module: nn.Module, wanted_by: str) -> nn.Module:
             value = getattr(module, name, None)
             if value is not None:
                 raise RuntimeError(
-                    f"{kind.__name__}: {wanted_by} is left to torch's own module, which has no {name}= (here {value!r}); "
-                    f"make the module without it, or use torch.jit.trace, torch.compile or torch.export"
+                    f"{kind.__name__}: {wanted_by} is left to torch's own module, which has no {name}= "
+                    f"(here {value!r}); make the module without it, or use torch.jit.trace, torch.compile or "
+                    "torch.export"
                 )
         kind = next(base for base in kind.__mro__ if base.__module__.startswith("torch."))
     elif isinstance(module, DropIn):
