@@ -14,10 +14,11 @@ from fastattn.functional import attention, attention_weights, dropout_mask, expl
 from fastattn.integrations.torch import patch, replace_attention
 from fastattn.mha import multi_head_attention_forward
 from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.varlen import varlen_attention
 
 __version__ = "0.1.0"
 __all__ = [
-    "attention", "attention_weights", "dropout_mask", "explain",
+    "attention", "attention_weights", "dropout_mask", "explain", "varlen_attention",
     "masks", "nn", "BackendUnavailable", "Verdict",
     "scaled_dot_product_attention", "multi_head_attention_forward", "replace_attention", "patch",
 ]  # fmt: skip
