@@ -13,18 +13,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastattn import dispatch
 from fastattn.functional import attention, attention_weights
+from fastattn.integrations.report import Replacement
 from fastattn.integrations.transformers_mask import ModelMask, padding
 from fastattn.integrations.transformers_masks import Call, Unreadable, read
-from fastattn.integrations.transformers_own import own_class
-from fastattn.masks import Causal, Dense, Full, Mask
+from fastattn.integrations.transformers_own import hiding, own_class
+from fastattn.masks import Causal, Dense, Full, Mask, Window
 
-__all__ = ["NAME", "TESTED", "Row", "attention_forward", "attention_mask", "register", "replace"]
+__all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]
 
 NAME = "fastattn"
 """What `attn_implementation` calls it."""
@@ -99,13 +101,17 @@ def attention_forward(
                 "model.set_attn_implementation('eager') runs it"
             )
     mask, bias = _visibility(module, query, key, attention_mask, is_causal)
+    window = getattr(module, "fastattn_window", None)
+    if window is not None:
+        mask = _truncated(module, query, key, mask, window)
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
     if bias is not None and bias.dtype not in (torch.float32, query.dtype):
         bias = bias.to(query.dtype)
     shared: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "sinks": s_aux}
     wanted = _weights_wanted(module, kwargs)
-    result: Any = attention(query, key, value, **shared, dropout_p=dropout, return_lse=wanted)
+    backend = getattr(module, "fastattn_backend", None)
+    result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=wanted)
     out, lse = result if wanted else (result, None)
     weights = attention_weights(query, key, lse=lse, **shared).to(query.dtype) if wanted else None
     return out.transpose(1, 2).contiguous(), weights
@@ -158,27 +164,26 @@ def attention_mask(
     return ModelMask(mask, batch_size, q_length, kv_length, device)
 
 
-class Row(NamedTuple):
-    """What `replace` did with one module: its path, its class, whether it was changed, and how or why not."""
-
-    path: str
-    module: str
-    changed: bool
-    what: str
-
-
-def replace(model: nn.Module) -> tuple[list[Row], list[Callable[[], None]]]:
+def replace(model: nn.Module, *, backend: str | None = None) -> tuple[list[Replacement], list[Callable[[], None]]]:
     """Let every transformers model in `model` compute its attention with fastattn, in place.
 
-    A model with transformers' interface gets `set_attn_implementation("fastattn")`; attention modules with code of their
-    own, where it is known here, get a subclass. Parameters, state_dict and hooks stay.
+    A model with transformers' interface gets `set_attn_implementation("fastattn")`; attention modules with code of
+    their own, where it is known here, get a subclass. Parameters, state_dict and hooks stay.
+
+    Args:
+        model: any module with transformers models inside.
+        backend: the room that runs them, by name; None takes the first that can.
 
     Returns:
         A row for each model and for each such module, and functions that undo it, to be called last first.
+
+    Raises:
+        ValueError: an unknown backend.
     """
     from transformers import PreTrainedModel
 
-    rows: list[Row] = []
+    dispatch.requested(backend)
+    rows: list[Replacement] = []
     undo: list[Callable[[], None]] = []
     outer: str | None = None
     for path, module in model.named_modules():
@@ -187,22 +192,55 @@ def replace(model: nn.Module) -> tuple[list[Row], list[Callable[[], None]]]:
             rows.append(_set_implementation(path, module, undo))
         kind = own_class(module)
         if kind is not None:
+            what = f"{kind.__name__}, the same around fastattn.attention"
+            rows.append(Replacement(path, type(module).__name__, True, what))
             undo.append(partial(setattr, module, "__class__", type(module)))
             module.__class__ = kind
-            rows.append(Row(path, kind.__base__.__name__, True, f"{kind.__name__}, the same around fastattn.attention"))
+    if backend is not None and any(row.changed for row in rows):
+        undo.append(_remember(model, "fastattn_backend", backend))
     return rows, undo
 
 
-def _set_implementation(path: str, model: Any, undo: list[Callable[[], None]]) -> Row:
+def truncate(model: nn.Module, left: int | None, right: int | None) -> Callable[[], None]:
+    """Truncated self-attention for a model that has none, such as a speech encoder: each query sees `left` positions
+    before it and `right` after it, both ends included, None unbounded. Heard by `attn_implementation="fastattn"` alone.
+
+    Args:
+        model: a transformers model, or the part of one whose attention is to be truncated.
+        left, right: as `fastattn.masks.Window` takes them.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        ValueError: sizes that a window cannot have.
+    """
+    return _remember(model, "fastattn_window", Window(left, right, align="top-left"))
+
+
+def _remember(model: nn.Module, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute on every module, for the attention among them to read; returns what takes it away again."""
+    modules = list(model.modules())
+    for module in modules:
+        setattr(module, name, value)
+
+    def undo() -> None:
+        for module in modules:
+            module.__dict__.pop(name, None)
+
+    return undo
+
+
+def _set_implementation(path: str, model: Any, undo: list[Callable[[], None]]) -> Replacement:
     name = type(model).__name__
     before = model.config._attn_implementation
     if not model._can_set_attn_implementation():
-        return Row(path, name, False, "its attention is code of its own, not behind transformers' interface")
+        return Replacement(path, name, False, "its attention is code of its own, not behind transformers' interface")
     if before == NAME:
-        return Row(path, name, False, "it is on fastattn already")
+        return Replacement(path, name, False, "it is on fastattn already")
     model.set_attn_implementation(NAME)
     undo.append(partial(model.set_attn_implementation, before))
-    return Row(path, name, True, f"attn_implementation {NAME!r} in place of {before!r}")
+    return Replacement(path, name, True, f"attn_implementation {NAME!r} in place of {before!r}")
 
 
 def _real(attention_mask: Tensor, call: Call) -> Tensor:
@@ -237,11 +275,23 @@ def _visibility(
     if attention_mask.dtype == torch.bool:
         return attention_mask, None
     if attention_mask.is_floating_point():
-        return None, attention_mask
+        return None, hiding(attention_mask)
     raise ValueError(
         f"{type(module).__name__}: attention_mask must be bool (True = attend) or floating (added to the scores) "
         f"when it reaches the attention, got {attention_mask.dtype} {list(attention_mask.shape)}"
     )
+
+
+def _truncated(module: nn.Module, query: Tensor, key: Tensor, mask: Mask | Tensor | None, window: Window) -> Mask:
+    """The mask, and no farther than the window that `truncate` set."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__}: truncate() is for self-attention over whole sequences, got {query.shape[2]} "
+            f"queries and {key.shape[2]} keys; truncate the encoder alone"
+        )
+    if mask is None:
+        return window
+    return window & (Dense(mask) if isinstance(mask, Tensor) else mask)
 
 
 def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:

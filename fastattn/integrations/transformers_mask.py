@@ -87,8 +87,10 @@ class ModelMask(BlockMask):
 
     def __getitem__(self, index: Any) -> Any:
         """Itself where the index takes everything, as models do that cut a mask to the keys' length."""
-        parts = index if isinstance(index, tuple) else (index,)
-        if all(_takes_all(part, size) for part, size in zip(parts, self.sizes, strict=False)):
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if parts[:1] == [Ellipsis]:
+            parts = [slice(None)] * (5 - len(parts)) + parts[1:]
+        if len(parts) <= 4 and all(_takes_all(part, size) for part, size in zip(parts, self.sizes, strict=False)):
             return self
         return self.table()[index]
 
@@ -155,7 +157,7 @@ def padding(real: Tensor, q_len: int) -> Mask | None:
 
 
 def _takes_all(part: Any, size: int) -> bool:
-    return part is Ellipsis or (
+    return (
         isinstance(part, slice)
         and part.start in (None, 0)
         and part.step in (None, 1)
