@@ -18,8 +18,9 @@ from torch import Tensor
 from fastattn import flat
 from fastattn.blocks import BlockList, Grid, block_list
 from fastattn.dropout import check_dropout, check_number
+from fastattn.foreign import as_mask
 from fastattn.leaves import Leaves, make_leaves
-from fastattn.masks import Dense, Full, Mask, visible_pairs
+from fastattn.masks import Mask, visible_pairs
 from fastattn.scores import DotProduct, Softmax
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -128,14 +129,7 @@ class AttnSpec:
             return _SEEN[call]
         _check_tensors(inputs)
         _check_hooks(score, normalizer)
-        if mask is None:
-            mask = Full()
-        elif isinstance(mask, Tensor):
-            mask = Dense(mask)
-        elif not isinstance(mask, Mask):
-            raise TypeError(
-                f"mask: a fastattn.masks.Mask or a bool tensor (True = attend) is needed, got {type(mask).__name__}"
-            )
+        mask = as_mask(mask, inputs.query, inputs.key)
         spec = cls.from_flat(inputs, FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic), mask=mask)
         _check_sizes(spec, inputs)
         _check_numbers(spec, inputs)
