@@ -9,6 +9,7 @@ if _find_spec("fastattn.kernels") is None:
     )
 
 from fastattn import masks, nn
+from fastattn.cache import KVCache
 from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
 from fastattn.integrations.torch import patch, replace_attention
@@ -19,6 +20,6 @@ from fastattn.varlen import varlen_attention
 __version__ = "0.1.0"
 __all__ = [
     "attention", "attention_weights", "dropout_mask", "explain", "varlen_attention",
-    "masks", "nn", "BackendUnavailable", "Verdict",
+    "KVCache", "masks", "nn", "BackendUnavailable", "Verdict",
     "scaled_dot_product_attention", "multi_head_attention_forward", "replace_attention", "patch",
 ]  # fmt: skip

@@ -22,6 +22,8 @@ from fastattn.masks import And, Dense, Full, Interval, Mask, Or, Segments
 
 CPU = torch.device("cpu")
 INTERVAL, ELEMENTS, IDS = 0, 1, 2
+PAGES = 3
+"""No leaf: before the others, where keys lie in blocks; its tensor is their table."""
 AND, OR = -1, -2
 MOST_LEAVES = 32
 MOST_WORDS = 64

@@ -10,8 +10,9 @@ namespace fastattn::FASTATTN_ISA {
 constexpr int MOST_ROWS = 8;
 
 INLINE bool is_narrow(const Params& p) {
+  const bool in_one_block = !p.key.blocks || p.key.block_size % BLOCK_N == 0;
   return Unit::rows(p) <= MOST_ROWS && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
-         p.head_dim_v % VL == 0;
+         p.head_dim_v % VL == 0 && in_one_block;
 }
 
 // Sum of the lanes, halves first.
