@@ -213,7 +213,10 @@ def forward(
         one = (batch, 1, kv_dim) if batch_first else (1, batch, kv_dim)
         k, v = torch.cat([k, bias_k.expand(one)], length_dim), torch.cat([v, bias_v.expand(one)], length_dim)
     # As [batch, num_heads, length, head_dim]: views of the projections.
-    q, k, v = (t.unflatten(-1, (-1, head_dim)).permute(batch_dim, 2, length_dim, 3) for t in (q, k, v))
+    q, k, v = (
+        t.view(*t.shape[:2], heads, head_dim).permute(batch_dim, 2, length_dim, 3)
+        for t, heads in ((q, num_heads), (k, kv_heads), (v, kv_heads))
+    )
     k = k if static_k is None else static_k.unflatten(0, (batch, kv_heads))
     v = v if static_v is None else static_v.unflatten(0, (batch, kv_heads))
     if add_zero_attn:
