@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn import projections, sdpa
 from fastattn.dropout import dropout_mask, new_dropout_seed
-from fastattn.functional import attention, attention_weights
+from fastattn.functional import all_weights, attention
 from fastattn.masks import Causal, Dense, Lengths, Mask, Window
 
 __all__ = ["multi_head_attention_forward"]
@@ -246,7 +246,7 @@ def forward(
     if not need_weights:
         return out, None
     average_first = average_attn_weights and seed is None
-    weights = attention_weights(q, k, lse=lse, mask=mask, bias=bias, heads="mean" if average_first else "all")
+    weights = all_weights(q, k, lse=lse, mask=mask, bias=bias, heads="mean" if average_first else "all")
     if seed is not None:
         kept = dropout_mask(batch, num_heads, q_len, k.shape[2], p=dropout_p, seed=seed)
         weights = weights * kept / (1.0 - dropout_p) if dropout_p < 1 else torch.zeros_like(weights)
