@@ -179,7 +179,7 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
   p.dk = table(dk);
   p.dv = table(dv);
   if (d_lse) p.d_lse = pointer<float>(*d_lse);
-  if (dbias) p.dbias = pointer<float>(*dbias);
+  if (dbias) p.dbias = table(*dbias);
   if (dsinks) p.dsinks = pointer<float>(*dsinks);
   p.row_terms = pointer<float>(row_terms);
   check(fastattn::cpu::backward(p));

@@ -95,10 +95,13 @@ def _run_backward(
     lse: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).backward(spec, inputs, out, lse, d_out, d_lse)
+    room = dispatch.room(dispatch.choose(spec, backend, to_run=True))
+    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -133,7 +136,8 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
             return (*_present(inputs, grads), None, None, None)
-        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse)
+        wants_dbias = ctx.needs_input_grad[AttnInputs._fields.index("bias")]
+        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
         return (*grads, None, None, None)
 
 

@@ -63,7 +63,7 @@ struct Params {
   const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
   float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
   float* dsinks = nullptr;       // [num_heads]
-  float* dbias = nullptr;        // contiguous, bias_shape, zeros on entry
+  Table dbias;                   // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;

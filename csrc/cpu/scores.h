@@ -67,10 +67,11 @@ struct Meeting {
   }
 };
 
-// The bias of every pair of the tile; 0 past the last key.
+// The bias of every pair of the tile; 0 past the last key. Rows lie far apart, so each one's next keys are fetched now.
 static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at) {
   const int64_t left = p.kv_len - at.first, keys = left < BLOCK_N ? left : BLOCK_N, lanes = tile.vectors * VL;
-  const int64_t offset = at.first * p.bias.stride[3] * (p.bias.dtype == kFloat32 ? 4 : 2);
+  const int64_t size = p.bias.dtype == kFloat32 ? 4 : 2, offset = at.first * p.bias.stride[3] * size;
+  const int64_t next = p.bias.stride[3] == 1 && left > BLOCK_N ? BLOCK_N * size : 0;
   const char* first_row = row_at(p.bias, tile.b, tile.head[0], tile.q_idx[0]);
   read_row(p.bias, first_row + offset, keys, BLOCK_N, at.bias_rows);
   const char* row[BLOCK_M];
@@ -80,6 +81,7 @@ static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at)
     shared &= row[lane] == first_row;
   }
   if (!shared) {
+    for (int lane = 0; lane < lanes; ++lane) fetch(row[lane] + offset + next, next);
     for (int lane = 1; lane < lanes; ++lane)
       read_row(p.bias, row[lane] + offset, keys, BLOCK_N, at.bias_rows + lane * BLOCK_N);
     transpose(at.bias_rows, BLOCK_N, lanes, BLOCK_N, at.bias, BLOCK_M);
