@@ -83,8 +83,9 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
   const auto* d_scores = weight_rows<Dot>(keys, d_score, work.words);
   column_product<Dot>(keys, width, steps, d_scores, row, rows.query.pairs, dk);
   const auto* d_pairs = weight_pairs<Dot>(vectors, keys, d_score, work.words);
-  const auto* seen_pairs = pairs + words_of<Dot>(at.low) * width;
-  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, seen_pairs, 1, width, d_pairs, rows.dq);
+  const PairsOf<Dot> form(width);
+  const auto* seen_pairs = pairs + words_of<Dot>(at.low) * form.step;
+  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, seen_pairs, form.row, form.step, d_pairs, rows.dq);
 }
 
 // Add a finished chunk to dq, in turn; the last part writes it out. False where the turn will not come.

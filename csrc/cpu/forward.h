@@ -79,8 +79,9 @@ static void forward_step(const Params& p, const QueryTile& tile, const QueryRows
     multiply(at, work.s, at.dropout);
   }
   const auto* weights = weight_pairs<Dot>(tile.vectors, keys, s, work.words);
-  lane_product<Dot, true>(tile.vectors, width, keys / Dot::PER_WORD, values + words_of<Dot>(at.low) * width, 1, width,
-                          weights, state.out);
+  const PairsOf<Dot> form(width);
+  lane_product<Dot, true>(tile.vectors, width, keys / Dot::PER_WORD, values + words_of<Dot>(at.low) * form.step,
+                          form.row, form.step, weights, state.out);
 }
 
 template <class Dot>

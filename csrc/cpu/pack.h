@@ -152,18 +152,32 @@ struct Element<BFloat16Dot> {
   using type = uint16_t;
 };
 #endif
+#if defined(FASTATTN_AMX)
+template <>
+struct Element<TileDot> {
+  using type = uint16_t;
+};
+#endif
 
 // Steps of a product over n numbers.
 template <class Dot>
 INLINE int64_t steps_of(int64_t n) {
-  return (n + Dot::PER_WORD - 1) / Dot::PER_WORD;
+  return round_up((n + Dot::PER_WORD - 1) / Dot::PER_WORD, Dot::STEPS);
 }
 
 // Rows already read as [rows][ld] numbers -> `across`.
 template <class Dot>
-static void to_across(const typename Element<Dot>::type* rows, int64_t ld, int64_t n, typename Dot::Word* to) {
-  transpose(rows, ld / Dot::PER_WORD, BLOCK_M, steps_of<Dot>(n), to, BLOCK_M);
+static void to_across(const typename Element<Dot>::type* rows, int64_t ld, typename Dot::Word* to) {
+  transpose(rows, ld / Dot::PER_WORD, BLOCK_M, ld / Dot::PER_WORD, to, BLOCK_M);
 }
+
+// Where the `pairs` of a tile of keys lie: as rows of pairs of keys, or, for tiles, as rows of numbers. Strides between
+// numbers of a row, and between pairs of keys.
+template <class Dot>
+struct PairsOf {
+  int64_t row, step;
+  explicit PairsOf(int64_t width) : row(IS_TILED<Dot> ? BLOCK_N / 2 : 1), step(IS_TILED<Dot> ? 1 : width) {}
+};
 
 // Rows already read as [count][ld] numbers -> `pairs` [count / 2][ld].
 INLINE void to_pairs(const uint16_t* rows, int64_t ld, int64_t count, uint32_t* to) {

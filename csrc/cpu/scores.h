@@ -8,8 +8,6 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t TILE = BLOCK_N * BLOCK_M;
 
-constexpr int KEY_STEP = 8;  // a whole number of a product's rows
-
 // Tiles hold raw products, -inf where hidden, and the softmax scales them: so where nothing but a scale that leaves
 // differences in range lies between a product and its score. Elsewhere they hold scores.
 INLINE bool holds_products(const Params& p) {
@@ -138,14 +136,15 @@ INLINE void multiply(const Meeting& meeting, float* to, const float* factor) {
 // Rows of keys without a bit in `seen`, zeroed in `pairs` form: their numbers may be anything.
 template <class Dot>
 static void clear_unseen(uint64_t seen, int64_t width, typename Dot::Word* pairs) {
+  const PairsOf<Dot> form(width);
   for (int j = 0; j < BLOCK_N; ++j) {
     if (seen >> j & 1) continue;
-    typename Dot::Word* row = pairs + j / Dot::PER_WORD * width;
-    for (int64_t d = 0; d < width; ++d) {
+    typename Dot::Word* word = pairs + j / Dot::PER_WORD * form.step;
+    for (int64_t d = 0; d < width; ++d, word += form.row) {
       if constexpr (Dot::PER_WORD == 1)
-        row[d] = 0;
+        *word = 0;
       else
-        row[d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+        *word &= j % 2 ? 0x0000ffffu : 0xffff0000u;
     }
   }
 }
