@@ -45,6 +45,21 @@ def unpaired(base_ms: list[float], mine_ms: list[float]) -> Interval | None:
     return _interval(base / _medians(mine_ms, _draw(len(mine_ms), 1)))
 
 
+def quotient(
+    base_ms: list[float], mine_ms: list[float], other_base_ms: list[float], other_mine_ms: list[float]
+) -> Interval | None:
+    """The same for the ratio of two such ratios, each paired by its own rounds."""
+    sides = [(base_ms, mine_ms), (other_base_ms, other_mine_ms)]
+    counts = [min(map(len, side)) for side in sides]
+    if min(counts) < LEAST_SAMPLES:
+        return None
+    ratios = [
+        _medians(base[:count], drawn) / _medians(mine[:count], drawn)
+        for (base, mine), count, drawn in zip(sides, counts, map(_draw, counts, (0, 1)), strict=True)
+    ]
+    return _interval(ratios[0] / ratios[1])
+
+
 def _draw(count: int, seed: int) -> Tensor:
     """Indices of `RESAMPLES` samples with replacement; the same ones each time, so that a file is read one way."""
     return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
