@@ -92,8 +92,8 @@ def _growth(rows: list[Row]) -> Iterator[str]:
         if _length(short) < _length(long):
             ratio, more = long.median_ms / short.median_ms, _length(long) / _length(short)
             interval = _say_interval(unpaired(long.samples_ms, short.samples_ms))
-            name = f"{long.case.op} {say_case(long.case)} {mode}"
-            yield f"{name}: {say_speedup(ratio)} the time of {_length(short)} tokens ({interval}), for {more:g}x as many"
+            of_short = f"the time of {_length(short)} tokens ({interval}), for {more:g}x as many"
+            yield f"{long.case.op} {say_case(long.case)} {mode}: {say_speedup(ratio)} {of_short}"
 
 
 def _half(rows: list[Row]) -> Iterator[str]:

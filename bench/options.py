@@ -19,7 +19,7 @@ EPILOG = """
 sizes are lists: 512   1k,2k,4k   512:8k:*2 (512, 1024 ... 8192)   1k:4k:+1k
 fastattn bench compare A B [--threshold 5%] [--fail]     two runs side by side, by name (--save) or file
 fastattn bench report [--check]                          the tables of the documents, from bench/results
-exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran; 130 Ctrl-C
+exit codes: 0 all well; 1 fastattn was wrong or crashed; 2 the command line was; 3 nothing ran; 130 Ctrl-C
 examples:
   fastattn bench                                     this machine's default run, a real model at its end
   fastattn bench llama3-8b-prefill vit-b             attention of known models

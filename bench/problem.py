@@ -209,16 +209,18 @@ class Problem:
                 return tensor[:, heads]
             return tensor.detach()[items, keys] if name in ("dk", "dv") else cut(tensor, heads)
 
-        table = self.mask.dense(case.q_len, case.kv_len, device=self.device).expand(case.batch, case.num_heads, -1, -1)
         bias = None if self.bias is None else self.bias.detach()[:, heads][:, :, rows]
         query, key, value = self.qkv
         inputs = AttnInputs(cut(query, heads), key.detach()[items, keys], value.detach()[items, keys], bias)
         row = dataclasses.replace(
             self.made.case, batch=inputs.query.shape[0], q_len=len(queries), num_heads=group, num_kv_heads=1
         )
-        made = testing.Problem(
-            row, inputs, Dense(cut(table, heads)), cut(self.d_out, heads), cut(self.made.d_lse, heads)
-        )
+        if isinstance(self.mask, Full):
+            mask = self.mask
+        else:
+            every = (case.batch, case.num_heads, case.q_len, case.kv_len)
+            mask = Dense(cut(self.mask.dense(case.q_len, case.kv_len, device=self.device).expand(every), heads))
+        made = testing.Problem(row, inputs, mask, cut(self.d_out, heads), cut(self.made.d_lse, heads))
         return made, pick
 
 

@@ -26,6 +26,8 @@ class Provider:
         op, case = problem.op, problem.case
         if op.form not in self.forms:
             return f"no {op.form} call"
+        if op.form == "3-D" and case.batch > 1:
+            return f"3-D tensors have no batch, and {case.batch} were asked for"
         if op.bias and not self.bias:
             return "no learned bias"
         if op.dropout_p and not self.dropout:

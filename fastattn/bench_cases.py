@@ -211,7 +211,7 @@ OPS = {
     "biased": Op("a learned table is added to the scores; its gradient too", _full, bias=True),
     "wide-values": Op("values twice as wide as queries and keys", _full, _wide_values),
     "unbatched": Op("3-D tensors, without a batch", _full, _one_item, form="3-D"),
-    "head-masks": Op("a 3-D bool mask, a table for each head", _scattered, _one_item, form="3-D mask", tables="heads"),
+    "head-masks": Op("a 3-D bool mask, a table for each head", _scattered, form="3-D mask", tables="heads"),
     "module": Op(
         "nn.MultiheadAttention in evaluation: projections in and out, and the heads' mean weights",
         _full,

@@ -180,5 +180,5 @@ def test_a_peer_that_crashes_or_is_wrong_is_a_cell_and_the_run_goes_on(folder, b
     flags = ("--op", "self", "--mode", "fwd", "--dtype", "bf16", "--providers", "fa2,fa3,sdpa")
     code, _, report = bench(*flags)
     crashed, wrong, sdpa = report["rows"]
-    assert code == 1 and sdpa["samples_ms"] and not crashed["samples_ms"] and not wrong["samples_ms"]
+    assert code == 0 and sdpa["samples_ms"] and not crashed["samples_ms"] and not wrong["samples_ms"]
     assert crashed["reason"] == "RuntimeError: sm_90 alone" and wrong["reason"].startswith("wrong: out")

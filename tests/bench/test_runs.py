@@ -196,7 +196,7 @@ def test_a_dry_run_says_what_each_row_takes_and_allocates_nothing(capsys, monkey
         return honest(shape, **more)
 
     monkeypatch.setattr(torch, "randn", small)
-    flags = ["--op", "self", "-N", "1k,1m", "--providers", "fastattn-reference,sdpa", "--mode", "fwd", "--repro"]
+    flags = ["--op", "self", "-N", "1k,1m", "--providers", "fastattn-reference,sdpa", "--mode", "fwd,bwd", "--repro"]
     assert main(["bench", *flags, "--dry-run", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[-1]: line for line in text.splitlines() if "/fwd/" in line}
