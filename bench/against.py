@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from itertools import groupby
 
-from fastattn.bench.ratios import Interval, paired, quotient, unpaired
+from fastattn.bench.ratios import Interval, Samples, paired, quotient, unpaired
 from fastattn.bench.report import say_case
 from fastattn.bench.rows import Row, say_speedup, say_time, three
 from fastattn.bench_cases import WINDOWED
@@ -43,9 +43,12 @@ class Pair:
 
     @property
     def interval(self) -> Interval | None:
-        if self.ratio is None or self.other is None:
-            return None
-        return paired(self.other.samples_ms, self.ours.samples_ms)
+        return None if self.ratio is None else paired(*self.samples)
+
+    @property
+    def samples(self) -> tuple[Samples, Samples]:
+        """The other's first, as of a base."""
+        return (self.other or self.ours).samples, self.ours.samples
 
 
 def pairs(rows: list[Row]) -> Iterator[Pair]:
@@ -91,7 +94,7 @@ def _growth(rows: list[Row]) -> Iterator[str]:
         short, long = min(found, key=_length), max(found, key=_length)
         if _length(short) < _length(long):
             ratio, more = long.median_ms / short.median_ms, _length(long) / _length(short)
-            interval = _say_interval(unpaired(long.samples_ms, short.samples_ms))
+            interval = _say_interval(unpaired(long.samples, short.samples))
             of_short = f"the time of {_length(short)} tokens ({interval}), for {more:g}x as many"
             yield f"{long.case.op} {say_case(long.case)} {mode}: {say_speedup(ratio)} {of_short}"
 
@@ -102,8 +105,7 @@ def _half(rows: list[Row]) -> Iterator[str]:
     for (case, mode, name), pair in found.items():
         bare = found.get((dataclasses.replace(case, op="self"), mode, name))
         if case.op == "masked" and pair.ratio is not None and bare is not None and bare.ratio is not None:
-            samples = [row.samples_ms for each in (pair, bare) for row in (each.other, each.ours) if row is not None]
-            interval = _say_interval(quotient(*samples))
+            interval = _say_interval(quotient(pair.samples, bare.samples))
             times = say_speedup(pair.ratio / bare.ratio)
             yield f"masked {say_case(case)} {mode}: {times} the ratio to {name} without padding ({interval})"
 

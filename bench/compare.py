@@ -47,7 +47,7 @@ def changes(before: list[Row], after: list[Row], threshold: float) -> list[Chang
     earlier = {(row.name, row.device): row for row in before if row.timed}
     pairs = [(earlier[row.name, row.device], row) for row in after if row.timed and (row.name, row.device) in earlier]
     return [
-        Change(old, new, old.median_ms / new.median_ms, unpaired(old.samples_ms, new.samples_ms), threshold)
+        Change(old, new, old.median_ms / new.median_ms, unpaired(old.samples, new.samples), threshold)
         for old, new in pairs
     ]
 

@@ -35,6 +35,10 @@ ALL_PAIRS = {"cpu": 1 << 25, "cuda": 1 << 30}
 """Pairs that are checked in all; beyond, evenly spread heads stand for the rest, and the report says how many."""
 
 
+class NoBackward(RuntimeError):
+    """A provider's output takes no gradients."""
+
+
 @dataclass
 class Made:
     """A provider ready for one problem."""
@@ -135,7 +139,7 @@ class Problem:
             plain = _plain(leaves)
             return lambda: _no_grad(forward, plain)
         if mode == "bwd":
-            out = forward(*leaves)
+            out = _with_graph(forward(*leaves), made)
             return lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
         return lambda: torch.autograd.grad(forward(*leaves), leaves, d_out)
 
@@ -151,7 +155,7 @@ class Problem:
             if mode == "fwd":
                 found = {"out": _no_grad(made.forward, _plain(leaves))}
             else:
-                out = made.forward(*leaves)
+                out = _with_graph(made.forward(*leaves), made)
                 found = dict(zip(self.grad_names, torch.autograd.grad(out, leaves, d_out), strict=True))
                 if mode == "fwd+bwd":
                     found = {"out": out.detach(), **found}
@@ -261,6 +265,12 @@ def tiny(case: BenchCase) -> BenchCase:
         kv_len=1,
         window=None if case.window is None else 1,
     )
+
+
+def _with_graph(out: Tensor, made: Made) -> Tensor:
+    if not out.requires_grad:
+        raise NoBackward(f"no backward in {made.label}")
+    return out
 
 
 def _plain(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

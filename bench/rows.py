@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastattn.bench.clock import quartiles
-from fastattn.bench.ratios import Interval
+from fastattn.bench.ratios import Interval, Samples
 from fastattn.bench_cases import BenchCase
 
 
@@ -43,6 +43,7 @@ class Row:
     overhead_us: float | None = None
     samples_ms: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
+    samples_per_round: int = 1
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
@@ -94,6 +95,10 @@ class Row:
     @property
     def median_ms(self) -> float:
         return statistics.median(self.samples_ms)
+
+    @property
+    def samples(self) -> Samples:
+        return Samples(self.samples_ms, self.samples_per_round)
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from fastattn.bench.module import problem_of
 from fastattn.bench.options import Options
 from fastattn.bench.overhead import overhead_us
 from fastattn.bench.presets import PRESETS, preset_cases
-from fastattn.bench.problem import Made, Problem
+from fastattn.bench.problem import Made, NoBackward, Problem
 from fastattn.bench.progress import Progress
 from fastattn.bench.provider import Provider
 from fastattn.bench.providers import provider
@@ -30,6 +30,7 @@ BASELINE = "sdpa"
 COARSE = 8.0
 """Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
 backward on a CPU is: it adds its gradients up in the inputs' dtype."""
+BACKWARD_WORDS = ("backward", "bwd")
 BASELINES = {"module": "mha"}
 """PyTorch's own by the form of a call, where it is another."""
 BUDGETS = {
@@ -169,13 +170,14 @@ class CaseRunner:
                 _refuse(row, timing.failure)
             else:
                 row.samples_ms, row.calls_per_sample = timing.samples_ms, timing.inner
+                row.samples_per_round = timing.per_round
         if self.device.type == "cuda":
             self._look_closer(rows, calls)
         base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
         for row in rows:
             if base is not None and row.timed:
                 row.speedup = base.median_ms / row.median_ms
-                row.speedup_low, row.speedup_high = paired(base.samples_ms, row.samples_ms) or (None, None)
+                row.speedup_low, row.speedup_high = paired(base.samples, row.samples) or (None, None)
 
     def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]]) -> None:
         """On a GPU: its clocks while it is still warm, and two more clocks for tiny calls."""
@@ -275,11 +277,19 @@ def too_large(row: Row, device: torch.device) -> str | None:
 
 def _refuse(row: Row, failure: Exception) -> None:
     """Put an exception into a row's cell."""
+    lines = str(failure).strip().splitlines()
+    words = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
     if _out_of_memory(failure):
         row.reason = "out of memory"
-        return
-    lines = str(failure).strip().splitlines()
-    row.reason, row.crashed = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}", True
+    elif isinstance(failure, NoBackward) or (not row.ours and row.mode != "fwd" and _speaks_of_backward(failure)):
+        row.reason = str(failure) if isinstance(failure, NoBackward) else f"no backward: {words}"
+    else:
+        row.reason, row.crashed = words, True
+
+
+def _speaks_of_backward(failure: Exception) -> bool:
+    """Whether another library says, in its own way, that it has none: built without it, or not written."""
+    return isinstance(failure, NotImplementedError) or any(word in str(failure).lower() for word in BACKWARD_WORDS)
 
 
 def _out_of_memory(failure: Exception) -> bool:
