@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastattn.bench.problem import slices
+from fastattn.bench.problem import part_groups, slices
 from fastattn.bench_cases import DTYPES, OPS, BenchCase
 
 COPIES = {"fwd": 2, "bwd": 3, "fwd+bwd": 3}
@@ -49,8 +49,8 @@ def check_bytes(case: BenchCase, mode: str, device: torch.device) -> int:
     plan = slices(case, device.type, mode == "fwd")
     if plan is None:
         return 8 * TRUTH_TABLES * pairs
-    groups = (1 if OPS[case.op].bias else case.batch) * case.num_kv_heads
-    return 8 * TRUTH_TABLES * (pairs // groups) * plan.queries // case.q_len + mask_bytes(case)
+    of_part = pairs * plan.kv_heads // part_groups(case) * plan.queries // case.q_len
+    return 8 * TRUTH_TABLES * of_part + mask_bytes(case)
 
 
 def free_bytes(device: torch.device) -> int | None:

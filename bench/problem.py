@@ -192,16 +192,17 @@ class Problem:
             else:
                 # A bias's gradient is a sum over the batch.
                 items = [slice(None)] if self.op.bias else [slice(item, item + 1) for item in range(self.case.batch)]
-                groups = [(item, head) for item in items for head in range(self.case.num_kv_heads)]
+                heads = range(0, self.case.num_kv_heads, plan.kv_heads)
+                starts = [(item, head) for item in items for head in heads]
                 queries = _spread(self.case.q_len, plan.queries)
-                parts = [self._part(*groups[index], queries) for index in _spread(len(groups), plan.groups)]
+                parts = [self._part(*starts[at], plan.kv_heads, queries) for at in _spread(len(starts), plan.parts)]
             self._known[by_query] = [(part, truth(part), pick) for part, pick in parts]
         return self._known[by_query]
 
-    def _part(self, items: slice, head: int, queries: list[int]) -> tuple[testing.Problem, Pick]:
-        """Some batch items' key head with its query heads, at some queries: a problem of its own."""
+    def _part(self, items: slice, head: int, kv_heads: int, queries: list[int]) -> tuple[testing.Problem, Pick]:
+        """Some batch items' key heads with their query heads, at some queries: a problem of its own."""
         case, group = self.case, self.spec.group
-        heads, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        heads, keys = slice(head * group, (head + kv_heads) * group), slice(head, head + kv_heads)
         rows = slice(None) if len(queries) == case.q_len else torch.tensor(queries, device=self.device)
 
         def cut(tensor: Tensor, at: slice) -> Tensor:
@@ -217,7 +218,11 @@ class Problem:
         query, key, value = self.qkv
         inputs = AttnInputs(cut(query, heads), key.detach()[items, keys], value.detach()[items, keys], bias)
         row = dataclasses.replace(
-            self.made.case, batch=inputs.query.shape[0], q_len=len(queries), num_heads=group, num_kv_heads=1
+            self.made.case,
+            batch=inputs.query.shape[0],
+            q_len=len(queries),
+            num_heads=kv_heads * group,
+            num_kv_heads=kv_heads,
         )
         if isinstance(self.mask, Full):
             mask = self.mask
@@ -229,9 +234,10 @@ class Problem:
 
 
 class Slices(NamedTuple):
-    """What is checked at a time: so many groups of query heads with their key head, so many queries of each."""
+    """What is checked: so many parts, each of so many key heads with their query heads, at so many queries."""
 
-    groups: int
+    parts: int
+    kv_heads: int
     queries: int
 
 
@@ -241,12 +247,20 @@ def slices(case: BenchCase, kind: str, forward_alone: bool) -> Slices | None:
     at_once = SLICE_PAIRS.get(kind, SLICE_PAIRS["cpu"])
     if pairs <= at_once or OPS[case.op].dropout_p:
         return None
-    groups = (1 if OPS[case.op].bias else case.batch) * case.num_kv_heads
+    groups = part_groups(case)
     queries = case.q_len
     if forward_alone and pairs // groups > at_once:
         queries = max(1, at_once * groups * case.q_len // pairs)
     of_all = pairs * queries // case.q_len
-    return Slices(min(groups, max(1, ALL_PAIRS.get(kind, ALL_PAIRS["cpu"]) * groups // of_all)), queries)
+    fit = [each for each in range(1, case.num_kv_heads + 1) if case.num_kv_heads % each == 0]
+    kv_heads = max([each for each in fit if each * of_all <= at_once * groups], default=1)
+    parts = ALL_PAIRS.get(kind, ALL_PAIRS["cpu"]) * groups // (of_all * kv_heads)
+    return Slices(min(groups // kv_heads, max(1, parts)), kv_heads, queries)
+
+
+def part_groups(case: BenchCase) -> int:
+    """Key heads that can be checked apart. A bias's gradient is a sum over the batch, which is then left whole."""
+    return (1 if OPS[case.op].bias else case.batch) * case.num_kv_heads
 
 
 def _spread(count: int, few: int) -> list[int]:
