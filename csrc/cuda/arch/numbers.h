@@ -49,6 +49,17 @@ DEVICE float reciprocal_approx(float x) {
 #endif
 }
 
+// The larger one, and NaN where either is. PTX ISA: max (.NaN).
+DEVICE float max_nan(float x, float y) {
+#ifdef FASTATTN_SIM
+  return x != x || x > y ? x : y;
+#else
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#endif
+}
+
 // Two floats rounded to nearest even; `low` in the lower 16 bits, which is the lower address. PTX ISA: cvt.
 template <class T>
 DEVICE uint32_t pack(float low, float high) {
