@@ -1,0 +1,142 @@
+"""CUDA sources for the simulator of csrc/sim: a .cu file compiled by the C++ compiler into a library that runs its kernels
+on the CPU. For tests and for who writes kernels; nothing of a call of `attention` comes here.
+
+`python -m fastattn.simulator kernel.cu [plain | checked | addresses]` builds one and prints where it lies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastattn import compiler, native
+from fastattn.compiler import BuildError, Compiler, Step
+
+FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+AS_KERNEL = ("-DFASTATTN_SIM", "-Wno-unknown-pragmas", "-x", "c++")
+ADDRESSES = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+FLAVOURS = {
+    "plain": ("as it is: the quickest, for results", ()),
+    "checked": ("each access to shared memory is held against the barriers", ("-fsanitize=thread",)),
+    "addresses": ("AddressSanitizer and UBSan; the process must have loaded their libraries", ADDRESSES),
+}
+"""What each is for, and what its kernels are compiled with."""
+
+MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def why_not() -> str | None:
+    """Why no kernel can be simulated here; None where one can."""
+    if sys.platform != "linux" or platform.machine().lower() not in MACHINES:
+        return f"the simulator runs on Linux, on x86-64 and AArch64, and this is {sys.platform} on {platform.machine()}"
+    try:
+        compiler.find_compiler()
+    except BuildError as refusal:
+        return str(refusal)
+    return None
+
+
+def build(source: Path, flavour: str = "plain", defines: Sequence[str] = ()) -> Path:
+    """The library of one .cu file, from the cache folder or compiled into it.
+
+    Raises:
+        BuildError: no compiler, or its first error with the command.
+    """
+    refused = why_not()
+    if refused is not None:
+        raise BuildError(refused)
+    if flavour not in FLAVOURS:
+        raise ValueError(f"flavour={flavour!r} is none of {', '.join(FLAVOURS)}")
+    found = compiler.find_compiler()
+    flags = (*FLAGS, *FLAVOURS[flavour][1], *(f"-D{name}" for name in defines))
+    runtime = _runtime(found, flavour)
+    # The checks' hooks answer what -fsanitize=thread calls; linked with that flag, its own runtime would.
+    link = FLAVOURS[flavour][1] if flavour == "addresses" else ()
+    kernel = Step("kernel.o", (*found.command, *flags, *AS_KERNEL, "-c", str(source.resolve()), "-o", "kernel.o"))
+    objects = sorted(str(each) for each in runtime.iterdir() if flavour == "checked" or each.name != "hooks.o")
+    library = Step("kernel.so", (*found.command, *link, "-shared", kernel.output, *objects, "-o", "kernel.so"))
+    path = _folder() / f"{source.stem}_{_key(found, [source], kernel.command, library.command)}.so"
+    return _made(path, [kernel, library], library.output)
+
+
+def load(path: Path, *, seed: int = 0, fixed_order: bool = False, resident: int = 2) -> ctypes.CDLL:
+    """The library, with the schedule of its next launches: one drawn from `seed`, or threads in turn and copies as late
+    as they may; `resident` blocks at a time.
+    """
+    library = ctypes.CDLL(str(path))
+    schedule(library, seed=seed, fixed_order=fixed_order, resident=resident)
+    return library
+
+
+def schedule(library: ctypes.CDLL, *, seed: int = 0, fixed_order: bool = False, resident: int = 2) -> None:
+    """Another schedule for the next launches of a loaded library."""
+    library.fastattn_sim_options(ctypes.c_uint64(seed), int(fixed_order), resident)
+
+
+def _runtime(found: Compiler, flavour: str) -> Path:
+    """The folder of the simulator's own objects. Only AddressSanitizer needs other ones."""
+    extra = ADDRESSES if flavour == "addresses" else ()
+    sources = sorted((compiler.sources() / "sim").glob("*.cpp"))
+    steps = [
+        Step(f"{path.stem}.o", (*found.command, *FLAGS, *extra, "-c", str(path), "-o", f"{path.stem}.o"))
+        for path in sources
+    ]
+    key = _key(found, sources, *(step.command for step in steps))
+    return _made(_folder() / f"runtime_{key}", [*steps, Step("done", ("true",))], None)
+
+
+def _made(path: Path, steps: list[Step], output: str | None) -> Path:
+    """Run the steps unless their result is there; it is the file `output`, or the whole folder of objects."""
+    with native._writing(), native._locked(path.with_suffix(".lock")):
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as name:
+            folder = Path(name) / "objects"
+            folder.mkdir()
+            compiler.run(steps, folder)
+            for file in folder.iterdir():
+                if file.suffix != ".o" and file.name != output:
+                    file.unlink() if file.is_file() else None
+            os.replace(folder / output if output else folder, path)
+    return path
+
+
+def _folder() -> Path:
+    folder = native.cache_folder() / "simulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _key(found: Compiler, files: list[Path], *commands: tuple[str, ...]) -> str:
+    """Of the files, all that they include, the compiler and what it is told."""
+    digest = hashlib.sha256(found.version.encode())
+    for path in _included(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for command in commands:
+        digest.update("\0".join(command).encode())
+    return digest.hexdigest()[:24]
+
+
+def _included(files: list[Path]) -> list[Path]:
+    """The files and what they name in quotes, and what those name."""
+    seen: dict[Path, None] = {}
+    waiting = [path.resolve() for path in files]
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.exists():
+            continue
+        seen[path] = None
+        waiting += [(path.parent / name).resolve() for name in INCLUDE.findall(path.read_text())]
+    return sorted(seen)
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1]), *sys.argv[2:3]))
