@@ -1,10 +1,12 @@
 // wgmma: a warpgroup's asynchronous matrix product, m64nNk16 in bf16 or f16 with float32 sums. B and, for `_ss`, A are read
 // from shared memory through descriptors; for `_rs` A comes in registers.
 //
+//   settle_registers(d);                 // where they were written before
 //   wgmma_fence();                       // before the first product of a batch: orders the registers
 //   wgmma_ss<N, T>(d, a, b, false); ...  // issued; d (and A's registers) must not be touched
 //   wgmma_commit();                      // the products since the last commit are a batch
 //   wgmma_wait<0>();                     // at most this many batches are still in flight
+//   settle_registers(d);                 // now they may be read
 //
 // Thread t of the warpgroup holds, of D[64, N], d[4 j + 2 h + e] = D[16 (t / 32) + (t % 32) / 4 + 8 h, 8 j + 2 (t % 4) + e];
 // of A[64, 16], a[i] = the two elements of row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2) from column 2 (t % 4) + 8 (i / 2).
@@ -28,6 +30,24 @@ DEVICE void wgmma_fence() {
   sim::wgmma_fence();
 #else
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// No instruction: the compiler computes these registers before this point and reads them after it. Once before
+// wgmma_fence(), where registers were written, and once after the wait, so that nothing moves across.
+template <class T, int COUNT>
+DEVICE void settle_registers(T (&registers)[COUNT]) {
+#ifdef FASTATTN_SIM
+  static_cast<void>(registers);
+#else
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    if constexpr (same_type<T, float>) {
+      asm volatile("" : "+f"(registers[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(registers[i])::"memory");
+    }
+  }
 #endif
 }
 

@@ -1,9 +1,7 @@
 // A product of matrices the Hopper way, small: TMA loads by a producer warpgroup into a ring of two stages, wgmma by a
 // consumer warpgroup, the result through stmatrix and a TMA store. C[m, n] = A[m, k] B[n, k]^T, or B[k, n], all of one type.
 // `bug` leaves something out: each value is a mistake that the simulator must catch.
-#include "../../../csrc/cuda/arch/arch.h"
-
-using namespace fastattn::arch;
+#include "harness.h"
 
 namespace {
 
@@ -48,7 +46,7 @@ struct alignas(1024) Shared {
 template <class T, bool B_MN, bool A_REGISTERS>
 __global__ void __launch_bounds__(256, 1) product(const __grid_constant__ Args args) {
   auto& shared = *reinterpret_cast<Shared<T>*>(dynamic_shared());
-  const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup, bug = args.bug;
+  const int thread = threadIdx.x % kWarpgroup, warpgroup = threadIdx.x / kWarpgroup, bug = BUG_OF(args);
   const int row = blockIdx.x * kM, column = blockIdx.y * kN;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -96,6 +94,7 @@ __global__ void __launch_bounds__(256, 1) product(const __grid_constant__ Args a
         }
       }
       if (bug == kEarlyRelease) mbarrier_arrive(&shared.empty[stage]);
+      settle_registers(sums);
       if (bug != kNoWgmmaFence) wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kK / 16; ++step) {
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(256, 1) product(const __grid_constant__ Args a
       if (bug == kTouchAccumulator) sums[3] *= 2.0f;
       if (bug == kRegistersChange) fragments[0][0] += 1;
       if (bug != kNoWgmmaWait || tile + 1 < args.k_tiles) wgmma_wait<0>();
+      settle_registers(sums);
       if (bug != kEarlyRelease) mbarrier_arrive(&shared.empty[stage]);
       if (bug == kTwoArrivals && thread == 0) mbarrier_arrive(&shared.empty[stage]);
     }
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(256, 1) product(const __grid_constant__ Args a
 }
 
 template <class T>
-const char* run(const T* a, const T* b, T* c, int m, int n, int k, bool b_mn, bool a_registers, int bug) {
+const char* run_all(const T* a, const T* b, T* c, int m, int n, int k, bool b_mn, bool a_registers, int bug) {
   Args args;
   args.k_tiles = (k + kK - 1) / kK;
   args.bug = bug;
@@ -160,19 +160,19 @@ const char* run(const T* a, const T* b, T* c, int m, int n, int k, bool b_mn, bo
   how.grid = dim3((m + kM - 1) / kM, (n + kN - 1) / kN);
   how.threads = 256;
   how.shared_bytes = sizeof(Shared<T>);
-  if (b_mn) return a_registers ? launch(product<T, true, true>, how, args) : launch(product<T, true, false>, how, args);
-  return a_registers ? launch(product<T, false, true>, how, args) : launch(product<T, false, false>, how, args);
+  void (*kernel)(Args) = b_mn ? product<T, true, false> : product<T, false, false>;
+  if (a_registers) kernel = b_mn ? product<T, true, true> : product<T, false, true>;
+  return finished(launch(kernel, how, args));
 }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) const char* run_product(const void* a, const void* b, void* c, int m, int n,
-                                                                          int k, int is_bf16, int b_mn, int a_registers,
-                                                                          int bug) {
+EXPORT run_product(const void* a, const void* b, void* c, int m, int n, int k, int is_bf16, int b_mn, int a_registers,
+                   int bug) {
   if (is_bf16 != 0) {
-    return run(static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<bf16*>(c), m, n, k, b_mn != 0,
+    return run_all(static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<bf16*>(c), m, n, k, b_mn != 0,
                a_registers != 0, bug);
   }
-  return run(static_cast<const f16*>(a), static_cast<const f16*>(b), static_cast<f16*>(c), m, n, k, b_mn != 0,
+  return run_all(static_cast<const f16*>(a), static_cast<const f16*>(b), static_cast<f16*>(c), m, n, k, b_mn != 0,
              a_registers != 0, bug);
 }
