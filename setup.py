@@ -53,11 +53,11 @@ class BuildWithLibrary(build_py):
             # The package itself cannot be imported before it is installed.
             sys.modules["fastattn"] = package = types.ModuleType("fastattn")
             package.__path__ = [str(HERE / "fastattn")]  # type: ignore[attr-defined]
-            from fastattn import compiler, native
+            from fastattn import native
 
             target = Path(self.build_lib).absolute() / "fastattn" / "lib"
             target.mkdir(parents=True, exist_ok=True)
-            native.make(compiler.find_compiler(), target / native.shipped_name())
+            native.make(native.recipe(), target / native.shipped_name())
 
 
 class PlatformDistribution(Distribution):

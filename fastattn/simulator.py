@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fastattn import compiler, native
 from fastattn.compiler import BuildError, Compiler, Step
@@ -44,27 +45,43 @@ def why_not() -> str | None:
     return None
 
 
+class Part(NamedTuple):
+    """One translation unit of a library: a file, and what it is compiled with beside the flavour's own flags."""
+
+    source: Path
+    flags: tuple[str, ...] = ()
+
+
 def build(source: Path, flavour: str = "plain", defines: Sequence[str] = ()) -> Path:
     """The library of one .cu file, from the cache folder or compiled into it.
 
     Raises:
         BuildError: no compiler, or its first error with the command.
     """
+    return build_library(source.stem, [Part(source, tuple(f"-D{name}" for name in defines))], flavour)
+
+
+def build_library(name: str, parts: Sequence[Part], flavour: str = "plain", link: Sequence[str] = ()) -> Path:
+    """The same of several translation units; `link` is what the linker is told at last."""
     refused = why_not()
     if refused is not None:
         raise BuildError(refused)
     if flavour not in FLAVOURS:
         raise ValueError(f"flavour={flavour!r} is none of {', '.join(FLAVOURS)}")
     found = compiler.find_compiler()
-    flags = (*FLAGS, *FLAVOURS[flavour][1], *(f"-D{name}" for name in defines))
-    runtime = _runtime(found, flavour)
+    flags = (*FLAGS, *FLAVOURS[flavour][1])
+    steps = [
+        Step(f"{n}.o", (*found.command, *flags, *part.flags, *AS_KERNEL, "-c", str(part.source.resolve()), "-o", f"{n}.o"))
+        for n, part in enumerate(parts)
+    ]
     # The checks' hooks answer what -fsanitize=thread calls; linked with that flag, its own runtime would.
-    link = FLAVOURS[flavour][1] if flavour == "addresses" else ()
-    kernel = Step("kernel.o", (*found.command, *flags, *AS_KERNEL, "-c", str(source.resolve()), "-o", "kernel.o"))
-    objects = sorted(str(each) for each in runtime.iterdir() if flavour == "checked" or each.name != "hooks.o")
-    library = Step("kernel.so", (*found.command, *link, "-shared", kernel.output, *objects, "-o", "kernel.so"))
-    path = _folder() / f"{source.stem}_{_key(found, [source], kernel.command, library.command)}.so"
-    return _made(path, [kernel, library], library.output)
+    sanitizer = FLAVOURS[flavour][1] if flavour == "addresses" else ()
+    runtime = _runtime(found, flavour)
+    objects = [str(each) for each in runtime.iterdir() if flavour == "checked" or each.name != "hooks.o"]
+    command = (*found.command, *sanitizer, "-shared", *(step.output for step in steps), *sorted(objects), *link)
+    library = Step("library.so", (*command, "-o", "library.so"))
+    key = _key(found, [part.source for part in parts], *(step.command for step in steps), library.command)
+    return _made(_folder() / f"{name}_{key}.so", [*steps, library], library.output)
 
 
 def load(path: Path, *, seed: int = 0, fixed_order: bool = False, resident: int = 2) -> ctypes.CDLL:
@@ -118,14 +135,14 @@ def _folder() -> Path:
 def _key(found: Compiler, files: list[Path], *commands: tuple[str, ...]) -> str:
     """Of the files, all that they include, the compiler and what it is told."""
     digest = hashlib.sha256(found.version.encode())
-    for path in _included(files):
+    for path in included(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     for command in commands:
         digest.update("\0".join(command).encode())
     return digest.hexdigest()[:24]
 
 
-def _included(files: list[Path]) -> list[Path]:
+def included(files: list[Path]) -> list[Path]:
     """The files and what they name in quotes, and what those name."""
     seen: dict[Path, None] = {}
     waiting = [path.resolve() for path in files]

@@ -1,8 +1,8 @@
 // What a forward kernel is launched with. The host fills it in (plan.h); kernels only read it.
 #pragma once
 
-#include "../common/params.h"
 #include "arch/arch.h"
+#include "request.h"
 
 namespace fastattn::cuda {
 
@@ -21,13 +21,6 @@ struct Interval {
 struct Program {
   int32_t words, word[kMostProgramWords];
   MaskLeaf leaf[kMostProgramLeaves];
-};
-
-// Lists of key tiles for each tile of queries: the checked ones first. Strides of batch and heads are 0 where one serves
-// all.
-struct Lists {
-  const int32_t *counts, *tiles;  // counts: checked, then, `to_full` further, full
-  int64_t count_stride[2], to_full, tile_stride[2], row;
 };
 
 struct ForwardArgs {

@@ -121,7 +121,7 @@ struct Computer {
       release_values();
       if (grows) {
 #pragma unroll
-        for (int m = 0; m < F::OUT; ++m) out[m] *= rescale[m / 2 % 2];
+        for (int m = 0; m < F::OUT; ++m) out[m] *= rescale[row_of(m)];
       }
       pack_weights(x, weights);
     }
@@ -222,7 +222,7 @@ struct Computer {
       if (F::KIND == kEverything && a.drops) weight *= a.keep_scale;
 #pragma unroll
       for (int m = 0; m < F::OUT; ++m)
-        if (m / 2 % 2 == r) out[m] *= weight;
+        if (row_of(m) == r) out[m] *= weight;
       const int64_t row = ((static_cast<int64_t>(place.split) * a.batch + place.batch) * a.num_heads + rows.head[r]) *
                               a.q_len + rows.q_idx[r];
       if (!rows.there[r]) continue;

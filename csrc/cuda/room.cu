@@ -19,7 +19,7 @@ constexpr int64_t kRowBytes = 16;          // what TMA wants addresses and strid
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-thread_local char said[600];
+thread_local char said[800];
 
 const char* refuse(const char* what, const char* why, const Params& p) {
   std::snprintf(said, sizeof said,
@@ -175,6 +175,22 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   return describe(&a.value, p.value, p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, cut.tile.block_n, a.value_step);
 }
 
+// Launches go to the current device: a call's own, and the one before afterwards.
+struct OnDevice {
+#ifdef FASTATTN_SIM
+  explicit OnDevice(int32_t) {}
+#else
+  int before = 0, here;
+  explicit OnDevice(int32_t device) : here(device) {
+    cudaGetDevice(&before);
+    if (before != here) cudaSetDevice(here);
+  }
+  ~OnDevice() {
+    if (before != here) cudaSetDevice(before);
+  }
+#endif
+};
+
 template <class T>
 const char* launch_width(int32_t width, Kind kind, const ForwardArgs& args, const arch::Launch& how) {
   switch (width) {
@@ -209,6 +225,7 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
 
 const char* forward(const Request& request) {
   const Params& p = request.problem;
+  const OnDevice on(request.device);
   if (p.batch * p.num_heads * p.q_len == 0) return nullptr;
   if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", p);
   const bool listed = request.lists.counts != nullptr;

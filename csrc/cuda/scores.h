@@ -25,15 +25,12 @@ struct Rows {
   }
 };
 
-// Elements n of a thread, with their row r and their key counted from the thread's first, `key`.
-#define FASTATTN_EACH(n, r, key) \
-  _Pragma("unroll") for (int n = 0, r = 0, key = 0; n < N; ++n, r = n / 2 % 2, key = 8 * (n / 4) + n % 2)
-
 // Keys from `end` on, counted from the thread's first.
 template <int N>
 DEVICE void hide_beyond(float (&x)[N], int32_t end) {
-  FASTATTN_EACH(n, r, key) {
-    if (key >= end) x[n] = -INFINITY;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if (key_of(n) >= end) x[n] = -INFINITY;
   }
 }
 
@@ -41,14 +38,17 @@ DEVICE void hide_beyond(float (&x)[N], int32_t end) {
 template <int N>
 DEVICE void hide_outside(float (&x)[N], const int4 (&seen)[2], bool two, int32_t first) {
   if (two) {
-    FASTATTN_EACH(n, r, key) {
-      const int32_t kv_idx = first + key;
-      if (!((kv_idx >= seen[r].x && kv_idx < seen[r].y) || (kv_idx >= seen[r].z && kv_idx < seen[r].w))) x[n] = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int32_t kv_idx = first + key_of(n);
+      const int4& in = seen[row_of(n)];
+      if (!((kv_idx >= in.x && kv_idx < in.y) || (kv_idx >= in.z && kv_idx < in.w))) x[n] = -INFINITY;
     }
   } else {
     const int32_t low[2] = {seen[0].x - first, seen[1].x - first}, high[2] = {seen[0].y - first, seen[1].y - first};
-    FASTATTN_EACH(n, r, key) {
-      if (!(key >= low[r] && key < high[r])) x[n] = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (!(key_of(n) >= low[row_of(n)] && key_of(n) < high[row_of(n)])) x[n] = -INFINITY;
     }
   }
 }
@@ -108,8 +108,9 @@ DEVICE void hide_by_program(float (&x)[N], const ForwardArgs& a, const Rows& row
       }
     }
     const uint32_t hidden = ~stack[0];
-    FASTATTN_EACH(n, own, key) {
-      if (own == r && (hidden >> (n / 4 * 2 + n % 2) & 1)) x[n] = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (row_of(n) == r && (hidden >> (n / 4 * 2 + n % 2) & 1)) x[n] = -INFINITY;
     }
   }
 }
@@ -132,20 +133,23 @@ DEVICE float table_at(const Table& table, int64_t at) {
 // Scale, soft cap, bias: scores in natural units.
 template <int N>
 DEVICE void finish_scores(float (&x)[N], const ForwardArgs& a, const Rows& rows, int32_t first) {
-  FASTATTN_EACH(n, r, key) { x[n] *= a.scale; }
+#pragma unroll
+  for (int n = 0; n < N; ++n) x[n] *= a.scale;
   if (a.softcap != 0.0f) {
     const float over = 1.0f / a.softcap;
-    FASTATTN_EACH(n, r, key) { x[n] = a.softcap * tanh_of(x[n] * over); }
+#pragma unroll
+    for (int n = 0; n < N; ++n) x[n] = a.softcap * tanh_of(x[n] * over);
   }
   if (a.bias.data) {
     int64_t at[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       at[r] = rows.batch * a.bias.stride[0] + rows.head[r] * a.bias.stride[1] + rows.q_idx[r] * a.bias.stride[2];
-    FASTATTN_EACH(n, r, key) {
-      const int32_t kv_idx = first + key;
-      if (rows.there[r] && kv_idx < a.kv_len) {
-        const float bias = table_at(a.bias, at[r] + kv_idx * a.bias.stride[3]);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const int32_t kv_idx = first + key_of(n);
+      if (rows.there[row_of(n)] && kv_idx < a.kv_len) {
+        const float bias = table_at(a.bias, at[row_of(n)] + kv_idx * a.bias.stride[3]);
         x[n] = bias == -INFINITY ? bias : x[n] + bias;  // it hides like a mask, whatever the product is
       }
     }
@@ -181,7 +185,5 @@ DEVICE void drop(float (&x)[N], const ForwardArgs& a, const Rows& rows, int32_t 
     if (a.drops_all || (upper ? words.w : words.y) < a.drop_below) x[n + 1] = 0.0f;
   }
 }
-
-#undef FASTATTN_EACH
 
 }  // namespace fastattn::cuda

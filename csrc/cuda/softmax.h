@@ -1,5 +1,4 @@
-// The running softmax of a warpgroup's rows (Milakov and Gimelshein 2018), on the fragments that wgmma leaves: element n
-// of a thread's scores lies in its row n / 2 % 2 and in key 8 (n / 4) + n % 2, counted from the thread's own first one.
+// The running softmax of a warpgroup's rows (Milakov and Gimelshein 2018), on the fragments that wgmma leaves.
 #pragma once
 
 #include "args.h"
@@ -8,6 +7,10 @@ namespace fastattn::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+// Element n of a thread's scores: which of its two rows, and which key, counted from the thread's own first one.
+__host__ __device__ constexpr int row_of(int n) { return n / 2 % 2; }
+__host__ __device__ constexpr int key_of(int n) { return 8 * (n / 4) + n % 2; }
+
 constexpr float kSlack = 8.0f;  // powers of two that a running maximum may lag behind: weights stay below 2^8
 
 // 2^x on the FMA pipes (Cody and Waite 1980: a whole part for the exponent's bits, a polynomial for the rest), relative
@@ -43,7 +46,7 @@ struct Softmax {
       float top = x[2 * r];
 #pragma unroll
       for (int n = 0; n < N; ++n)
-        if (n / 2 % 2 == r) top = fmaxf(top, x[n]);
+        if (row_of(n) == r) top = fmaxf(top, x[n]);
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       const bool stays = (top - most[r]) * factor <= kSlack;  // false where nothing has been seen yet
@@ -57,7 +60,7 @@ struct Softmax {
       float added = 0.0f;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        if (n / 2 % 2 != r) continue;
+        if (row_of(n) != r) continue;
         const float power = fmaf(NATURAL ? x[n] - base : x[n], factor, -shift);
         const bool poly = POLY_EVERY != 0 && n / 4 % (POLY_EVERY ? POLY_EVERY : 1) == 0;
         x[n] = poly ? exp2_poly(power) : arch::exp2_approx(power);
