@@ -19,9 +19,9 @@ struct Forward {
   static constexpr int PIECES = (WIDTH + 63) / 64, PIECES_V = (WIDTH_V + 63) / 64;  // of 64 columns, side by side
   static constexpr int SCORES = BLOCK_N / 2, OUT = WIDTH_V / 2;  // registers of a thread
   static constexpr bool TURNS = WIDTH_V <= 128;  // warpgroups take turns on the tensor cores
-  static constexpr int REGISTERS = CONSUMERS == 3 ? 160 : SCORES > 64 ? 240 : 232;
-  static constexpr int REGISTERS_LOADING = REGISTERS == 232 ? 48 : 32;
-  static_assert((REGISTERS * CONSUMERS + REGISTERS_LOADING) * 128 <= 65536, "an SM has 65,536 registers");
+  // A block starts with as many for each thread as fit (168 of three warpgroups, 128 of four), and shares those out.
+  static constexpr int REGISTERS = CONSUMERS == 3 ? 160 : 232, REGISTERS_LOADING = CONSUMERS == 3 ? 32 : 40;
+  static_assert(REGISTERS * CONSUMERS + REGISTERS_LOADING <= (CONSUMERS + 1) * (65536 / THREADS / 8 * 8), "of the SM's");
 };
 
 // Tiles lie as TMA's 128-byte swizzle leaves them: pieces of 64 columns, each [rows][64].
