@@ -95,8 +95,9 @@ template <class T, class Change>
 T fastattn_atomic(T* where, Change change) {
   fastattn::sim::atomic_access(where, sizeof(T));
   T before;
-  std::memcpy(static_cast<void*>(&before), static_cast<const void*>(where), sizeof before);
-  fastattn::sim::atomic_store(where, change(before));
+  fastattn::sim::move_unseen(&before, where, sizeof before);
+  const T after = change(before);
+  fastattn::sim::move_unseen(where, &after, sizeof after);
   return before;
 }
 template <class T>

@@ -172,6 +172,8 @@ void Machine::finish_thread() {
     for (auto& group : block.warpgroups) {
       if (!group->idle()) fail(thread, "the block ends with a wgmma in flight");
     }
+    const std::string left = unobserved(block);
+    if (!left.empty()) fail(thread, left);
     for (size_t at = 0; at < in_flight.size();) {
       const auto copy = in_flight[at];
       if (copy->block != &block) {

@@ -74,8 +74,11 @@ struct Mbarrier {
   int64_t bytes = 0;  // expected and not landed
   uint32_t phase = 0;
   bool announced = false;  // to the copy engines, by a fence
+  Stamp made;              // its initialisation, which must come before every use
+  uint32_t loaded = 0;     // the phases that have to end for all expected bytes to have landed
+  uint32_t observed = 0;   // the phases that somebody has waited for
   std::vector<Thread*> waiters;
-  Knowledge gathered;
+  Knowledge gathered, published;  // by this phase's arrivals; by those of the phases that have ended
 };
 
 // Its guards on both sides are nobody's: an access to them is one out of bounds.
@@ -203,6 +206,7 @@ std::string name_of(const Thread& thread);
 
 // mbarriers.cpp: bytes that have landed, for a copy of this stamp.
 void land_bytes(Block& block, uint32_t address, uint32_t bytes, Stamp stamp);
+std::string unobserved(const Block& block);
 void copies_arrive(Block& block, uint32_t address, const std::vector<Stamp>& stamps);
 
 }  // namespace fastattn::sim

@@ -14,6 +14,10 @@ Mbarrier& mbarrier_at(uint32_t address) {
   shared_bytes_at(block, address, kBytes, kBytes);
   const auto found = block.mbarriers.find(address);
   if (found == block.mbarriers.end()) fail("no mbarrier was initialised at shared address " + std::to_string(address));
+  const Stamp made = found->second.made;
+  if (machine->options.checks && self().knows.seen[made.actor] < made.tick) {
+    fail("race: the mbarrier was initialised by " + name_of(block.threads[made.actor]) + ", and nothing orders the two");
+  }
   own_access(address, kBytes, kWrite | kAtomic);
   return found->second;
 }
@@ -24,6 +28,7 @@ void settle(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.pending = barrier.count;
+  barrier.published = barrier.gathered;
   for (Thread* waiter : barrier.waiters) machine->make_ready(waiter);
   barrier.waiters.clear();
 }
@@ -40,10 +45,16 @@ void arrive(Mbarrier& barrier) {
   --barrier.pending;
 }
 
-bool ended(const Mbarrier& barrier, uint32_t parity) {
+void expect(Mbarrier& barrier, uint32_t bytes) {
+  barrier.bytes += bytes;
+  barrier.loaded = barrier.phase + 1;
+}
+
+bool ended(Mbarrier& barrier, uint32_t parity) {
   if (parity > 1) fail("a parity of " + std::to_string(parity) + ": it is 0 or 1");
   if ((barrier.phase & 1) == parity) return false;
-  if (machine->options.checks) self().knows.take(barrier.gathered);
+  barrier.observed = barrier.phase;
+  if (machine->options.checks) self().knows.take(barrier.published);
   return true;
 }
 
@@ -58,6 +69,9 @@ void mbarrier_init(uint32_t address, int count) {
   own_access(address, kBytes, kWrite);
   Mbarrier& barrier = block.mbarriers[address];
   barrier.count = barrier.pending = count;
+  if (!machine->options.checks) return;
+  const auto actor = static_cast<uint32_t>(self().number);
+  barrier.made = {actor, self().knows.seen[actor]};
 }
 
 void mbarrier_invalidate(uint32_t address) {
@@ -82,14 +96,14 @@ void mbarrier_arrive(uint32_t address) {
 void mbarrier_arrive_expect(uint32_t address, uint32_t bytes) {
   enter("mbarrier.arrive.expect_tx");
   Mbarrier& barrier = mbarrier_at(address);
-  barrier.bytes += bytes;
+  expect(barrier, bytes);
   arrive(barrier);
   settle(barrier);
 }
 
 void mbarrier_expect(uint32_t address, uint32_t bytes) {
   enter("mbarrier.expect_tx");
-  mbarrier_at(address).bytes += bytes;
+  expect(mbarrier_at(address), bytes);
 }
 
 bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
@@ -111,6 +125,16 @@ void mbarrier_wait(uint32_t address, uint32_t parity) {
     machine->wait("mbarrier.try_wait");
     thread.operand_name = nullptr;
   }
+}
+
+std::string unobserved(const Block& block) {
+  for (const auto& each : block.mbarriers) {
+    if (each.second.loaded > each.second.observed) {
+      return "the block ends with a copy in flight: nobody has waited for its bytes at the mbarrier at " +
+             std::to_string(each.first);
+    }
+  }
+  return {};
 }
 
 void land_bytes(Block& block, uint32_t address, uint32_t bytes, Stamp stamp) {

@@ -91,6 +91,11 @@ void own_access(uint32_t address, uint32_t bytes, uint8_t access) {
 }
 
 void engine_access(Thread& thread, uint32_t address, uint32_t bytes, uint8_t access, Stamp stamp, const Knowledge& knows) {
+  for (const auto& each : thread.block->mbarriers) {
+    if ((access & kWrite) != 0 && each.first + sizeof(uint64_t) > address && each.first < address + bytes) {
+      fail("overwrites the mbarrier at shared address " + std::to_string(each.first));
+    }
+  }
   if (thread.block->shadow.on()) check(thread, address, bytes, access, stamp, knows, thread.instruction);
 }
 
@@ -149,6 +154,6 @@ void atomic_access(void* where, size_t bytes) {
   plain_access(where, bytes, kWrite | kAtomic, "an atomic operation");
 }
 
-void write_unseen(void* where, const void* value, size_t bytes) { std::memcpy(where, value, bytes); }
+void move_unseen(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
 }  // namespace fastattn::sim

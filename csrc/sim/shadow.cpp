@@ -47,7 +47,8 @@ bool Shadow::check_word(uint32_t word, uint8_t mask, uint8_t access, Stamp stamp
       return found(record);
     }
     // What the new access makes superfluous: whoever comes after it comes after that one as well.
-    const bool covered = (record.mask_access >> 4 & ~mask) == 0 && ordered && (writes || (other & kWrite) == 0);
+    const bool covered = (record.mask_access >> 4 & ~mask) == 0 && ordered && (writes || (other & kWrite) == 0) &&
+                         ((access & kAtomic) == 0 || (other & kAtomic) != 0);
     if (covered) place = &record;
   }
   if ((access & (kWrite | kAtomic)) == 0 && (~written_[word] & mask) != 0) {

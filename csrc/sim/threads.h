@@ -24,13 +24,8 @@ void let_others_run(const char* instruction);
 void shuffle(unsigned mask, void* value, size_t bytes, int from, const char* instruction);
 unsigned ballot(unsigned mask, bool predicate);
 
-// An access that other threads may make at the same time; then the value is written, unseen by the checks.
+// An access that other threads may make at the same time. The value itself is then moved unseen by the checks.
 void atomic_access(void* where, size_t bytes);
-void write_unseen(void* where, const void* value, size_t bytes);
-
-template <class T>
-void atomic_store(T* where, T value) {
-  write_unseen(where, &value, sizeof value);
-}
+void move_unseen(void* to, const void* from, size_t bytes);
 
 }  // namespace fastattn::sim

@@ -7,7 +7,7 @@ constexpr int kTurns = 8;
 
 struct alignas(128) Shared {
   int order;
-  int log[2 * kTurns];
+  alignas(16) int log[2 * kTurns];
   alignas(16) int row[4];
   Mbarrier full, empty;
 };
