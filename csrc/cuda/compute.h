@@ -17,7 +17,8 @@ struct Computer {
 
   const ForwardArgs& a;
   Shared<F>& s;
-  const int group = threadIdx.x / arch::kWarpgroup - 1, thread = threadIdx.x % arch::kWarpgroup;
+  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / arch::kWarpgroup, 0) - 1;  // the same for a warp
+  const int thread = threadIdx.x % arch::kWarpgroup;
   const int lane = threadIdx.x % arch::kWarp;
   const int key_of_thread = 2 * (lane % 4);
   Ring<2> jobs;
@@ -51,6 +52,7 @@ struct Computer {
     const uint64_t query = arch::descriptor_128(s.query + group * 64 * 64);
     const uint64_t key = arch::descriptor_128(s.key[keys.place]);
     constexpr int QUERY_PIECE = F::BLOCK_M * 128 / 16, KEY_PIECE = F::BLOCK_N * 128 / 16;
+    arch::settle_registers(x);
     arch::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < F::WIDTH / 16; ++k)
@@ -60,8 +62,10 @@ struct Computer {
   }
 
   // Weights by values, onto what is there, not waited for.
-  DEVICE void issue_values(float (&out)[F::OUT], const uint32_t (&weights)[F::BLOCK_N / 16][4]) {
+  DEVICE void issue_values(float (&out)[F::OUT], uint32_t (&weights)[F::BLOCK_N / 16][4]) {
     const uint64_t value = arch::descriptor_128(s.value[values.place], 1024, F::BLOCK_N * 128);
+    arch::settle_registers(out);
+    for (auto& each : weights) arch::settle_registers(each);
     arch::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < F::BLOCK_N / 16; ++k)
@@ -98,6 +102,7 @@ struct Computer {
       pass_turn();
       const int32_t note = s.note[keys.place];
       arch::wgmma_wait<0>();
+      arch::settle_registers(x);
       release_keys(steps == 1);
       soften(note, rows, softmax, x, rescale);
       drop_some(note, rows, x);
@@ -114,10 +119,12 @@ struct Computer {
       pass_turn();
       const int32_t note = s.note[keys.place];
       arch::wgmma_wait<1>();
+      arch::settle_registers(x);
       release_keys(steps == 1);
       const bool grows = soften(note, rows, softmax, x, rescale);
       drop_some(note, rows, x);
       arch::wgmma_wait<0>();
+      arch::settle_registers(out);
       release_values();
       if (grows) {
 #pragma unroll
@@ -130,6 +137,7 @@ struct Computer {
     issue_values(out, weights);
     pass_turn();
     arch::wgmma_wait<0>();
+    arch::settle_registers(out);
     release_values();
   }
 

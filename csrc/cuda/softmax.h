@@ -49,11 +49,11 @@ struct Softmax {
         if (row_of(n) == r) top = fmaxf(top, x[n]);
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const bool stays = (top - most[r]) * factor <= kSlack;  // false where nothing has been seen yet
-      const float reference = stays ? most[r] : fmaxf(top, most[r]);
+      const bool rises = !((top - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
+      const float reference = rises ? fmaxf(top, most[r]) : most[r];
       const float base = reference == -INFINITY ? 0.0f : reference;
-      rescale[r] = stays ? 1.0f : arch::exp2_approx((most[r] - base) * factor);
-      grows |= !stays;
+      rescale[r] = arch::exp2_approx((most[r] - base) * factor);
+      grows |= rises;
       most[r] = reference;
       // A multiply-add of scores of any size would leave the product's rounding error: those are subtracted first.
       const float shift = NATURAL ? 0.0f : base * factor;

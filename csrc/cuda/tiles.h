@@ -30,7 +30,7 @@ constexpr int kWidthCount = sizeof kWidths / sizeof kWidths[0];
 
 // Head dim 64 is bound by the exponentials: three warpgroups, and a share of them computed elsewhere.
 constexpr TileSize tile_size(int width, int width_v, Kind kind) {
-  if (width <= 64) return kind == kEverything ? TileSize{128, 128, 3, 4} : TileSize{192, 128, 3, 4};
+  if (width <= 64) return kind == kEverything ? TileSize{128, 128, 3, 16} : TileSize{192, 128, 3, 16};
   if (width <= 96) return {128, kind == kPlain ? 176 : 128, 2, 0};
   if (width <= 128) return {128, kind == kPlain ? 176 : 128, 2, 0};
   if (width <= 192 && width_v <= 128) return {128, kind == kEverything ? 96 : 128, 2, 0};
