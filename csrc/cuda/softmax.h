@@ -14,16 +14,16 @@ __host__ __device__ constexpr int key_of(int n) { return 8 * (n / 4) + n % 2; }
 constexpr float kSlack = 8.0f;  // powers of two that a running maximum may lag behind: weights stay below 2^8
 
 // 2^x on the FMA pipes (Cody and Waite 1980: a whole part for the exponent's bits, a polynomial for the rest), relative
-// error 3e-6; for x below 128. Where 2^x is no normal number it is 0 or less than 2^-125.
+// error 3e-6; for x below 128. Where 2^x is no normal number it is less than 2^-125, of -inf it is 0.
 DEVICE float exp2_poly(float x) {
-  const float bounded = arch::max_nan(x, -126.0f);
+  const float bounded = arch::max_nan(x, -127.0f);  // whose exponent's bits are 0
   const float shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the whole part stands in the low bits
   const float f = bounded - (shifted - 12582912.0f);
   float y = fmaf(f, 0.00958284f, 0.05590641f);
   y = fmaf(f, y, 0.24024099f);
   y = fmaf(f, y, 0.69312419f);
   y = fmaf(f, y, 1.0f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(shifted) << 23));
+  return __uint_as_float(__float_as_uint(y) + (__float_as_uint(shifted) << 23));
 }
 
 // Of a thread's two rows, each shared with the three other threads of its quad.

@@ -5,8 +5,8 @@
 
 namespace fastattn::arch {
 
-// Waits until `threads` threads (a multiple of 32, the same in every call of a phase) have arrived at barrier `id`, 0 to
-// 15; __syncthreads() is barrier 0 with all of them. Orders shared and global memory. PTX ISA: bar, barrier.
+// Waits until `threads` threads (a multiple of 32, the same in every call of a phase) have arrived at barrier `id`, 0
+// to 15; __syncthreads() is barrier 0 with all of them. Orders shared and global memory. PTX ISA: bar, barrier.
 DEVICE void barrier_sync(int id, int threads) {
 #ifdef FASTATTN_SIM
   sim::barrier_sync(id, threads);
@@ -30,8 +30,7 @@ DEVICE bool elect_one() {
   return sim::elect_one();
 #else
   uint32_t elected;
-  asm volatile(
-      "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
   return elected != 0;
 #endif
 }

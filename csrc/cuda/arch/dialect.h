@@ -1,8 +1,9 @@
-// What every wrapper starts from: CUDA's own words (nvcc's, or the simulator's under FASTATTN_SIM), the element types of
-// the matrix instructions, and where the block's shared memory is.
+// What every wrapper starts from: CUDA's own words (nvcc's, or the simulator's under FASTATTN_SIM), the element types
+// of the matrix instructions, and where the block's shared memory is.
 //
-// Each function of csrc/cuda/arch/ is one instruction. Its two halves stand side by side: the PTX that nvcc compiles, and
-// the call that the simulator (csrc/sim/) answers. A comment names the instruction by its title in NVIDIA's PTX ISA.
+// Each function of csrc/cuda/arch/ is one instruction. Its two halves stand side by side: the PTX that nvcc compiles,
+// and the call that the simulator (csrc/sim/) answers. A comment names the instruction by its title in NVIDIA's PTX
+// ISA.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,8 @@ constexpr bool same_type = false;
 template <class A>
 constexpr bool same_type<A, A> = true;
 
-// The block's dynamic shared memory, aligned to 1024 bytes: the one place for what threads share (no __shared__ variables).
+// The block's dynamic shared memory, aligned to 1024 bytes: the one place for what threads share (no __shared__
+// variables).
 DEVICE char* dynamic_shared() {
 #ifdef FASTATTN_SIM
   return sim::dynamic_shared();

@@ -1,5 +1,6 @@
-"""Writes wgmma/: the PTX half of each wgmma, one file an N. `python generate_wgmma.py` beside this file; a test holds the
-checked-in files against what this would write.
+"""Writes wgmma/: the PTX half of each wgmma, one file an N, where this file is run: `python generate_wgmma.py`.
+
+A test holds the checked-in files against what this would write.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def files() -> dict[str, str]:
     """Name and text of each file."""
     includes = "\n".join(f'#include "n{n}.h"' for n in sorted(SIZES, key=str))
     family = """\
-// Written by generate_wgmma.py. What each N specialises: functions bf16_ss, bf16_rs, f16_ss, f16_rs; A and B are 1 where
-// the operand is contiguous along m or n, 0 along k.
+// Written by generate_wgmma.py. What each N specialises: functions bf16_ss, bf16_rs, f16_ss, f16_rs; A and B are 1
+// where the operand is contiguous along m or n, 0 along k.
 #pragma once
 
 #include "../dialect.h"

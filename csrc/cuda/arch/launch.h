@@ -9,10 +9,10 @@ namespace fastattn::arch {
 
 struct Launch {
   dim3 grid;
-  int threads = 0;           // a block's
-  int shared_bytes = 0;      // dynamic shared memory, up to 227 KB
-  void* stream = nullptr;    // cudaStream_t
-  bool overlap = false;      // may start while the kernel before it ends: it calls wait_for_dependencies() first
+  int threads = 0;         // a block's
+  int shared_bytes = 0;    // dynamic shared memory, up to 227 KB
+  void* stream = nullptr;  // cudaStream_t
+  bool overlap = false;    // may start while the kernel before it ends: it calls wait_for_dependencies() first
 };
 
 #ifdef FASTATTN_SIM

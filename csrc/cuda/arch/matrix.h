@@ -1,4 +1,5 @@
-// Matrices of a warp: 8x8 pieces between shared memory and registers, and their product (sm_80 and newer; stmatrix sm_90).
+// Matrices of a warp: 8x8 pieces between shared memory and registers, and their product (sm_80 and newer; stmatrix
+// sm_90).
 #pragma once
 
 #include "dialect.h"

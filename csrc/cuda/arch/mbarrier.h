@@ -1,6 +1,6 @@
-// mbarrier: a barrier in shared memory that also counts the bytes of asynchronous copies. One thread initialises it, then
-// mbarrier_init_fence() and a barrier before anybody else uses it. A phase ends when `count` arrivals have come and every
-// expected byte has landed; phases alternate in parity, from 0.
+// mbarrier: a barrier in shared memory that also counts the bytes of asynchronous copies. One thread initialises it,
+// then mbarrier_init_fence() and a barrier before anybody else uses it. A phase ends when `count` arrivals have come
+// and every expected byte has landed; phases alternate in parity, from 0.
 #pragma once
 
 #include "dialect.h"

@@ -38,9 +38,9 @@ using TensorMap = CUtensorMap;
 
 // cuTensorMapEncodeTiled, asked of the driver by name: nothing is linked against libcuda.
 inline const char* encode_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                              const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                              CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   constexpr unsigned kSince = 12000;  // CUDA 12.0
   static thread_local char said[160];
   static Encode encode = nullptr;

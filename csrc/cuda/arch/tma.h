@@ -1,9 +1,10 @@
-// TMA: the copy engine, which moves boxes of a tensor (2-D to 5-D, described by a TensorMap) and plain runs of bytes. One
-// thread asks for the whole copy. Loads report their bytes to an mbarrier; stores and reductions are waited for in groups,
-// by the thread that asked.
+// TMA: the copy engine, which moves boxes of a tensor (2-D to 5-D, described by a TensorMap) and plain runs of bytes.
+// One thread asks for the whole copy. Loads report their bytes to an mbarrier; stores and reductions are waited for in
+// groups, by the thread that asked.
 //
-// Coordinates count elements, the innermost dimension first, and may lie outside the tensor: such elements are loaded as
-// zeros (and counted as bytes), and not stored. Shared addresses are aligned to 128 bytes (1024 for a whole swizzle pattern).
+// Coordinates count elements, the innermost dimension first, and may lie outside the tensor: such elements are loaded
+// as zeros (and counted as bytes), and not stored. Shared addresses are aligned to 128 bytes (1024 for a whole swizzle
+// pattern).
 #pragma once
 
 #include "mbarrier.h"
@@ -91,8 +92,8 @@ DEVICE void tma_load(void* shared, const TensorMap* map, Mbarrier* barrier, int 
 }
 
 // The 4-D load, with an L2 policy.
-DEVICE void tma_load_hinted(void* shared, const TensorMap* map, Mbarrier* barrier, uint64_t policy, int c0, int c1, int c2,
-                            int c3) {
+DEVICE void tma_load_hinted(void* shared, const TensorMap* map, Mbarrier* barrier, uint64_t policy, int c0, int c1,
+                            int c2, int c3) {
 #ifdef FASTATTN_SIM
   (void)policy;
   sim::tma_load(shared_address(shared), map, shared_address(barrier), {c0, c1, c2, c3});
@@ -131,10 +132,10 @@ DEVICE void tma_add(const TensorMap* map, const void* shared, int c0, int c1, in
 #ifdef FASTATTN_SIM
   sim::tma_store(map, shared_address(shared), {c0, c1, c2, c3}, true);
 #else
-  asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-                   map),
-               "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
 #endif
 }
 

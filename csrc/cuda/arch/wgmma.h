@@ -1,5 +1,5 @@
-// wgmma: a warpgroup's asynchronous matrix product, m64nNk16 in bf16 or f16 with float32 sums. B and, for `_ss`, A are read
-// from shared memory through descriptors; for `_rs` A comes in registers.
+// wgmma: a warpgroup's asynchronous matrix product, m64nNk16 in bf16 or f16 with float32 sums. B and, for `_ss`, A are
+// read from shared memory through descriptors; for `_rs` A comes in registers.
 //
 //   settle_registers(d);                 // where they were written before
 //   wgmma_fence();                       // before the first product of a batch: orders the registers
@@ -8,9 +8,10 @@
 //   wgmma_wait<0>();                     // at most this many batches are still in flight
 //   settle_registers(d);                 // now they may be read
 //
-// Thread t of the warpgroup holds, of D[64, N], d[4 j + 2 h + e] = D[16 (t / 32) + (t % 32) / 4 + 8 h, 8 j + 2 (t % 4) + e];
-// of A[64, 16], a[i] = the two elements of row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2) from column 2 (t % 4) + 8 (i / 2).
-// So two neighbouring 8-column pieces of a D, packed, are an A: a[i] of step kk = pack(d[8 kk + 2 i], d[8 kk + 2 i + 1]).
+// Thread t of the warpgroup holds, of D[64, N], d[4 j + 2 h + e] = D[16 (t / 32) + (t % 32) / 4 + 8 h, 8 j + 2 (t % 4)
+// + e]; of A[64, 16], a[i] = the two elements of row 16 (t / 32) + (t % 32) / 4 + 8 (i % 2) from column 2 (t % 4) + 8
+// (i / 2). So two neighbouring 8-column pieces of a D, packed, are an A: a[i] of step kk = pack(d[8 kk + 2 i], d[8 kk +
+// 2 i + 1]).
 #pragma once
 
 #include "dialect.h"
@@ -102,12 +103,12 @@ DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 #endif
 }
 
-// Describes an operand that TMA loaded with the 128-byte swizzle: rows of 128 bytes, 64 elements, eight rows to a pattern
-// of 1024 bytes. `start` is aligned to 1024 bytes. Add bytes / 16 to move: +2 is 16 elements along the row.
+// Describes an operand that TMA loaded with the 128-byte swizzle: rows of 128 bytes, 64 elements, eight rows to a
+// pattern of 1024 bytes. `start` is aligned to 1024 bytes. Add bytes / 16 to move: +2 is 16 elements along the row.
 //
 // K-major: a row is one m or n, 64 ks wide; `stride` is the distance of 8 rows, 1024 where the tile's rows lie side by
-// side; `leading` is not read. MN-major: a row is one k, 64 ms or ns wide; `stride` is the distance of 8 ks, `leading` that
-// of 64 ms or ns (BLOCK_K * 128 where a tile of 64 columns follows another). PTX ISA: matrix-descriptor of wgmma.
+// side; `leading` is not read. MN-major: a row is one k, 64 ms or ns wide; `stride` is the distance of 8 ks, `leading`
+// that of 64 ms or ns (BLOCK_K * 128 where a tile of 64 columns follows another). PTX ISA: matrix-descriptor of wgmma.
 DEVICE uint64_t descriptor_128(const void* start, uint32_t stride = 1024, uint32_t leading = 16) {
   return static_cast<uint64_t>((shared_address(start) & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
