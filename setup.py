@@ -41,7 +41,8 @@ def room_packages() -> list[str]:
 def source_packages() -> list[str]:
     """The folders of C++ files, as packages without code."""
     package, folder = SOURCES
-    return [package, *(f"{package}.{path.name}" for path in sorted((HERE / folder).iterdir()) if path.is_dir())]
+    folders = sorted(path.relative_to(HERE / folder) for path in (HERE / folder).rglob("*") if path.is_dir())
+    return [package, *(".".join((package, *path.parts)) for path in folders if "__pycache__" not in path.parts)]
 
 
 class BuildWithLibrary(build_py):

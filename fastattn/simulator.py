@@ -1,5 +1,5 @@
-"""CUDA sources for the simulator of csrc/sim: a .cu file compiled by the C++ compiler into a library that runs its kernels
-on the CPU. For tests and for who writes kernels; nothing of a call of `attention` comes here.
+"""CUDA sources for the simulator of csrc/sim: a .cu file compiled by the C++ compiler into a library that runs its
+kernels on the CPU. For tests and for who writes kernels; nothing of a call of `attention` comes here.
 
 `python -m fastattn.simulator kernel.cu [plain | checked | addresses]` builds one and prints where it lies.
 """
@@ -11,6 +11,7 @@ import hashlib
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -52,6 +53,30 @@ class Part(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
+def usual_flavour() -> str:
+    """The checks, or AddressSanitizer where this process was started with it."""
+    return "addresses" if hasattr(ctypes.CDLL(None), "__asan_init") else "checked"
+
+
+def sanitized() -> dict[str, str]:
+    """The environment of a process that may load libraries of the flavour `addresses`. BuildError where the compiler has
+    no sanitizers.
+    """
+    found = compiler.find_compiler()
+    # Loaded before Python, which was not compiled with them; the last one so that they find what throws.
+    files = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        said = subprocess.run([*found.command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
+        if not Path(said.stdout.strip()).is_absolute():
+            raise BuildError(f"{found.version} has no {name}")
+        files.append(said.stdout.strip())
+    return os.environ | {
+        "LD_PRELOAD": " ".join(files),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
 def build(source: Path, flavour: str = "plain", defines: Sequence[str] = ()) -> Path:
     """The library of one .cu file, from the cache folder or compiled into it.
 
@@ -70,10 +95,10 @@ def build_library(name: str, parts: Sequence[Part], flavour: str = "plain", link
         raise ValueError(f"flavour={flavour!r} is none of {', '.join(FLAVOURS)}")
     found = compiler.find_compiler()
     flags = (*FLAGS, *FLAVOURS[flavour][1])
-    steps = [
-        Step(f"{n}.o", (*found.command, *flags, *part.flags, *AS_KERNEL, "-c", str(part.source.resolve()), "-o", f"{n}.o"))
-        for n, part in enumerate(parts)
-    ]
+    steps = []
+    for n, part in enumerate(parts):
+        translate = (*AS_KERNEL, "-c", str(part.source.resolve()), "-o", f"{n}.o")
+        steps.append(Step(f"{n}.o", (*found.command, *flags, *part.flags, *translate)))
     # The checks' hooks answer what -fsanitize=thread calls; linked with that flag, its own runtime would.
     sanitizer = FLAVOURS[flavour][1] if flavour == "addresses" else ()
     runtime = _runtime(found, flavour)
@@ -119,10 +144,13 @@ def _made(path: Path, steps: list[Step], output: str | None) -> Path:
             folder = Path(name) / "objects"
             folder.mkdir()
             compiler.run(steps, folder)
+            if output is not None:
+                os.replace(folder / output, path)
+                return path
             for file in folder.iterdir():
-                if file.suffix != ".o" and file.name != output:
-                    file.unlink() if file.is_file() else None
-            os.replace(folder / output if output else folder, path)
+                if file.suffix != ".o" and file.is_file():
+                    file.unlink()  # ninja's notes
+            os.replace(folder, path)
     return path
 
 

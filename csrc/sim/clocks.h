@@ -1,7 +1,8 @@
 // Who has seen what: vector clocks over the actors of a block, its threads and its copy engines.
 //
-// An access of actor a at a's tick n comes before whatever actor b does once b's clock for a has reached n. Clocks travel
-// with barriers: who arrives leaves what it has seen, who has waited takes it (Lamport 1978; Flanagan, Freund, FastTrack, 2009).
+// An access of actor a at a's tick n comes before whatever actor b does once b's clock for a has reached n. Clocks
+// travel with barriers: who arrives leaves what it has seen, who has waited takes it (Lamport 1978; Flanagan, Freund,
+// FastTrack, 2009).
 #pragma once
 
 #include <algorithm>

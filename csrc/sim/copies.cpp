@@ -76,7 +76,9 @@ void copy_async_wait(int pending) {
 void copy_async_arrive(uint32_t barrier) {
   Thread& thread = enter("cp.async.mbarrier.arrive");
   Block& block = *thread.block;
-  if (block.mbarriers.count(barrier) == 0) fail("no mbarrier was initialised at shared address " + std::to_string(barrier));
+  if (block.mbarriers.count(barrier) == 0) {
+    fail("no mbarrier was initialised at shared address " + std::to_string(barrier));
+  }
   CopyGroup before = thread.open_copies;
   for (const auto& group : thread.copies) before.insert(before.end(), group.begin(), group.end());
   std::vector<Stamp> stamps;

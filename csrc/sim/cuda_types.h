@@ -11,14 +11,10 @@ struct uint3 {
   unsigned x, y, z;
 };
 
-#define FASTATTN_VECTORS(scalar, name, bytes)                                                       \
-  struct alignas(2 * bytes) name##2 {                                                               \
-    scalar x, y;                                                                                    \
-  };                                                                                                \
-  struct alignas(4 * bytes > 16 ? 16 : 4 * bytes) name##4 {                                         \
-    scalar x, y, z, w;                                                                              \
-  };                                                                                                \
-  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }                              \
+#define FASTATTN_VECTORS(scalar, name, bytes)                                     \
+  struct alignas(2 * bytes) name##2 { scalar x, y; };                             \
+  struct alignas(4 * bytes > 16 ? 16 : 4 * bytes) name##4 { scalar x, y, z, w; }; \
+  inline name##2 make_##name##2(scalar x, scalar y) { return {x, y}; }            \
   inline name##4 make_##name##4(scalar x, scalar y, scalar z, scalar w) { return {x, y, z, w}; }
 
 FASTATTN_VECTORS(float, float, 4)

@@ -86,13 +86,18 @@ constexpr size_t kStack = 256 << 10;  // bytes; only the pages that are touched 
 }  // namespace
 
 Fiber::~Fiber() {
-  if (owned_) munmap(stack_, stack_bytes_);
+  if (!owned_) return;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack_, stack_bytes_);  // somebody else will have these addresses
+#endif
+  munmap(stack_, stack_bytes_);
 }
 
 void Fiber::start(void (*entry)()) {
   if (stack_ == nullptr) {
     stack_bytes_ = kStack;
-    void* memory = mmap(nullptr, stack_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, stack_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     stack_ = static_cast<char*>(memory);
     owned_ = true;

@@ -30,12 +30,12 @@ FASTATTN_HOOK __tsan_func_exit() {}
 FASTATTN_HOOK __tsan_vptr_update(void**, void*) {}
 FASTATTN_HOOK __tsan_vptr_read(void**) {}
 
-#define FASTATTN_SIZE(bytes)                                                       \
-  FASTATTN_HOOK __tsan_read##bytes(void* pointer) { load(pointer, bytes); }        \
-  FASTATTN_HOOK __tsan_write##bytes(void* pointer) { store(pointer, bytes); }      \
-  FASTATTN_HOOK __tsan_unaligned_read##bytes(void* pointer) { load(pointer, bytes); } \
+#define FASTATTN_SIZE(bytes)                                                            \
+  FASTATTN_HOOK __tsan_read##bytes(void* pointer) { load(pointer, bytes); }             \
+  FASTATTN_HOOK __tsan_write##bytes(void* pointer) { store(pointer, bytes); }           \
+  FASTATTN_HOOK __tsan_unaligned_read##bytes(void* pointer) { load(pointer, bytes); }   \
   FASTATTN_HOOK __tsan_unaligned_write##bytes(void* pointer) { store(pointer, bytes); } \
-  FASTATTN_HOOK __tsan_volatile_read##bytes(void* pointer) { load(pointer, bytes); } \
+  FASTATTN_HOOK __tsan_volatile_read##bytes(void* pointer) { load(pointer, bytes); }    \
   FASTATTN_HOOK __tsan_volatile_write##bytes(void* pointer) { store(pointer, bytes); }
 
 FASTATTN_SIZE(1)

@@ -77,8 +77,8 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool bf16);
 
 // wgmma.cpp; `a` null: behind the descriptor `a_at`
 void wgmma_fence();
-void wgmma(int n, bool bf16, float* d, const uint32_t* a, uint64_t a_at, bool a_mn_major, uint64_t b_at, bool b_mn_major,
-           bool accumulate);
+void wgmma(int n, bool bf16, float* d, const uint32_t* a, uint64_t a_at, bool a_mn_major, uint64_t b_at,
+           bool b_mn_major, bool accumulate);
 void wgmma_commit();
 void wgmma_wait(int pending);
 

@@ -9,7 +9,7 @@ namespace fastattn::sim {
 namespace {
 
 constexpr int kMostThreads = 1024;
-constexpr int kMostShared = 227 << 10;  // bytes, sm_90
+constexpr int kMostShared = 227 << 10;   // bytes, sm_90
 constexpr unsigned kMostBlocks = 65535;  // of the grid's y and z
 
 std::string refusal(dim3 grid, int threads, int shared_bytes) {
@@ -48,7 +48,8 @@ const char* launch(dim3 grid, int threads, int shared_bytes, const std::function
 }  // namespace fastattn::sim
 
 // For who loads the library: what the next launches do.
-extern "C" __attribute__((visibility("default"))) void fastattn_sim_options(uint64_t seed, int fixed_order, int resident) {
+extern "C" __attribute__((visibility("default"))) void fastattn_sim_options(uint64_t seed, int fixed_order,
+                                                                            int resident) {
   fastattn::sim::Options& chosen = fastattn::sim::options();
   chosen.seed = seed;
   chosen.order = fixed_order != 0 ? fastattn::sim::Order::kFixed : fastattn::sim::Order::kRandom;

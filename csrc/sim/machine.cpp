@@ -31,7 +31,8 @@ Block::Block(int thread_count, int shared_bytes)
 
 Block::~Block() = default;
 
-Machine::Machine(dim3 grid_size, int thread_count, int bytes, const std::function<void()>& kernel, const Options& chosen)
+Machine::Machine(dim3 grid_size, int thread_count, int bytes, const std::function<void()>& kernel,
+                 const Options& chosen)
     : grid(grid_size), threads(thread_count), shared_bytes(bytes), body(kernel), options(chosen), random(chosen.seed) {
   total_blocks_ = uint64_t{grid.x} * grid.y * grid.z;
   if (options.order == Order::kRandom) {
@@ -145,7 +146,9 @@ void Machine::entry() {
 
 // Nobody has waited for it, wherever it may be by now.
 void Machine::unfinished(Thread& thread, const Copy& copy) {
-  if (!copy.waited) fail(thread, std::string("exits with a ") + copy.instruction + " in flight that was never waited for");
+  if (!copy.waited) {
+    fail(thread, std::string("exits with a ") + copy.instruction + " in flight that was never waited for");
+  }
 }
 
 void Machine::finish_thread() {
@@ -156,7 +159,9 @@ void Machine::finish_thread() {
                                       ? &block.warpgroup_teams[static_cast<size_t>(thread.number / kWarpgroupSize)]
                                       : nullptr}) {
     if (team == nullptr) continue;
-    if (team->arrived != 0) fail(thread, std::string("exits while others of its ") + team->name + " wait in " + team->instruction);
+    if (team->arrived != 0) {
+      fail(thread, std::string("exits while others of its ") + team->name + " wait in " + team->instruction);
+    }
     ++team->exited;
   }
   for (const auto& copy : thread.open_copies) unfinished(thread, *copy);
@@ -165,7 +170,9 @@ void Machine::finish_thread() {
       for (const auto& copy : group) unfinished(thread, *copy);
     }
   }
-  if (!thread.open_bulk.empty()) fail(thread, std::string("exits with a ") + thread.open_bulk[0]->instruction + " that was never committed");
+  if (!thread.open_bulk.empty()) {
+    fail(thread, std::string("exits with a ") + thread.open_bulk[0]->instruction + " that was never committed");
+  }
   thread.finished = true;
   progress();
   if (--block.live == 0) {
@@ -291,11 +298,13 @@ std::string Machine::stuck() const {
       const Thread& thread = block->threads[static_cast<size_t>(number)];
       if (thread.finished) return std::string("finished");
       std::string text = std::string("in ") + thread.instruction;
-      if (thread.operand_name != nullptr) text += std::string(" ") + thread.operand_name + " " + std::to_string(thread.operand);
+      if (thread.operand_name != nullptr) {
+        text += std::string(" ") + thread.operand_name + " " + std::to_string(thread.operand);
+      }
       const auto found = block->mbarriers.find(thread.operand);
       if (thread.operand_name != nullptr && found != block->mbarriers.end()) {
-        text += " (phase " + std::to_string(found->second.phase) + ", " + std::to_string(found->second.pending) + " of " +
-                std::to_string(found->second.count) + " arrivals and " + std::to_string(found->second.bytes) +
+        text += " (phase " + std::to_string(found->second.phase) + ", " + std::to_string(found->second.pending) +
+                " of " + std::to_string(found->second.count) + " arrivals and " + std::to_string(found->second.bytes) +
                 " bytes to come)";
       }
       return text;

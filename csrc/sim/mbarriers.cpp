@@ -16,7 +16,8 @@ Mbarrier& mbarrier_at(uint32_t address) {
   if (found == block.mbarriers.end()) fail("no mbarrier was initialised at shared address " + std::to_string(address));
   const Stamp made = found->second.made;
   if (machine->options.checks && self().knows.seen[made.actor] < made.tick) {
-    fail("race: the mbarrier was initialised by " + name_of(block.threads[made.actor]) + ", and nothing orders the two");
+    fail("race: the mbarrier was initialised by " + name_of(block.threads[made.actor]) +
+         ", and nothing orders the two");
   }
   own_access(address, kBytes, kWrite | kAtomic);
   return found->second;

@@ -68,7 +68,9 @@ char* dynamic_shared() { return self().block->shared.begin(); }
 
 uint32_t shared_address(const void* pointer) {
   const auto offset = static_cast<const char*>(pointer) - self().block->shared.begin();
-  if (offset < 0 || offset > machine->shared_bytes) fail("a pointer that does not point into the block's shared memory");
+  if (offset < 0 || offset > machine->shared_bytes) {
+    fail("a pointer that does not point into the block's shared memory");
+  }
   return static_cast<uint32_t>(offset) + kSharedWindow;
 }
 
@@ -79,7 +81,9 @@ char* shared_bytes_at(Block& block, uint32_t address, size_t bytes, size_t align
     fail("out of bounds: " + range(address, bytes) + ", and the block has " + std::to_string(machine->shared_bytes) +
          " from " + std::to_string(kSharedWindow));
   }
-  if (address % alignment != 0) fail("misaligned: " + range(address, bytes) + " want a multiple of " + std::to_string(alignment));
+  if (address % alignment != 0) {
+    fail("misaligned: " + range(address, bytes) + " want a multiple of " + std::to_string(alignment));
+  }
   return block.shared.begin() + (address - kSharedWindow);
 }
 
@@ -90,7 +94,8 @@ void own_access(uint32_t address, uint32_t bytes, uint8_t access) {
   check(thread, address, bytes, access, {actor, thread.knows.seen[actor]}, thread.knows, thread.instruction);
 }
 
-void engine_access(Thread& thread, uint32_t address, uint32_t bytes, uint8_t access, Stamp stamp, const Knowledge& knows) {
+void engine_access(Thread& thread, uint32_t address, uint32_t bytes, uint8_t access, Stamp stamp,
+                   const Knowledge& knows) {
   for (const auto& each : thread.block->mbarriers) {
     if ((access & kWrite) != 0 && each.first + sizeof(uint64_t) > address && each.first < address + bytes) {
       fail("overwrites the mbarrier at shared address " + std::to_string(each.first));

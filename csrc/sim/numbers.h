@@ -36,9 +36,9 @@ inline uint16_t to_f16(float value) {
   const uint32_t bits = float_bits(value);
   const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
   const uint32_t rest = bits & 0x7fffffff;
-  if (rest > 0x7f800000) return 0x7fff;                                   // NaN, as cvt gives it
-  if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);    // rounds to 65536 or more: infinity
-  if (rest < 0x38800000) {                                                // denormal: units of 2^-24
+  if (rest > 0x7f800000) return 0x7fff;                                 // NaN, as cvt gives it
+  if (rest >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536 or more: infinity
+  if (rest < 0x38800000) {                                              // denormal: units of 2^-24
     const float units = bits_float(rest) * 0x1p24f;
     const float rounded = (units + 0x1p23f) - 0x1p23f;
     return static_cast<uint16_t>(sign | static_cast<uint16_t>(rounded));

@@ -13,8 +13,9 @@ enum class Order : int {
 struct Options {
   uint64_t seed = 0;
   Order order = Order::kRandom;
-  int resident = 2;     // blocks that run at the same time
-  bool checks = false;  // every access to shared memory is held against the barriers: the kernel must be compiled for it
+  int resident = 2;  // blocks that run at the same time
+  bool checks =
+      false;  // every access to shared memory is held against the barriers: the kernel must be compiled for it
 };
 
 Options& options();

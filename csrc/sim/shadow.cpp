@@ -57,8 +57,7 @@ bool Shadow::check_word(uint32_t word, uint8_t mask, uint8_t access, Stamp stamp
     return false;
   }
   if (place == nullptr) place = &words_[word].records[turn_++ % 4];
-  *place = {stamp.tick, static_cast<uint16_t>(stamp.actor), instruction,
-            static_cast<uint8_t>(mask << 4 | access)};
+  *place = {stamp.tick, static_cast<uint16_t>(stamp.actor), instruction, static_cast<uint8_t>(mask << 4 | access)};
   if (writes) written_[word] |= mask;
   return true;
 }

@@ -1,8 +1,8 @@
 // A second memory beside a block's shared memory: which bytes were written, and who last read and wrote each word.
 //
-// An access is a race when another actor's access to the same bytes, one of them a write, is not known to come before it.
-// It lacks a proxy fence when it is the asynchronous proxy's (TMA, wgmma) and an ordinary write comes before it only as
-// ordinary accesses see it. Every word remembers the last four accesses that differ, as ThreadSanitizer does.
+// An access is a race when another actor's access to the same bytes, one of them a write, is not known to come before
+// it. It lacks a proxy fence when it is the asynchronous proxy's (TMA, wgmma) and an ordinary write comes before it
+// only as ordinary accesses see it. Every word remembers the last four accesses that differ, as ThreadSanitizer does.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ class Shadow {
     uint8_t access = 0;
     const char* instruction = nullptr;
   };
-  bool check(uint32_t offset, uint32_t bytes, uint8_t access, Stamp stamp, const Knowledge& knows, const char* instruction,
-             Finding& finding);
+  bool check(uint32_t offset, uint32_t bytes, uint8_t access, Stamp stamp, const Knowledge& knows,
+             const char* instruction, Finding& finding);
 
  private:
   struct Record {
@@ -62,7 +62,8 @@ struct Thread;
 // The running thread accesses shared memory itself.
 void own_access(uint32_t address, uint32_t bytes, uint8_t access);
 // An operation of the copy engine or the tensor cores does, which the thread issues with this stamp and knowledge.
-void engine_access(Thread& thread, uint32_t address, uint32_t bytes, uint8_t access, Stamp stamp, const Knowledge& knows);
+void engine_access(Thread& thread, uint32_t address, uint32_t bytes, uint8_t access, Stamp stamp,
+                   const Knowledge& knows);
 // A new tick of one of the block's engines.
 Stamp new_stamp(Block& block);
 // From now on the thread comes after the operation.

@@ -1,5 +1,5 @@
-// The swizzles of TMA and wgmma: within eight rows of 128, 64 or 32 bytes, 16-byte pieces change places by the row's number,
-// which is read off the address itself. PTX ISA: tensor swizzling modes.
+// The swizzles of TMA and wgmma: within eight rows of 128, 64 or 32 bytes, 16-byte pieces change places by the row's
+// number, which is read off the address itself. PTX ISA: tensor swizzling modes.
 #pragma once
 
 #include <cstdint>

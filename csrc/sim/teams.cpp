@@ -9,8 +9,10 @@ namespace fastattn::sim {
 
 namespace {
 
-std::string lane_of(const Team& team, int slot) { return "lane " + std::to_string((team.first + slot) % kWarpSize) +
-                                                         " of warp " + std::to_string((team.first + slot) / kWarpSize); }
+std::string lane_of(const Team& team, int slot) {
+  return "lane " + std::to_string((team.first + slot) % kWarpSize) + " of warp " +
+         std::to_string((team.first + slot) / kWarpSize);
+}
 
 void whole(unsigned mask) {
   if (mask != 0xffffffffu) fail("a mask other than 0xffffffff: warps are whole here");
@@ -34,12 +36,14 @@ void no_work(Block&, Team&) {}
 void together(Team& team, const char* instruction, void* argument, Perform perform) {
   Thread& thread = enter(instruction);
   const int slot = thread.number - team.first;
-  if (team.exited != 0) fail(std::string("divergence: some of the ") + team.name + " have exited, and all must execute it");
+  if (team.exited != 0) {
+    fail(std::string("divergence: some of the ") + team.name + " have exited, and all must execute it");
+  }
   if (team.arrived != 0 && std::strcmp(team.instruction, instruction) != 0) {
     int other = 0;
     while (team.arguments[static_cast<size_t>(other)] == nullptr) ++other;
-    fail(std::string("divergence: ") + lane_of(team, other) + " waits in " + team.instruction + ", and the " + team.name +
-         " must execute the same");
+    fail(std::string("divergence: ") + lane_of(team, other) + " waits in " + team.instruction + ", and the " +
+         team.name + " must execute the same");
   }
   team.instruction = instruction;
   team.arguments[static_cast<size_t>(slot)] = argument != nullptr ? argument : &thread;

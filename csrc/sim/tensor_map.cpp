@@ -141,7 +141,9 @@ const char* encode_tensor_map(TensorMap* map, const void* base, int element, int
     map->stride[dimension] = dimension > 0 ? stride[dimension] : 0;
   }
   const uint32_t row_bytes = box[0] * static_cast<uint32_t>(kSizes[element]);
-  if (row_bytes % 16 != 0) return refuse("a row of the box has " + std::to_string(row_bytes) + " bytes: it is a multiple of 16");
+  if (row_bytes % 16 != 0) {
+    return refuse("a row of the box has " + std::to_string(row_bytes) + " bytes: it is a multiple of 16");
+  }
   if (swizzle != 0 && row_bytes != swizzle_span(swizzle)) {
     return refuse("a row of the box has " + std::to_string(row_bytes) + " bytes, and the swizzle's pattern is " +
                   std::to_string(swizzle_span(swizzle)) + " wide: they are equal here");

@@ -1,7 +1,7 @@
 // wgmma: products of a warpgroup, in flight from their issue to the wait for their batch.
 //
-// While a chain of products is in flight its accumulator registers hold a poison, NaN: who reads them gets NaN, and who has
-// written them is told at the wait. Products happen at their issue, at the wait or at any turn between.
+// While a chain of products is in flight its accumulator registers hold a poison, NaN: who reads them gets NaN, and who
+// has written them is told at the wait. Products happen at their issue, at the wait or at any turn between.
 #include <cstring>
 #include <limits>
 
@@ -166,11 +166,13 @@ void issue(Block& block, Team& team) {
   const Call& first = call_of(team, 0);
   for (int thread = 1; thread < kWarpgroupSize; ++thread) {
     if (!call_of(team, thread).same(first)) {
-      fail("divergence: threads of the warpgroup have different operands (thread " + std::to_string(team.first + thread) +
-           " and thread " + std::to_string(team.first) + ")");
+      fail("divergence: threads of the warpgroup have different operands (thread " +
+           std::to_string(team.first + thread) + " and thread " + std::to_string(team.first) + ")");
     }
   }
-  if (first.n < 8 || first.n > kMostN || first.n % 8 != 0) fail("an n of " + std::to_string(first.n) + ": 8 to 256, in eights");
+  if (first.n < 8 || first.n > kMostN || first.n % 8 != 0) {
+    fail("an n of " + std::to_string(first.n) + ": 8 to 256, in eights");
+  }
   if (!group.fenced) fail("missing wgmma_fence: none since the last commit, and registers may have changed");
   auto product = std::make_shared<Product>();
   product->n = first.n;
@@ -231,8 +233,8 @@ void wgmma_fence() {
            [](Block& block, Team& team) { warpgroup_of(block, team).fenced = true; });
 }
 
-void wgmma(int n, bool bf16, float* d, const uint32_t* a, uint64_t a_at, bool a_mn_major, uint64_t b_at, bool b_mn_major,
-           bool accumulate) {
+void wgmma(int n, bool bf16, float* d, const uint32_t* a, uint64_t a_at, bool a_mn_major, uint64_t b_at,
+           bool b_mn_major, bool accumulate) {
   Call own{n, bf16, d, a, a_at, b_at, a_mn_major, b_mn_major, accumulate};
   together(own_warpgroup("wgmma.mma_async"), "wgmma.mma_async", &own, issue);
 }

@@ -23,7 +23,7 @@ struct Product {
   bool bf16 = false, accumulate = false;
   bool a_in_registers = false, a_mn_major = false, b_mn_major = false;
   uint64_t a_at = 0, b_at = 0;
-  uint32_t a[kWarpgroupSize][4];                       // as they were when it was issued
+  uint32_t a[kWarpgroupSize][4];  // as they were when it was issued
   const uint32_t* a_registers[kWarpgroupSize] = {};
   std::shared_ptr<Accumulator> sums;
   Stamp stamp;
@@ -31,7 +31,7 @@ struct Product {
 };
 
 struct Warpgroup {
-  std::vector<std::shared_ptr<Product>> open;                 // not committed
+  std::vector<std::shared_ptr<Product>> open;                  // not committed
   std::vector<std::vector<std::shared_ptr<Product>>> batches;  // committed, not waited for
   bool fenced = false;
   int registers = 0;  // setmaxnreg's

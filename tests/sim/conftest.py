@@ -64,7 +64,7 @@ def simulate():
     if refused is not None:
         pytest.skip(refused)
 
-    def run(name, *arguments, flavour="checked", seed=0, fixed_order=False, resident=2):
+    def run(name, *arguments, flavour=simulator.usual_flavour(), seed=0, fixed_order=False, resident=2):
         library = simulated(name, flavour)
         simulator.schedule(library, seed=seed, fixed_order=fixed_order, resident=resident)
         return call(library, name, arguments)
@@ -80,8 +80,8 @@ def compile_for_gpu():
 
 @pytest.fixture
 def execute(device, simulate):
-    """A kernel file's function in the simulator, under a few schedules; and on a GPU, where the test's device is one: the
-    tensors named in `outputs` must come out as the simulator leaves them.
+    """A kernel file's function in the simulator, under a few schedules; and on a GPU, where the test's device is one:
+    the tensors named in `outputs` must come out as the simulator leaves them.
     """
 
     def run(name, *arguments, outputs, atol=0.0, rtol=0.0):

@@ -1,5 +1,5 @@
-"""The PTX halves compile for Hopper wherever nvcc is found, without spills and without products that wait for one another;
-the checked-in wgmma variants are what their generator writes.
+"""The PTX halves compile for Hopper wherever nvcc is found, without spills and without products that wait for one
+another; the checked-in wgmma variants are what their generator writes.
 """
 
 import re

@@ -1,5 +1,5 @@
-"""Each wrapper of csrc/cuda/arch: the simulator's half against the definition in NVIDIA's PTX ISA, written out here anew; on a
-GPU the PTX half of the same kernel against the simulator's.
+"""Each wrapper of csrc/cuda/arch: the simulator's half against the definition in NVIDIA's PTX ISA, written out here anew;
+on a GPU the PTX half of the same kernel against the simulator's.
 """
 
 import math
@@ -21,7 +21,8 @@ def words(tensor):
 
 # Numbers ------------------------------------------------------------------------------------------------------------
 
-SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e-40, -1e-40, 65504.0, 65520.0, 6e-8, 3e-8, 1e-5, 3.4e38]
+EXTREMES = [65504.0, 65520.0, 6e-8, 3e-8, 1e-5, 3.4e38]
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e-40, -1e-40, *EXTREMES]
 NUMBERS = {
     "exp2": (0, torch.exp2, 1e-6),
     "log2": (1, lambda x: torch.log2(torch.where(x.abs() < 2**-126, x * 0, x)), 1e-6),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastattn import simulator
+
 SEEDS = range(3)
 RACE, UNWRITTEN, DEADLOCK, DIVERGENCE = "race: ", "nobody has written", "deadlock", "divergence: "
 OUTSIDE, MISALIGNED, UNFENCED, IN_FLIGHT = "out of bounds", "misaligned", "missing fence_proxy_async", "in flight"
@@ -79,7 +81,8 @@ def test_every_small_mistake_has_a_row():
 
 def test_a_deadlock_names_who_waits_for_what(simulate):
     said = simulate("mistakes", b"one_arrival_too_few", torch.zeros(1024), 1, 128, -1)
-    assert "warp 3 lanes 0-31 in mbarrier.try_wait for parity 0" in said and "1 of 33 arrivals and 0 bytes to come" in said
+    assert "warp 3 lanes 0-31 in mbarrier.try_wait for parity 0" in said
+    assert "1 of 33 arrivals and 0 bytes to come" in said
 
 
 def test_a_race_names_both_sides(simulate):
@@ -139,7 +142,8 @@ def product(simulate, bug, a_registers, b_mn=True, half=torch.bfloat16, shape=(6
     a, b = torch.randn(m, k).to(half), torch.randn(k, n).to(half)
     c = torch.full((m, n), torch.nan, dtype=half)
     given = b if b_mn else b.t().contiguous()
-    said = simulate("product", a, given, c, m, n, k, int(half == torch.bfloat16), int(b_mn), int(a_registers), bug, **how)
+    form = int(half == torch.bfloat16), int(b_mn), int(a_registers)
+    said = simulate("product", a, given, c, m, n, k, *form, bug, **how)
     return said, c.double(), a.double() @ b.double()
 
 
@@ -153,7 +157,7 @@ def test_a_mistake_in_a_large_kernel_is_caught(simulate, bug):
             assert said is not None and re.search(LARGE[bug][1], said), said
 
 
-@pytest.mark.parametrize("flavour", ["plain", "checked"])
+@pytest.mark.parametrize("flavour", ["plain", simulator.usual_flavour()])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("b_mn", [False, True], ids=["b-k", "b-mn"])
 @pytest.mark.parametrize("a_registers", [False, True], ids=["ss", "rs"])
@@ -162,9 +166,7 @@ def test_the_same_kernel_without_a_mistake_is_right_under_any_schedule(simulate,
     schedules = [{"fixed_order": True}, {"resident": 1, "seed": 5}, *({"seed": seed} for seed in SEEDS)]
     for schedule in schedules:
         torch.manual_seed(0)
-        said, out, want = product(
-            simulate, 0, a_registers, b_mn, half, (104, 136, 200), flavour=flavour, **schedule
-        )
+        said, out, want = product(simulate, 0, a_registers, b_mn, half, (104, 136, 200), flavour=flavour, **schedule)
         assert said is None
         torch.testing.assert_close(out, want, atol=0.05 if half == torch.float16 else 0.2, rtol=0)
         results.append(out)
@@ -173,6 +175,7 @@ def test_the_same_kernel_without_a_mistake_is_right_under_any_schedule(simulate,
 
 def test_random_schedules_see_what_a_fixed_one_misses(simulate):
     """A tile freed too early, without the checks: in turn and as late as may be nothing shows."""
+
     def wrong(**how):
         said, out, want = product(simulate, 13, False, flavour="plain", **how)
         return said is not None or not torch.allclose(out, want, atol=0.2)

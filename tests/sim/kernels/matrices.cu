@@ -37,7 +37,7 @@ __global__ void multiply(const uint32_t* in, uint32_t* out) {
 }  // namespace
 
 EXPORT run_matrices(int which, const void* in, void* out) {
-  constexpr void (*kKernels[])(const uint32_t*, uint32_t*) = {move<0>, move<1>, move<2>,
+  constexpr void (*kKernels[])(const uint32_t*, uint32_t*) = {move<0>, move<1>,        move<2>,
                                                               move<3>, multiply<bf16>, multiply<f16>};
   return run(kKernels[which], 1, kWarp, 512, static_cast<const uint32_t*>(in), static_cast<uint32_t*>(out));
 }

@@ -1,6 +1,6 @@
 // A product of matrices the Hopper way, small: TMA loads by a producer warpgroup into a ring of two stages, wgmma by a
-// consumer warpgroup, the result through stmatrix and a TMA store. C[m, n] = A[m, k] B[n, k]^T, or B[k, n], all of one type.
-// `bug` leaves something out: each value is a mistake that the simulator must catch.
+// consumer warpgroup, the result through stmatrix and a TMA store. C[m, n] = A[m, k] B[n, k]^T, or B[k, n], all of one
+// type. `bug` leaves something out: each value is a mistake that the simulator must catch.
 #include "harness.h"
 
 namespace {
@@ -9,25 +9,25 @@ constexpr int kM = 64, kN = 64, kK = 64, kStages = 2;
 
 enum Bug : int {
   kNone = 0,
-  kNoFullWait,        // reads a tile before it has landed
-  kNoEmptyWait,       // overwrites a tile that is being read
-  kNoWgmmaWait,       // reads sums in flight
+  kNoFullWait,   // reads a tile before it has landed
+  kNoEmptyWait,  // overwrites a tile that is being read
+  kNoWgmmaWait,  // reads sums in flight
   kNoWgmmaFence,
   kNoProxyFence,      // stores to shared memory, then TMA
   kNoStoreWait,       // ends with the store in flight
   kNoBarrier,         // one thread stores what the others may not have written yet
   kTouchAccumulator,  // writes a sum in flight
   kNoInitFence,
-  kTooFewBytes,       // expects fewer bytes than land
+  kTooFewBytes,  // expects fewer bytes than land
   kTooManyBytes,
-  kWrongPhase,        // waits for the phase that has been
-  kEarlyRelease,      // frees a tile before the product that reads it is over
+  kWrongPhase,    // waits for the phase that has been
+  kEarlyRelease,  // frees a tile before the product that reads it is over
   kMisalignedTile,
   kTileOutOfBounds,
   kBadDescriptor,
   kNoCommit,
-  kTwoArrivals,       // frees a stage twice
-  kRegistersChange,   // overwrites A's fragment in flight
+  kTwoArrivals,      // frees a stage twice
+  kRegistersChange,  // overwrites A's fragment in flight
 };
 
 struct Args {
@@ -65,7 +65,9 @@ __global__ void __launch_bounds__(256, 1) product(const __grid_constant__ Args a
         if (bug != kNoEmptyWait) mbarrier_wait(&shared.empty[stage], phase ^ 1);
         const int bytes = (kM + kN) * kK * 2 + (bug == kTooManyBytes ? 16 : bug == kTooFewBytes ? -16 : 0);
         mbarrier_arrive_expect(&shared.full[stage], bytes);
-        T* a = shared.a[stage] + (bug == kMisalignedTile ? 8 : bug == kTileOutOfBounds ? sizeof(Shared<T>) / 2 - 1024 : 0);
+        T* a = shared.a[stage] + (bug == kMisalignedTile    ? 8
+                                  : bug == kTileOutOfBounds ? sizeof(Shared<T>) / 2 - 1024
+                                                            : 0);
         tma_load(a, &args.a, &shared.full[stage], tile * kK, row);
         if (B_MN) {
           tma_load(shared.b[stage], &args.b, &shared.full[stage], column, tile * kK);
@@ -171,8 +173,8 @@ EXPORT run_product(const void* a, const void* b, void* c, int m, int n, int k, i
                    int bug) {
   if (is_bf16 != 0) {
     return run_all(static_cast<const bf16*>(a), static_cast<const bf16*>(b), static_cast<bf16*>(c), m, n, k, b_mn != 0,
-               a_registers != 0, bug);
+                   a_registers != 0, bug);
   }
   return run_all(static_cast<const f16*>(a), static_cast<const f16*>(b), static_cast<f16*>(c), m, n, k, b_mn != 0,
-             a_registers != 0, bug);
+                 a_registers != 0, bug);
 }

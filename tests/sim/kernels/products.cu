@@ -1,4 +1,5 @@
-// Every wgmma of arch/wgmma/: D[64, N] = 1 + A[64, 64] B[64, N], one warpgroup; operands are laid out by ordinary stores.
+// Every wgmma of arch/wgmma/: D[64, N] = 1 + A[64, 64] B[64, N], one warpgroup; operands are laid out by ordinary
+// stores.
 #include "harness.h"
 
 namespace {
@@ -78,8 +79,8 @@ const char* multiply_as(int form, const void* a, const void* b, void* d) {
     if (form == 4) kernel = multiply<N, T, false, kMN, kMN>;
     if (form == 5) kernel = multiply<N, T, true, kK_, kK_>;
   }
-  return run(kernel, 1, kWarpgroup, static_cast<int>(sizeof(Shared)), static_cast<const T*>(a), static_cast<const T*>(b),
-             static_cast<float*>(d));
+  return run(kernel, 1, kWarpgroup, static_cast<int>(sizeof(Shared)), static_cast<const T*>(a),
+             static_cast<const T*>(b), static_cast<float*>(d));
 }
 
 template <int N>
