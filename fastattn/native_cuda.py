@@ -15,6 +15,8 @@ import torch
 from fastattn import native, nvcc, tracing
 from fastattn.compiler import BuildError, source_digest
 
+__all__ = ["BuildError", "Library", "Tiles", "available", "build", "library", "prepare", "state", "why_not"]
+
 NAME = "CUDA"
 HINT = "`fastattn build --cuda` builds it"
 

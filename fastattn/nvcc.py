@@ -13,7 +13,7 @@ from pathlib import Path
 from fastattn import compiler
 from fastattn.compiler import BuildError, Step
 
-ARCHITECTURE = "sm_90a"
+ARCHITECTURE = ("-gencode=arch=compute_90a,code=sm_90a",)
 DTYPES = ("bf16", "f16")
 WIDTHS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 """Heads' widths, keys' and values', that there are kernels for: kWidths of csrc/cuda/tiles.h."""
@@ -68,11 +68,11 @@ def parts() -> dict[str, tuple[Path, tuple[str, ...]]]:
 def plan(found: compiler.Compiler, library: str) -> list[Step]:
     """The steps that make `library`; the last one links what the others made."""
     steps = [
-        Step(f"{name}.o", (*found.command, *FLAGS, f"-arch={ARCHITECTURE}", *flags, "-c", str(source), "-o", f"{name}.o"))
+        Step(f"{name}.o", (*found.command, *FLAGS, *ARCHITECTURE, *flags, "-c", str(source), "-o", f"{name}.o"))
         for name, (source, flags) in parts().items()
     ]
     torch = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
-    command = (*found.command, "-shared", f"-arch={ARCHITECTURE}", *(step.output for step in steps), *torch, "-o", library)
+    command = (*found.command, "-shared", *ARCHITECTURE, *(step.output for step in steps), *torch, "-o", library)
     return [*steps, Step(library, command)]
 
 
