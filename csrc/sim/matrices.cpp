@@ -1,6 +1,7 @@
 // A warp's matrices: ldmatrix, stmatrix, mma.sync.
 #include <cstring>
 
+#include "fragments.h"
 #include "instructions.h"
 #include "machine.h"
 #include "numbers.h"
@@ -81,14 +82,15 @@ void multiply(Block&, Team& team) {
   float a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const Product& call = call_of<Product>(team, lane);
-    const int group = lane / 4, pair = lane % 4 * 2;
-    for (int element = 0; element < 2; ++element) {
-      for (int i = 0; i < 4; ++i) {
-        a[group + i % 2 * 8][pair + element + i / 2 * 8] = from_half(half_of(call.a[i], element), call.bf16);
-      }
-      for (int i = 0; i < 2; ++i) b[pair + element + 8 * i][group] = from_half(half_of(call.b[i], element), call.bf16);
+    for (int i = 0; i < 8; ++i) {
+      const Place at = a_fragment(lane, i);
+      a[at.row][at.column] = from_half(half_of(call.a[i / 2], i % 2), call.bf16);
     }
-    for (int i = 0; i < 4; ++i) d[group + i / 2 * 8][pair + i % 2] = call.d[i];
+    for (int i = 0; i < 4; ++i) {
+      const Place at = b_fragment(lane, i);
+      b[at.row][at.column] = from_half(half_of(call.b[i / 2], i % 2), call.bf16);
+    }
+    for (int i = 0; i < 4; ++i) d[accumulator(lane, i).row][accumulator(lane, i).column] = call.d[i];
   }
   for (int m = 0; m < 16; ++m) {
     for (int k = 0; k < 16; ++k) {
@@ -97,7 +99,7 @@ void multiply(Block&, Team& team) {
   }
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const Product& call = call_of<Product>(team, lane);
-    for (int i = 0; i < 4; ++i) call.d[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i) call.d[i] = d[accumulator(lane, i).row][accumulator(lane, i).column];
   }
 }
 

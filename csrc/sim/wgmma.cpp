@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "descriptor.h"
+#include "fragments.h"
 #include "instructions.h"
 #include "machine.h"
 #include "numbers.h"
@@ -38,9 +39,11 @@ const Call& call_of(const Team& team, int thread) {
   return *static_cast<const Call*>(team.arguments[static_cast<size_t>(thread)]);
 }
 
-// Register i of thread t holds this element of [64, n].
-int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
-int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
+// Where register i of a thread lies in [64, n].
+size_t element(int thread, int i, int n) {
+  const Place at = accumulator(thread, i);
+  return static_cast<size_t>(at.row * n + at.column);
+}
 
 // Each 16-byte piece of an operand that is `mns` wide: its address, first mn and first k.
 template <class Visit>
@@ -89,9 +92,8 @@ void perform(const Block& block, Product& product) {
   if (product.a_in_registers) {
     for (int thread = 0; thread < kWarpgroupSize; ++thread) {
       for (int i = 0; i < 8; ++i) {
-        const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-        const int k = thread % 4 * 2 + i % 2 + i / 4 * 8;
-        a[row * kK + k] = from_half(static_cast<uint16_t>(product.a[thread][i / 2] >> (16 * (i % 2))), product.bf16);
+        const Place at = a_fragment(thread, i);
+        a[at.row * kK + at.column] = from_half(static_cast<uint16_t>(product.a[thread][i / 2] >> (16 * (i % 2))), product.bf16);
       }
     }
   } else {
@@ -154,7 +156,7 @@ std::shared_ptr<Accumulator> accumulator_of(Warpgroup& group, const Team& team, 
   for (int thread = 0; thread < kWarpgroupSize; ++thread) {
     float* d = made->registers[thread] = call_of(team, thread).d;
     for (int i = 0; i < first.n / 2; ++i) {
-      made->sums[static_cast<size_t>(row_of(thread, i) * first.n + column_of(thread, i))] = d[i];
+      made->sums[element(thread, i, first.n)] = d[i];
       std::memcpy(d + i, &kPoison, sizeof kPoison);
     }
   }
@@ -217,7 +219,7 @@ void retire(const Block& block, Product& product) {
         fail("accumulator register " + std::to_string(i) + " of thread " + std::to_string(thread) +
              " of the warpgroup was written while a wgmma was in flight");
       }
-      *d = sums.sums[static_cast<size_t>(row_of(thread, i) * sums.n + column_of(thread, i))];
+      *d = sums.sums[element(thread, i, sums.n)];
     }
   }
 }

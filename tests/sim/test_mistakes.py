@@ -66,7 +66,8 @@ PLACE = re.compile(r"\[block \d+,\d+,\d+ warp \d+ lane \d+ \(thread \d+\), at [\
 def test_a_small_mistake_is_caught(simulate, name):
     for seed in SEEDS:
         out = torch.zeros(1024)
-        said = simulate("mistakes", name.encode(), out, 1, THREADS.get(name, 128), -1, seed=seed)
+        threads = THREADS.get(name, 128)
+        said = simulate("mistakes", name.encode(), out, 1, threads, -1, seed=seed, flavour="checked")
         if SMALL[name] is None:
             assert said is None
             continue
@@ -80,13 +81,13 @@ def test_every_small_mistake_has_a_row():
 
 
 def test_a_deadlock_names_who_waits_for_what(simulate):
-    said = simulate("mistakes", b"one_arrival_too_few", torch.zeros(1024), 1, 128, -1)
+    said = simulate("mistakes", b"one_arrival_too_few", torch.zeros(1024), 1, 128, -1, flavour="checked")
     assert "warp 3 lanes 0-31 in mbarrier.try_wait for parity 0" in said
     assert "1 of 33 arrivals and 0 bytes to come" in said
 
 
 def test_a_race_names_both_sides(simulate):
-    said = simulate("mistakes", b"two_stores_to_one_place", torch.zeros(1024), 1, 128, -1)
+    said = simulate("mistakes", b"two_stores_to_one_place", torch.zeros(1024), 1, 128, -1, flavour="checked")
     assert re.search(r"writes shared address \d+ .* warp \d lane \d+ \(thread \d+\) wrote by a store", said), said
 
 
@@ -150,7 +151,7 @@ def product(simulate, bug, a_registers, b_mn=True, half=torch.bfloat16, shape=(6
 @pytest.mark.parametrize("bug", LARGE, ids=lambda bug: LARGE[bug][0])
 def test_a_mistake_in_a_large_kernel_is_caught(simulate, bug):
     for seed in SEEDS:
-        said, out, _ = product(simulate, bug, bug in IN_REGISTERS, seed=seed)
+        said, out, _ = product(simulate, bug, bug in IN_REGISTERS, seed=seed, flavour="checked")
         if LARGE[bug][1] == "nan":
             assert out.isnan().any()
         else:
