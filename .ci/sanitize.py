@@ -19,7 +19,7 @@ WATCH = ("-O1", "-g", "-fno-omit-frame-pointer")
 ADDRESSES = (*WATCH, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 RACES = (*WATCH, "-fsanitize=thread")
 TESTS = ("tests/cpu/test_attention.py", "tests/cpu/test_weights.py", "tests/sim/test_instructions.py")
-KERNELS = ("barriers", "boxes", "copies", "matrices", "numbers", "products")
+KERNELS = ("ampere", "barriers", "boxes", "copies", "matrices", "numbers", "product", "products")
 BUILD = """
 import pathlib, sys
 from fastattn import native, simulator

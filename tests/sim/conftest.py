@@ -13,7 +13,7 @@ from fastattn import native, nvcc, simulator
 from fastattn.compiler import BuildError
 
 KERNELS = Path(__file__).parent / "kernels"
-ARCHITECTURE = "arch=compute_90a,code=sm_90a"
+HOPPER = "arch=compute_90a,code=sm_90a"
 
 
 @functools.cache
@@ -22,14 +22,14 @@ def simulated(name, flavour):
 
 
 @functools.cache
-def compiled(name):
+def compiled(name, architecture=HOPPER):
     """A file's library for the GPU, and what ptxas says of its kernels."""
     try:
         found = nvcc.find_nvcc()
     except BuildError as refusal:
         pytest.skip(str(refusal))
     source = KERNELS / f"{name}.cu"
-    flags = ("-std=c++17", "-O3", "-gencode", ARCHITECTURE, "-Xptxas", "-v", "-shared", "-Xcompiler", "-fPIC")
+    flags = ("-std=c++17", "-O3", "-gencode", architecture, "-Xptxas", "-v", "-shared", "-Xcompiler", "-fPIC")
     digest = hashlib.sha256("\0".join((found.version, *flags)).encode())
     for path in simulator.included([source]):
         digest.update(path.read_bytes())

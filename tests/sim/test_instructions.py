@@ -278,3 +278,27 @@ def test_barriers(execute, case):
     out = start.to(torch.int32)
     assert execute("barriers", which, out, outputs=[out]) is None
     assert out.tolist() == want
+
+
+# Whole kernels ------------------------------------------------------------------------------------------------------
+
+
+@each_half
+@pytest.mark.parametrize("b_mn", [False, True], ids=["b-k", "b-mn"])
+@pytest.mark.parametrize("a_registers", [False, True], ids=["ss", "rs"])
+def test_a_pipeline_of_tma_and_wgmma(execute, a_registers, b_mn, half):
+    dtype = HALVES[half]
+    a, b = torch.randn(104, 200).to(dtype), torch.randn(200, 136).to(dtype)
+    c = torch.full((104, 136), math.nan, dtype=dtype)
+    given = b if b_mn else b.t().contiguous()
+    form = int(half == "bf16"), int(b_mn), int(a_registers)
+    said = execute("product", a, given, c, 104, 136, 200, *form, 0, outputs=[c], atol=0.13, rtol=1e-2)
+    assert said is None
+    torch.testing.assert_close(c.double(), a.double() @ b.double(), atol=0.13, rtol=1e-2)
+
+
+def test_a_pipeline_of_cp_async_and_mma(execute):
+    a, b = torch.randn(72, 104).bfloat16(), torch.randn(40, 104).bfloat16()
+    c = torch.full((72, 40), math.nan)
+    assert execute("ampere", a, b, c, 72, 40, 104, 0, outputs=[c], atol=1e-4, rtol=1e-5) is None
+    torch.testing.assert_close(c.double(), a.double() @ b.double().T, atol=1e-4, rtol=1e-5)

@@ -158,6 +158,44 @@ def test_a_mistake_in_a_large_kernel_is_caught(simulate, bug):
             assert said is not None and re.search(LARGE[bug][1], said), said
 
 
+# The same the way of sm_80 (ampere.cu).
+OLDER = {
+    1: ("no cp.async wait", RACE),
+    2: ("no barrier after the wait", f"{RACE}|{UNWRITTEN}"),
+    3: ("one stage for two", RACE),
+    4: ("the registers of B change places", None),
+    5: ("half a warp takes another way", DIVERGENCE),
+    6: ("copies without a commit", f"{RACE}|{IN_FLIGHT}"),
+}
+
+
+def older(simulate, bug, shape=(72, 40, 104), **how):
+    m, n, k = shape
+    a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    c = torch.full((m, n), torch.nan)
+    said = simulate("ampere", a, b, c, m, n, k, bug, **how)
+    return said, c.double(), a.double() @ b.double().T
+
+
+@pytest.mark.parametrize("bug", OLDER, ids=lambda bug: OLDER[bug][0])
+def test_a_mistake_in_a_kernel_of_sm_80_is_caught(simulate, bug):
+    for seed in SEEDS:
+        said, out, want = older(simulate, bug, seed=seed, flavour="checked")
+        if OLDER[bug][1] is None:
+            assert said is None and not torch.allclose(out, want, atol=1e-2)
+        else:
+            assert said is not None and re.search(OLDER[bug][1], said), said
+
+
+@pytest.mark.parametrize("flavour", ["plain", simulator.usual_flavour()])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (64, 32, 32), (72, 40, 104)], ids=str)
+def test_the_same_kernel_of_sm_80_without_a_mistake_is_right(simulate, shape, flavour):
+    for seed in SEEDS:
+        said, out, want = older(simulate, 0, shape, flavour=flavour, seed=seed)
+        assert said is None
+        torch.testing.assert_close(out, want, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("flavour", ["plain", simulator.usual_flavour()])
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("b_mn", [False, True], ids=["b-k", "b-mn"])
