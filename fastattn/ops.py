@@ -11,6 +11,7 @@ passes through Python cost more than a small problem takes. Both ways end in the
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import sys
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
+    if not spec.needs_grad:  # nobody records gradients within an operator, and a room may have no backward
+        spec = dataclasses.replace(spec, needs_grad=True)
     room = dispatch.room(dispatch.choose(spec, backend, to_run=True))
     return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 

@@ -14,8 +14,9 @@ struct Table {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// What a mask is made of: an interval of keys for each query, a bool table, or equal ids.
-enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2 };
+// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
+// interval [query + low, query + high) in closed form.
+enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
 struct MaskLeaf {
   LeafKind kind = kInterval;
@@ -26,6 +27,7 @@ struct MaskLeaf {
   const int64_t* kv_ids = nullptr;    // [batch, kv_len]
   int64_t stride[4] = {0, 0, 0, 0};
   int64_t kv_id_stride[2] = {0, 0};
+  int64_t low = 0, high = 0;
 };
 
 constexpr int kMostLeaves = 32;
@@ -57,6 +59,7 @@ struct Params {
   uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
   float keep_scale = 1.0f;
   uint64_t seed = 0;
+  const int64_t* seed_on_device = nullptr;  // the CUDA room's
 
   // Backward.
   Table d_out, dq, dk, dv;
