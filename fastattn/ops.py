@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference, tracing
+from fastattn import dispatch, reference, sharding, tracing
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -47,6 +47,10 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     """out, lse of a checked call; `backend=None` leaves the choice to the room list."""
     if not _watched(inputs):
         return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
+    if any(map(sharding.is_sharded, inputs[:3])):
+        inputs, spec, gathered = sharding.localized(inputs, spec)
+        out, lse = attention(inputs, spec, backend)
+        return gathered(out), gathered(lse)
     with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
         return FORWARD(*inputs, *spec.flat(), backend or "")
 

@@ -7,11 +7,14 @@ namespace fastattn {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// A tensor [batch, heads, rows, columns]; a stride of 0 repeats.
+// A tensor [batch, heads, rows, columns]; a stride of 0 repeats. With `blocks` it is a pool [block_count, heads,
+// block_size, columns], and row i of item b lies in block blocks[b * blocks_stride + i / block_size].
 struct Table {
   void* data = nullptr;
   DType dtype = kFloat32;
   int64_t stride[4] = {0, 0, 0, 0};
+  const int32_t* blocks = nullptr;
+  int64_t blocks_stride = 0, block_size = 1, block_count = 0;
 };
 
 // What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
@@ -32,6 +35,7 @@ struct MaskLeaf {
 
 constexpr int kMostLeaves = 32;
 constexpr int kMostWords = 64;
+constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
 constexpr int32_t kAnd = -1;
 constexpr int32_t kOr = -2;
 

@@ -7,8 +7,9 @@
 namespace fastattn::FASTATTN_ISA {
 
 INLINE bool is_narrow(const Params& p) {
+  const bool in_one_block = !p.key.blocks || p.key.block_size % BLOCK_N == 0;
   return Unit::rows(p) <= MOST_ROWS && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
-         p.head_dim_v % VL == 0;
+         p.head_dim_v % VL == 0 && in_one_block;
 }
 
 // sum[j][r] = sum over d of key[j][d] * query[r][d], lanes not added up.

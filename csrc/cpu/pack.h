@@ -22,6 +22,11 @@ INLINE void fetch(const char* row, int64_t bytes) {
 }
 
 INLINE const char* row_at(const Table& table, int64_t b, int64_t h, int64_t i) {
+  if (table.blocks) {
+    const int64_t block = table.blocks[b * table.blocks_stride + i / table.block_size];
+    b = block < 0 ? 0 : block < table.block_count ? block : table.block_count - 1;
+    i %= table.block_size;
+  }
   const int64_t at = b * table.stride[0] + h * table.stride[1] + i * table.stride[2];
   return static_cast<const char*>(table.data) + at * (table.dtype == kFloat32 ? 4 : 2);
 }

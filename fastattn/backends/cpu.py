@@ -13,6 +13,7 @@ from fastattn.spec import AttnInputs, AttnSpec
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
+READS_BLOCKS = True
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -92,6 +93,8 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
     """The operators' arguments between the inputs and the outputs."""
     words, tensors = spec.leaves
+    if spec.pages is not None:
+        words, tensors = [leaves.PAGES, *words], [spec.pages.table.contiguous(), *tensors]
     return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.spec import AttnInputs, AttnSpec
 
 OLDEST = (3, 6)
+READS_BLOCKS = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
