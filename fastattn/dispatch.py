@@ -11,11 +11,12 @@ from types import ModuleType
 
 from fastattn.spec import AttnSpec
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 """In order of preference: `backend=None` takes the first that can run."""
 
 _MODULES = {
     "cpu": "fastattn.backends.cpu",
+    "cuda": "fastattn.backends.cuda",
     "triton": "fastattn.backends.triton",
     "reference": "fastattn.reference",
 }

@@ -11,6 +11,7 @@ passes through Python cost more than a small problem takes. Both ways end in the
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import sys
 from collections.abc import Callable
@@ -99,10 +100,15 @@ def _run_backward(
     lse: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).backward(spec, inputs, out, lse, d_out, d_lse)
+    if not spec.needs_grad:  # nobody records gradients within an operator, and a room may have no backward
+        spec = dataclasses.replace(spec, needs_grad=True)
+    room = dispatch.room(dispatch.choose(spec, backend, to_run=True))
+    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -137,7 +143,8 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
             return (*_present(inputs, grads), None, None, None)
-        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse)
+        wants_dbias = ctx.needs_input_grad[AttnInputs._fields.index("bias")]
+        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
         return (*grads, None, None, None)
 
 

@@ -44,9 +44,16 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    spec: AttnSpec,
+    inputs: AttnInputs,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> Gradients:
-    """Gradients by differentiating the definition; `out` and `lse` are not needed."""
+    """Gradients by differentiating the definition; `out` and `lse` are not needed, and the bias's comes in any case."""
     with autograd_inside_operator(), without_autocast(spec.device):
         leaves = inputs.detached()
         results = plain(spec, leaves)

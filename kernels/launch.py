@@ -239,7 +239,7 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     section = section_of(spec, spec.q_len * spec.group)
     launches.append(problem.walking(attn_dkv_kernel, row, programs, section, given, mirror=True))
 
-    if axes == "qk":
+    if axes == "qk" and grads.dbias is not None:
         launches.append(_dbias(problem, grads, q_side | kv_side | terms | bias, rest))
     return launches
 
