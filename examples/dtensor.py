@@ -19,5 +19,6 @@ query, key, value = (torch.randn(2, heads, 10, 16) for heads in (8, 4, 4))
 heads = [distribute_tensor(tensor, mesh, [Shard(1)]) for tensor in (query, key, value)]
 out = fastattn.attention(*heads)
 torch.testing.assert_close(out.full_tensor(), fastattn.attention(query, key, value))
-print(f"rank {dist.get_rank()} computed {out.to_local().shape[1]} heads")
+if dist.get_rank() == 0:
+    print(f"each of {world} ranks computed {out.to_local().shape[1]} heads")
 dist.destroy_process_group()

@@ -36,4 +36,4 @@ def test_the_one_for_several_processes_runs_in_two(tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n"))[-2:] == ["rank 0 computed 4 heads", "rank 1 computed 4 heads"]
+    assert "each of 2 ranks computed 4 heads" in done.stdout
