@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers (pip install 'fastattn[models]')", allow_module_level=True)
