@@ -115,7 +115,7 @@ def _replace_transformers(
     from fastattn.integrations import transformers
 
     rows, undo = transformers.replace(model, backend=backend)
-    report.rows += [Replacement(*row[:4]) for row in rows]
+    report.rows += rows
     report._undo += undo
 
 
