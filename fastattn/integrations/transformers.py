@@ -31,7 +31,7 @@ __all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", 
 NAME = "fastattn"
 """What `attn_implementation` calls it."""
 
-TESTED = ((5, 16), (5, 23))
+TESTED = ((5, 20), (5, 23))
 """The first and the last version of transformers that the tests have run with."""
 
 NOT_DONE = ("indices", "block_indices", "head_mask")
