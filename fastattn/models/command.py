@@ -46,6 +46,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
                 print(_line(key, row), flush=True)
     measured = report.record(rows)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     if options.write:
         options.write.write_text(report.markdown(measured), encoding="utf-8")
