@@ -113,7 +113,9 @@ def _measure(
         found = None if result is None else result.record()
         files.write_json(path, done, environment, settings, found)
         folder = store.out_folder(options, environment)
-        plots = options.plot or [folder / "bench.svg", folder / "bench.png"]
+        # A suite is too many panels to look at, unless it is asked for.
+        unasked = [] if set(options.presets) & set(SUITES) else [folder / "bench.svg", folder / "bench.png"]
+        plots = options.plot or unasked
         _print_written(console, [path, *_write_named(console, done, options, environment, plots)])
     if options.repro:
         _print_commands(console, done)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.env import headline
 from fastattn.bench.report import say_case
-from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, rate_unit, say_rate, say_speedup, say_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,7 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
     table.add_column("cell", no_wrap=True)
-    for title in ("room", "time", "TFLOP/s", "best other", "its time", "ratio"):
+    for title in ("room", "time", rate_unit(rows[0].device)[0], "best other", "its time", "ratio"):
         table.add_column(title, justify="right" if title != "best other" else "left", no_wrap=True)
     ratios = []
     for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
@@ -83,7 +83,7 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
         if ours is None:
             cells += ["", "-", "", "", "", ""]
         else:
-            cells += [ours.label, say_time(ours.median_ms), say_rate(ours.tflops())]
+            cells += [ours.label, say_time(ours.median_ms), say_rate(ours)]
         if ours is not None and best is not None:
             ratio = best.median_ms / ours.median_ms
             ratios.append(ratio)
