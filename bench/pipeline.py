@@ -10,6 +10,7 @@ import argparse
 import datetime
 import difflib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +51,7 @@ class Settings:
     out: Path = Path("bench/results")
     peers: Path | None = None
     resume: bool = False
-    jobs: int = 4
+    jobs: int = min(4, os.cpu_count() or 1)
 
 
 class Run:

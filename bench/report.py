@@ -25,11 +25,9 @@ NOISY = 0.1
 
 def table_header(console: Console, environment: dict[str, Any]) -> None:
     console.print(env.headline(environment), style="bold")
-    if environment["busy"]:
-        load, cores = environment["load_average"][0], environment["cores"]
-        console.print(
-            f"The machine is busy: load {load} on {cores} cores. Times below may be too long.", style="yellow"
-        )
+    busy = env.say_busy(environment)
+    if busy:
+        console.print(busy, style="yellow")
 
 
 def print_case(console: Console, rows: list[Row], *, first_of_op: bool) -> None:

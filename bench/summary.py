@@ -6,7 +6,8 @@ import statistics
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fastattn.bench.env import headline
+from fastattn.bench.env import headline, say_busy
+from fastattn.bench.ratios import paired
 from fastattn.bench.report import say_case
 from fastattn.bench.rows import Row, rate_unit, say_rate, say_speedup, say_time
 
@@ -25,6 +26,9 @@ MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("-", "yellow
 def print_summary(console: Console, record: dict[str, Any]) -> None:
     console.print()
     console.print(headline(record["environment"]), style="bold")
+    busy = say_busy(record["environment"])
+    if busy:
+        console.print(busy, style="yellow")
     for name, step in record["steps"].items():
         mark, style = MARKS[step["ok"]]
         console.print(f"{mark} {name:<6} {step['seconds']:>5.0f} s  {step['words']}", style=style)
@@ -87,7 +91,11 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
         if ours is not None and best is not None:
             ratio = best.median_ms / ours.median_ms
             ratios.append(ratio)
-            shown = Text(say_speedup(ratio), style="green" if ratio >= 1 else "red")
+            interval = paired(best.samples, ours.samples)
+            if interval is not None and interval.tie:
+                shown = Text(f"≈{say_speedup(ratio)}", style="dim")
+            else:
+                shown = Text(say_speedup(ratio), style="green" if ratio >= 1 else "red")
             table.add_row(*cells, best.provider, say_time(best.median_ms), shown)
         else:
             table.add_row(*cells)
@@ -97,7 +105,7 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
         least, most = say_speedup(min(ratios)), say_speedup(max(ratios))
         console.print(
             f"against the best other: {say_speedup(middle)} on average (geometric), {least} to {most}, "
-            f"{len(ratios)} cells",
+            f"{len(ratios)} cells; ≈ a tie",
             style="bold",
         )
 

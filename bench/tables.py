@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from fastattn.bench import against
-from fastattn.bench.env import headline
+from fastattn.bench.env import headline, say_busy
 from fastattn.bench.files import read_json, summary
 
 OK, DIFFERENT, USAGE = 0, 1, 2
@@ -54,9 +54,9 @@ def table(path: Path, only: str | None = None, kind: str | None = None) -> str:
         raise ValueError(f"{path} has no row that {only!r} finds")
     date = environment["date"][:10]
     lines = [f"{headline(environment)} · {date}", ""]
-    if environment["busy"]:
-        load, cores = environment["load_average"][0], environment["cores"]
-        lines += [f"The machine was busy (load {load} on {cores} cores): times are too long, ratios less so.", ""]
+    busy = say_busy(environment)
+    if busy:
+        lines += [busy, ""]
     return "\n".join([*lines, *(against.markdown(shown) if kind == "ratios" else summary(shown))])
 
 
