@@ -132,6 +132,8 @@ def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
         schema = whole["schema"]
         if schema in READS:
             return [Row.of(record) for record in whole["rows"]], whole["environment"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
     except (OSError, KeyError, TypeError, ValueError) as failure:
         raise ValueError(f"{path} is not a run of fastattn bench ({failure!r})") from failure
     raise ValueError(

@@ -176,8 +176,9 @@ def say_time(milliseconds: float) -> str:
 def say_bytes(count: int | None) -> str:
     if count is None:
         return "-"
-    unit, shift = ("KiB", 10) if count < 1 << 20 else ("MiB", 20) if count < 1 << 30 else ("GiB", 30)
-    return f"{three(count / (1 << shift))} {unit}"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    step = min(max(0, (count.bit_length() - 1) // 10 - 1), len(units) - 1)
+    return f"{three(count / (1 << 10 * (step + 1)))} {units[step]}"
 
 
 def three(number: float) -> str:

@@ -10,7 +10,6 @@ A name may be followed by `as=ratios`, for fastattn against each of the others w
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from fastattn.bench import against
 from fastattn.bench.env import headline, say_busy
 from fastattn.bench.files import read_json, summary
+from fastattn.bench.options import Parser
 
 OK, DIFFERENT, USAGE = 0, 1, 2
 
@@ -69,7 +69,7 @@ def documents(root: Path) -> list[Path]:
 
 def main(argv: list[str]) -> int:
     """Write the tables, or with --check only say which differ: exit code 1."""
-    parser = argparse.ArgumentParser("fastattn bench report", description="Render the documents' tables anew.")
+    parser = Parser("fastattn bench report", description="Render the documents' tables anew.")
     parser.add_argument("root", nargs="?", type=Path, default=Path(), metavar="DIR", help="a checkout (default: here)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table differs")
     given = parser.parse_args(argv)

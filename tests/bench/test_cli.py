@@ -199,6 +199,25 @@ def test_usage_errors_are_exit_code_2_with_a_sentence(bench):
     assert text.err.startswith("fastattn bench: providers: 'tpu' is not known; there are fastattn,")
 
 
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["-N", "4x"], "a size is a positive whole number such as 512, 4k or 1m, got '4x'; fastattn bench --help has"),
+        (["--baseline", "sdpa-fash"], "baseline: 'sdpa-fash' is not known; there are fastattn,"),
+        (["--op", "self,causal", "-W", "8"], "window: self, causal has none; truncated and local have"),
+        (["--from", "none.json"], "none.json: there is no such file"),
+        (["--op", "slef"], "did you mean 'self'?"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags, sentence, capsys):
+    try:
+        code = main(["bench", *flags, "--device", "cpu"])
+    except SystemExit as exit_code:
+        code = exit_code.code
+    said = capsys.readouterr().err
+    assert code == 2 and sentence in said and len(said.splitlines()) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is needed")
 def test_cuda_without_a_gpu_is_refused(capsys):
     assert main(["bench", "--device", "cuda"]) == 2
