@@ -57,7 +57,9 @@ def table(path: Path, only: str | None = None, kind: str | None = None) -> str:
     busy = say_busy(environment)
     if busy:
         lines += [busy, ""]
-    return "\n".join([*lines, *(against.markdown(shown) if kind == "ratios" else summary(shown))])
+    if kind == "ratios":
+        return "\n".join([*lines, *against.markdown(shown), *against.ceilings(environment)])
+    return "\n".join([*lines, *summary(shown)])
 
 
 def documents(root: Path) -> list[Path]:
