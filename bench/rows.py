@@ -214,6 +214,6 @@ def say_against(row: Row) -> str:
 
 def say_error(row: Row) -> str:
     if row.correct is None:
-        return "not checked" if row.timed else ""
+        return "unchecked" if row.timed else ""
     shown = "" if row.max_error is None or row.max_error != row.max_error else f" {row.max_error:.1e}"
     return ("✓" if row.correct else "~" if row.coarse else "✗") + shown

@@ -173,7 +173,7 @@ def test_a_wrong_provider_is_flagged_and_not_timed_and_only_ours_fails_the_run(b
 
 def test_no_check_times_without_the_reference(bench):
     code, text, report = bench("--op", "self", "--providers", "sdpa", "--mode", "fwd", "--no-check")
-    assert code == 0 and report["rows"][0]["correct"] is None and "not checked" in text.out
+    assert code == 0 and report["rows"][0]["correct"] is None and "unchecked" in text.out
 
 
 def test_a_crash_of_fastattn_is_a_failure_of_others_a_cell(bench, monkeypatch):
