@@ -41,7 +41,8 @@ def room_packages() -> list[str]:
 def source_packages() -> list[str]:
     """The folders of C++ files, as packages without code."""
     package, folder = SOURCES
-    return [package, *(f"{package}.{path.name}" for path in sorted((HERE / folder).iterdir()) if path.is_dir())]
+    folders = sorted(path.relative_to(HERE / folder) for path in (HERE / folder).rglob("*") if path.is_dir())
+    return [package, *(".".join((package, *path.parts)) for path in folders if "__pycache__" not in path.parts)]
 
 
 class BuildWithLibrary(build_py):
@@ -53,11 +54,11 @@ class BuildWithLibrary(build_py):
             # The package itself cannot be imported before it is installed.
             sys.modules["fastattn"] = package = types.ModuleType("fastattn")
             package.__path__ = [str(HERE / "fastattn")]  # type: ignore[attr-defined]
-            from fastattn import compiler, native
+            from fastattn import native
 
             target = Path(self.build_lib).absolute() / "fastattn" / "lib"
             target.mkdir(parents=True, exist_ok=True)
-            native.make(compiler.find_compiler(), target / native.shipped_name())
+            native.make(native.recipe(), target / native.shipped_name())
 
 
 class PlatformDistribution(Distribution):

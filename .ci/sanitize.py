@@ -1,5 +1,7 @@
-"""The CPU room under sanitizers: its tests with addresses and undefined behaviour watched, its threads with races
-watched. What `make sanitize` runs; needs a g++ or clang++ with its sanitizers, on Linux.
+"""The CPU room and the simulated CUDA room under sanitizers: their tests with addresses and undefined behaviour watched,
+the CPU room's threads with races watched. What `make sanitize` runs; needs a g++ or clang++ with its sanitizers, on Linux.
+
+Races between a kernel's threads are no matter of this: the simulator's own checks look for them in every test run.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastattn import compiler
+from fastattn import compiler, simulator
 
 ROOT = Path(__file__).resolve().parent.parent
 WATCH = ("-O1", "-g", "-fno-omit-frame-pointer")
 ADDRESSES = (*WATCH, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 RACES = (*WATCH, "-fsanitize=thread")
-TESTS = ("tests/cpu/test_attention.py", "tests/cpu/test_weights.py")
-RUNTIMES = ("libasan.so", "libubsan.so", "libstdc++.so")
-"""Loaded before Python, which was not compiled with them; the last so that they find what throws."""
+TESTS = ("tests/cpu/test_attention.py", "tests/cpu/test_weights.py", "tests/sim/test_instructions.py")
+KERNELS = ("ampere", "barriers", "boxes", "copies", "matrices", "numbers", "product", "products")
+BUILD = """
+import pathlib, sys
+from fastattn import native, simulator
+native.build()
+for name in sys.argv[1:]:
+    simulator.build(pathlib.Path("tests/sim/kernels", name + ".cu"), "addresses")
+"""
 
 
 def main() -> int:
@@ -28,21 +36,11 @@ def main() -> int:
 
 
 def addresses(found: compiler.Compiler, folder: Path, arguments: list[str]) -> int:
-    """The room's tests, on a library of their own."""
-    files = [
-        subprocess.check_output([*found.command, f"-print-file-name={file}"], text=True).strip() for file in RUNTIMES
-    ]
-    environment = os.environ | {
-        "CXXFLAGS": " ".join(ADDRESSES),
-        "FASTATTN_CACHE_DIR": str(folder),
-        "LD_PRELOAD": " ".join(files),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
+    """The rooms' tests, on libraries of their own."""
+    environment = simulator.sanitized() | {"CXXFLAGS": " ".join(ADDRESSES), "FASTATTN_CACHE_DIR": str(folder)}
     # The compiler itself runs without them: they slow it down.
     compiling = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
-    build = "from fastattn import native; native.build()"
-    subprocess.run([sys.executable, "-c", build], env=compiling, check=True)
+    subprocess.run([sys.executable, "-c", BUILD, *KERNELS], env=compiling, cwd=ROOT, check=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *arguments]
     return subprocess.run(command, env=environment | {"FASTATTN_BUILD": "never"}, cwd=ROOT).returncode
 

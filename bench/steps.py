@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from fastattn import nvcc
 from fastattn.bench.child import Child, Ending
 from fastattn.bench.rows import Row
 from fastattn.bench.suite import PEERS, suite
+from fastattn.compiler import BuildError
 
 if TYPE_CHECKING:
     from fastattn.bench.pipeline import Run
@@ -40,16 +42,27 @@ Outcome = tuple[bool | None, str]
 
 
 def build(run: Run, seconds: float) -> Outcome:
-    """The CPU library, whose build needs no GPU; and what there is."""
+    """The CPU library, whose build needs no GPU, and the CUDA room's for a GPU where nvcc is; and what there is."""
     until = run.now() + seconds
     children = []
-    for command in ("build", "info"):
-        child = run.child(["fastattn.cli", command], max(0.0, until - run.now()))
-        run.record[command] = list(child.lines())
+    for command in (["build"], *([["build", "--cuda"]] if _builds_cuda(run) else []), ["info"]):
+        child = run.child(["fastattn.cli", *command], max(0.0, until - run.now()))
+        run.record[" ".join(command)] = list(child.lines())
         children.append(_ended(child))
     words = [each.words for each in children if each.words]
     ok = None if any(each.code is None for each in children) else not words
-    return ok, ", ".join(words) or "the CPU library is there; Triton compiles at the first call"
+    return ok, ", ".join(words) or "the libraries are there; Triton compiles at the first call"
+
+
+def _builds_cuda(run: Run) -> bool:
+    """Whether the CUDA room's library is wanted here, and can be made."""
+    if run.settings.device != "cuda":
+        return False
+    try:
+        nvcc.find_nvcc()
+    except BuildError:
+        return False
+    return True
 
 
 def test(run: Run, seconds: float) -> Outcome:

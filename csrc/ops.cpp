@@ -1,12 +1,17 @@
 // The rooms as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any Python.
 //
-// The only file that includes a torch header. The operators check nothing: fastattn/spec.py has done so. They write
+// Each room has a library of its own, with this file in it: FASTATTN_CUDA_ROOM says which. The only file that includes a
+// torch header. The operators check nothing: fastattn/spec.py has done so. They write
 // into the tensors that they are given, and a problem that the room cannot solve becomes an error with its sentence.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#ifdef FASTATTN_CUDA_ROOM
+#include <dlfcn.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -15,7 +20,11 @@
 #include <vector>
 
 #include "common/params.h"
+#ifdef FASTATTN_CUDA_ROOM
+#include "cuda/request.h"
+#else
 #include "cpu/room.h"
+#endif
 
 namespace {
 
@@ -26,10 +35,12 @@ using fastattn::Table;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
+#ifndef FASTATTN_CUDA_ROOM
 // torch's own pool: where it is busy with this thread already, the parts run one after the other.
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
 }
+#endif
 
 DType dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
@@ -77,23 +88,50 @@ Table table(const Tensor& tensor, const Shape& shape) {
 
 Table table(const Tensor& tensor) { return table(tensor, Shape(tensor)); }
 
+// The pools' table: p.kv_len is the length of a block until here.
+void read_pages(Params& p, const Tensor& blocks, int64_t pool_blocks) {
+  const Shape shape(blocks);
+  for (Table* pool : {&p.key, &p.value}) {
+    pool->blocks = pointer<int32_t>(blocks);
+    pool->blocks_stride = shape.stride[2];
+    pool->block_size = p.kv_len;
+    pool->block_count = pool_blocks;
+  }
+  STD_TORCH_CHECK(shape.size[3] <= 1 || shape.stride[3] == 1, "a block table with adjacent columns is needed");
+  p.kv_len *= shape.size[3];
+}
+
 // Words: a leaf's kind pushes the next leaf, which takes one tensor or, for ids, two; kAnd and kOr join.
 //   interval  int32 [2, batch, heads, q_len]: starts, then stops
 //   elements  bool [batch, heads, q_len, kv_len]
 //   ids       int64 [batch, q_len], int64 [batch, kv_len]
-void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors) {
+//   band      no tensor: two more words, low and high
+// kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is their
+// table.
+void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors, int64_t pool_blocks) {
   STD_TORCH_CHECK(words.size() <= fastattn::kMostWords, "a mask of at most 64 words is needed, got ", words.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
     STD_TORCH_CHECK(next < tensors.size(), "a mask's program asks for more tensors than the ", tensors.size(), " given");
     return tensors[next++];
   };
-  for (const int64_t word : words) {
+  for (size_t at = 0; at < words.size(); ++at) {
+    const int64_t word = words[at];
+    if (word == fastattn::kPages) {
+      read_pages(p, take(), pool_blocks);
+      continue;
+    }
     p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.leaves;
     if (word < 0) continue;
     STD_TORCH_CHECK(p.mask.leaves < fastattn::kMostLeaves, "a mask of at most 32 leaves is needed");
     MaskLeaf& leaf = p.mask.leaf[p.mask.leaves++];
     leaf.kind = static_cast<fastattn::LeafKind>(word);
+    if (leaf.kind == fastattn::kBand) {
+      STD_TORCH_CHECK(at + 2 < words.size(), "a band of a mask's program lacks its ends");
+      leaf.low = words[++at];
+      leaf.high = words[++at];
+      continue;
+    }
     const Tensor& first = take();
     const Shape shape(first);
     if (leaf.kind == fastattn::kInterval) {
@@ -141,16 +179,12 @@ Params problem(const Tensor& query, const Tensor& key, const Tensor& value, cons
     for (int axis = 0; axis < 4; ++axis) p.bias_shape[axis] = shape.size[axis];
   }
   if (sinks) p.sinks = pointer<float>(*sinks);
-  read_mask(p, words, mask_tensors);
+  read_mask(p, words, mask_tensors, k.size[0]);
   if (dropout_p > 0) {
     p.drop_below = static_cast<uint64_t>(std::floor(dropout_p * 4294967296.0));
     p.keep_scale = dropout_p < 1 ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 0.0f;
-    p.seed = static_cast<uint64_t>(*pointer<int64_t>(seed.value()));
+    p.seed_on_device = pointer<int64_t>(seed.value());
   }
-  uint32_t threads = 1;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
-  p.threads = static_cast<int>(threads);
-  p.parallel_for = threads > 1 ? parallel_for : nullptr;
   return p;
 }
 
@@ -158,10 +192,21 @@ void check(const char* sentence) {
   if (sentence != nullptr) throw std::runtime_error(sentence);
 }
 
+#ifndef FASTATTN_CUDA_ROOM
+
+Params on_cpu(Params p) {
+  if (p.drop_below) p.seed = static_cast<uint64_t>(*p.seed_on_device);
+  uint32_t threads = 1;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  p.threads = static_cast<int>(threads);
+  p.parallel_for = threads > 1 ? parallel_for : nullptr;
+  return p;
+}
+
 void cpu_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                  std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
                  double dropout_p, Tensor out, Tensor lse) {
-  Params p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  Params p = on_cpu(problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p));
   p.out = table(out);
   p.lse = pointer<float>(lse);
   check(fastattn::cpu::forward(p));
@@ -171,7 +216,7 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
                   double dropout_p, Tensor out, Tensor lse, Tensor d_out, Maybe d_lse, Tensor dq, Tensor dk, Tensor dv,
                   Maybe dbias, Maybe dsinks, Tensor row_terms) {
-  Params p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  Params p = on_cpu(problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p));
   p.out = table(out);
   p.lse = pointer<float>(lse);
   p.d_out = table(d_out);
@@ -179,7 +224,7 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
   p.dk = table(dk);
   p.dv = table(dv);
   if (d_lse) p.d_lse = pointer<float>(*d_lse);
-  if (dbias) p.dbias = pointer<float>(*dbias);
+  if (dbias) p.dbias = table(*dbias);
   if (dsinks) p.dsinks = pointer<float>(*dsinks);
   p.row_terms = pointer<float>(row_terms);
   check(fastattn::cpu::backward(p));
@@ -188,7 +233,7 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
 void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<int64_t> mask_words,
                  std::vector<Tensor> mask_tensors, double scale, double softcap, Tensor lse, Maybe rows,
                  bool mean_heads, Tensor weights) {
-  Params p = problem(query, key, key, bias, sinks, std::nullopt, mask_words, mask_tensors, scale, softcap, 0.0);
+  Params p = on_cpu(problem(query, key, key, bias, sinks, std::nullopt, mask_words, mask_tensors, scale, softcap, 0.0));
   p.lse = pointer<float>(lse);
   if (rows) {
     p.rows = pointer<int64_t>(*rows);
@@ -199,7 +244,69 @@ void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<
   check(fastattn::cpu::weights(p));
 }
 
+#else
+
+// The stream that torch has made current. Its name is looked up in the library that import torch has loaded: nothing here
+// is linked against it, and a torch without CUDA has none.
+void* current_stream(int32_t device) {
+#ifdef FASTATTN_SIM
+  return nullptr;
+#else
+  using Current = AOTITorchError (*)(int32_t, void**);
+  static const Current current = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Current>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(current != nullptr, "the CUDA room needs a torch with CUDA, and this one has none");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(current(device, &stream));
+  return stream;
+#endif
+}
+
+// Block lists (fastattn/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1, heads or 1,
+// tiles, key tiles].
+fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
+  const Shape count(counts), tile(tiles);
+  fastattn::cuda::Lists lists{};
+  lists.counts = pointer<int32_t>(counts);
+  lists.tiles = pointer<int32_t>(tiles);
+  lists.to_full = count.stride[0];
+  lists.row = tile.stride[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    lists.count_stride[axis] = count.stride[axis + 1];
+    lists.tile_stride[axis] = tile.stride[axis];
+  }
+  return lists;
+}
+
+void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
+                  std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
+                  double dropout_p, int64_t kind, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
+                  Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
+  fastattn::cuda::Request request;
+  Params& p = request.problem;
+  p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  p.out = table(out);
+  p.lse = pointer<float>(lse);
+  request.kind = static_cast<fastattn::cuda::Kind>(kind);
+  request.hides = hides;
+  if (list_counts) request.lists = lists_of(*list_counts, list_tiles.value());
+  request.splits = static_cast<int32_t>(splits);
+  if (splits > 1) {
+    request.parts = pointer<float>(parts.value());
+    request.part_lse = pointer<float>(part_lse.value());
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(query.get(), &request.device));
+  request.stream = current_stream(request.device);
+  check(fastattn::cuda::forward(request));
+}
+
+#endif
+
 }  // namespace
+
+#ifndef FASTATTN_CUDA_ROOM
 
 extern "C" {
 
@@ -207,10 +314,34 @@ extern "C" {
 __attribute__((visibility("default"))) const char* fastattn_cpu_isa() { return fastattn::cpu::isa(); }
 __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return fastattn::cpu::isas(); }
 }
+#endif
 
 #define FASTATTN_PROBLEM                                                                         \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? seed, int[] mask_words, " \
   "Tensor[] mask_tensors, float scale, float softcap, float dropout_p, "
+
+#ifdef FASTATTN_CUDA_ROOM
+
+// The simulator's library has the same operator under its own name, for tensors on the CPU.
+#ifdef FASTATTN_SIM
+#define FASTATTN_CUDA_OPERATOR "simulated_forward"
+#define FASTATTN_CUDA_KEY CPU
+#else
+#define FASTATTN_CUDA_OPERATOR "cuda_forward"
+#define FASTATTN_CUDA_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
+  m.def(FASTATTN_CUDA_OPERATOR "(" FASTATTN_PROBLEM
+        "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(c!)? parts, "
+        "Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {
+  m.impl(FASTATTN_CUDA_OPERATOR, TORCH_BOX(&cuda_forward));
+}
+
+#else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -226,3 +357,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   m.impl("cpu_weights", TORCH_BOX(&cpu_weights));
 }
+
+#endif

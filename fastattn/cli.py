@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fastattn import inspection
+    from fastattn import building, inspection
     from fastattn.bench import options
 
     parser = argparse.ArgumentParser("fastattn", description="Every kind of attention as one fused call.")
@@ -67,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     bench = commands.add_parser("bench", help="time attention beside PyTorch's own, and a real model")
     bench.set_defaults(run=_bench)
-    build = commands.add_parser("build", help="build the CPU library now, instead of at the first call that needs it")
-    build.add_argument("--force", action="store_true", help="build it even if it is there")
-    build.set_defaults(run=_build)
+    build = commands.add_parser("build", help="build a library now, instead of at the first call that needs it")
+    building.add_arguments(build)
+    build.set_defaults(run=building.run)
     check = commands.add_parser("check", help="hold every room against float64 on this machine")
     check.add_argument("--rooms", type=_names, metavar="LIST", help="only these rooms")
     check.add_argument("--only", type=options.regex, metavar="REGEX", help="only the cases whose name it finds")
@@ -106,19 +106,6 @@ def _bench(namespace: argparse.Namespace, argv: list[str]) -> int:
         if argv[1:2] == [word]:
             return verb(argv[2:])
     return command.main(options.parse(argv[1:]))
-
-
-def _build(namespace: argparse.Namespace, argv: list[str]) -> int:
-    from fastattn import native
-
-    try:
-        path = native.build(force=namespace.force, retry=True)
-        library = native.library()
-    except native.BuildError as refusal:
-        print(f"fastattn build: {refusal}", file=sys.stderr)
-        return WRONG
-    print(f"{path}\ninstruction sets here: {', '.join(library.isas())}; in use: {library.isa()}")
-    return OK
 
 
 # ---- info
@@ -161,7 +148,7 @@ def _machine(block: dict[str, Any]) -> dict[str, str]:
 
 def _software(block: dict[str, Any]) -> dict[str, str]:
     import fastattn
-    from fastattn import native
+    from fastattn import native, native_cuda
 
     commit = f", commit {block['commit'][:9]}{' with changes' if block['dirty'] else ''}" if block["commit"] else ""
     names = {"TRITON_INTERPRET", "CXX", *(name for name in os.environ if name.startswith("FASTATTN_"))} & set(
@@ -174,7 +161,7 @@ def _software(block: dict[str, Any]) -> dict[str, str]:
         "triton": block["triton"] or "not installed (pip install 'fastattn[triton]', Linux only)",
         "C++ compiler": block["cxx"] or "none: torch.compile cannot build for the CPU",
         "CPU library": native.state(),
-        "nvcc": shutil.which("nvcc") or "none",
+        "CUDA library": native_cuda.state(),
     }
     if names:
         pairs["environment"] = " ".join(f"{name}={os.environ[name]}" for name in sorted(names))

@@ -26,7 +26,8 @@ FLAGS = (
 )  # fmt: skip
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
-X86 = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": (*AVX512, "-mavx512bf16")}
+AVX512BF16 = (*AVX512, "-mavx512bf16")
+X86 = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": AVX512BF16, "kernel_amx": AVX512BF16}
 """A translation unit for each instruction set: no other is compiled for more than the architecture's least."""
 
 ERROR = re.compile(r"\b(?:fatal )?error\b", re.IGNORECASE)
@@ -60,12 +61,12 @@ def sources() -> Path:
 
 
 @functools.cache
-def source_digest() -> str:
-    """Of every C++ file, its name and what it says."""
+def source_digest(room: str = "cpu") -> str:
+    """Of every C++ file of a room, its name and what it says: the room's own, and those that all share."""
     root = sources()
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.suffix in (".h", ".cpp"):
+    for path in sorted([*root.glob("*"), *(root / "common").rglob("*"), *(root / room).rglob("*")]):
+        if path.suffix in (".h", ".cpp", ".cu"):
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -75,7 +76,7 @@ def find_compiler() -> Compiler:
     return _find_compiler(os.environ.get("CXX", "").strip() or None, os.environ.get("PATH"))
 
 
-def _words(name: str, text: str) -> list[str]:
+def words(name: str, text: str) -> list[str]:
     """A variable's value as words of a command line."""
     try:
         return shlex.split(text)
@@ -85,7 +86,7 @@ def _words(name: str, text: str) -> list[str]:
 
 @functools.cache
 def _find_compiler(named: str | None, path: str | None) -> Compiler:
-    for command in [_words("CXX", named)] if named else [[name] for name in NAMES]:
+    for command in [words("CXX", named)] if named else [[name] for name in NAMES]:
         found = shutil.which(command[0], path=path)
         if found is None:
             continue
@@ -104,14 +105,14 @@ def key(compiler: Compiler) -> str:
 
     said = [source_digest(), compiler.version, platform.machine(), sys.platform, *torch.__version__.split(".")[:2]]
     for step in plan(compiler, "library"):  # where the sources and torch lie makes no other library
-        said += [part.replace(str(sources()), "").replace(str(_torch_folder()), "") for part in step.command]
+        said += [part.replace(str(sources()), "").replace(str(torch_folder()), "") for part in step.command]
     return hashlib.sha256("\0".join(said).encode()).hexdigest()[:24]
 
 
 def plan(compiler: Compiler, library: str) -> list[Step]:
     """The steps that make `library`; the last one links what the others made. CXXFLAGS and LDFLAGS are heeded."""
-    root, torch = sources(), _torch_folder()
-    extra, link = (_words(name, os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
+    root, torch = sources(), torch_folder()
+    extra, link = (words(name, os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
     files: dict[str, tuple[str, ...]] = {"cpu/room": (), "cpu/kernel_generic": ()}
     if platform.machine().lower() in ("x86_64", "amd64"):
         files |= {f"cpu/{name}": flags for name, flags in X86.items()}
@@ -138,7 +139,8 @@ def plan(compiler: Compiler, library: str) -> list[Step]:
     return [*steps, Step(library, command)]
 
 
-def _torch_folder() -> Path:
+def torch_folder() -> Path:
+    """Where torch is installed: its headers and libraries are below."""
     import torch
 
     return Path(torch.__file__).parent

@@ -4,6 +4,7 @@
                [0, kv_len]
     elements   bool [.., q_len or 1, kv_len or 1], up to 4 axes
     ids        int64 [batch or 1, q_len], int64 [batch or 1, kv_len]: equal ids see each other, negative ones nobody
+    band       no tensor; two more words, low and high: query i sees the keys i + low <= j < i + high. Asked for only
 
 Whatever has intervals becomes intervals, however it is put together; O(q_len) memory. Those of masks without tensors
 are kept for the next call.
@@ -18,15 +19,18 @@ import torch
 from torch import Tensor
 
 from fastattn import flat
-from fastattn.masks import And, Dense, Full, Interval, Mask, Or, Segments
+from fastattn.masks import And, Causal, Dense, Full, Interval, Mask, Or, Segments, Window
 
 CPU = torch.device("cpu")
-INTERVAL, ELEMENTS, IDS = 0, 1, 2
+INTERVAL, ELEMENTS, IDS, BAND, PAGES = 0, 1, 2, 3, 4
+"""PAGES is no leaf: before the others, where keys lie in blocks; its tensor is their table."""
 AND, OR = -1, -2
 MOST_LEAVES = 32
 MOST_WORDS = 64
 KEPT = 64
 """Masks whose leaves are kept."""
+OPEN = 2**29
+"""A band's end where it has none: beyond every key."""
 LONGEST_KEPT = 2**14
 """Queries; longer tables are made each time, which their attention does not notice."""
 
@@ -54,34 +58,70 @@ def why_not(mask: Mask) -> str | None:
     return None
 
 
-def make_leaves(mask: Mask, q_len: int, kv_len: int) -> Leaves:
-    """The leaves of a mask that `why_not` lets pass, on the CPU."""
+def make_leaves(
+    mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False
+) -> Leaves:
+    """The leaves of a mask that `why_not` lets pass, on the device. `bands`: Causal and Window in closed form."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
+    if bands or device != CPU:
+        return _leaves(mask, q_len, kv_len, device, bands)
     if q_len <= LONGEST_KEPT and flat.is_plain(mask):
         code, numbers, _ = flat.pack(mask)
         return _kept(code, tuple(numbers), q_len, kv_len)
-    return _leaves(mask, q_len, kv_len)
+    return _leaves(mask, q_len, kv_len, CPU, False)
 
 
 @functools.lru_cache(KEPT)
 def _kept(code: str, numbers: tuple[int, ...], q_len: int, kv_len: int) -> Leaves:
-    return _leaves(flat.unpack(code, list(numbers), []), q_len, kv_len)
+    return _leaves(flat.unpack(code, list(numbers), []), q_len, kv_len, CPU, False)
 
 
-def _leaves(mask: Mask, q_len: int, kv_len: int) -> Leaves:
+def _leaves(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool) -> Leaves:
     found = Leaves([], [])
-    _put(mask, q_len, kv_len, found)
+    _put(mask, q_len, kv_len, device, bands, found)
     return found
 
 
-def _put(mask: Mask, q_len: int, kv_len: int, found: Leaves) -> None:
+def stack_of(words: list[int]) -> int:
+    """How many leaves wait to be joined at most while a program runs."""
+    most = waiting = skip = 0
+    for word in words:
+        if skip:
+            skip -= 1
+            continue
+        waiting += -1 if word < 0 else 1
+        skip = 2 if word == BAND else 0
+        most = max(most, waiting)
+    return most
+
+
+def band(mask: Mask, q_len: int, kv_len: int) -> tuple[int, int] | None:
+    """low, high of a mask that shows query i the keys i + low <= j < i + high; None of any other."""
+    if type(mask) is And:
+        left, right = band(mask.left, q_len, kv_len), band(mask.right, q_len, kv_len)
+        return None if left is None or right is None else (max(left[0], right[0]), min(left[1], right[1]))
+    if type(mask) is Full:
+        return -OPEN, OPEN
+    if type(mask) not in (Causal, Window) or isinstance(mask.offset, Tensor):
+        return None
+    left, right = (None, 0) if type(mask) is Causal else (mask.left, mask.right)
+    place = mask.position(0, q_len, kv_len)
+    low, high = -OPEN if left is None else place - left, OPEN if right is None else place + right + 1
+    return max(-OPEN, min(OPEN, low)), max(-OPEN, min(OPEN, high))
+
+
+def _put(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool, found: Leaves) -> None:
     words, tensors = found
+    closed = band(mask, q_len, kv_len) if bands else None
+    if closed is not None:
+        words.extend((BAND, *closed))
+        return
     if isinstance(mask, Dense):
         words.append(ELEMENTS)
         tensors.append(mask.table)
         return
-    intervals = mask.intervals(q_len, kv_len, CPU)
+    intervals = mask.intervals(q_len, kv_len, device)
     if intervals is not None:
         words.extend([INTERVAL] * len(intervals) + [OR] * (len(intervals) - 1))
         tensors.extend(_table(interval, kv_len) for interval in intervals)
@@ -89,8 +129,10 @@ def _put(mask: Mask, q_len: int, kv_len: int, found: Leaves) -> None:
         words.append(IDS)
         tensors.extend((mask.q_ids.long(), mask.key_ids.long()))
     elif isinstance(mask, (And, Or)):
-        _put(mask.left, q_len, kv_len, found)
-        _put(mask.right, q_len, kv_len, found)
+        parts = [_leaves(part, q_len, kv_len, device, bands) for part in (mask.left, mask.right)]
+        for part in sorted(parts, key=lambda part: -stack_of(part.words)):  # the shallower one waits for less
+            words.extend(part.words)
+            tensors.extend(part.tensors)
         words.append(AND if isinstance(mask, And) else OR)
     else:
         raise NotImplementedError(f"mask {type(mask).__name__} has no leaves")

@@ -23,12 +23,21 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn import compiler, tracing
-from fastattn.compiler import BuildError
+from fastattn.compiler import BuildError, Step
 
 MODES = ("auto", "never", "force")
 SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 ANOTHER_FOLDER = "name another in FASTATTN_CACHE_DIR"
 AGAIN = "`fastattn build` tries again"
+
+
+class Recipe(NamedTuple):
+    """What makes one library: its room's name, the key of its file, the steps, and who takes them."""
+
+    name: str
+    key: str
+    steps: list[Step]
+    version: str
 
 
 class Library(NamedTuple):
@@ -65,7 +74,7 @@ def why_not() -> str | None:
             return None
         if mode() == "never":
             return "the library is not built, and FASTATTN_BUILD=never forbids it; `fastattn build` builds it"
-        failed = _failed_mark()
+        failed = failed_mark(library_path("CPU", compiler.key(compiler.find_compiler())))
         return failed.read_text() if mode() == "auto" and failed.exists() else None
     except BuildError as refusal:
         return str(refusal)
@@ -133,7 +142,7 @@ def find() -> Path | None:
     shipped = Path(__file__).parent / "lib" / shipped_name()
     if shipped.exists():
         return shipped
-    path = _path(compiler.key(compiler.find_compiler()))
+    path = library_path("CPU", compiler.key(compiler.find_compiler()))
     return path if path.exists() else None
 
 
@@ -170,16 +179,22 @@ def state() -> str:
     return why_not() or "not built yet: the first call on the CPU builds it, or `fastattn build`"
 
 
-def build(*, force: bool = False, retry: bool = False) -> Path:
-    """Build the library into the cache folder and return its path; one that is there already is kept, unless `force`,
-    and a failure that is remembered repeated, unless `retry`.
+def recipe() -> Recipe:
+    """Of the CPU library. BuildError where there is no compiler."""
+    found = compiler.find_compiler()
+    return Recipe("CPU", compiler.key(found), compiler.plan(found, f"library{SUFFIX}"), found.version)
+
+
+def build(*, force: bool = False, retry: bool = False, of: Recipe | None = None) -> Path:
+    """Build a library, the CPU's if no other is named, into the cache folder and return its path; one that is there
+    already is kept, unless `force`, and a failure that is remembered repeated, unless `retry`.
 
     Raises:
         BuildError: no compiler, a folder that cannot be written, or the compiler's first error with the command.
     """
-    found = compiler.find_compiler()
-    key = compiler.key(found)
-    path, failed = _path(key), _failed_mark()
+    of = of or recipe()
+    path = library_path(of.name, of.key)
+    failed = failed_mark(path)
     with _writing(), _locked(path.with_suffix(".lock")):
         if not force:
             if path.exists():
@@ -188,7 +203,7 @@ def build(*, force: bool = False, retry: bool = False) -> Path:
                 raise BuildError(failed.read_text())
         failed.unlink(missing_ok=True)
         try:
-            make(found, path)
+            make(of, path)
         except BuildError as refusal:
             sentence = f"the library could not be built; {AGAIN}\n{refusal}"
             failed.write_text(sentence)
@@ -196,29 +211,29 @@ def build(*, force: bool = False, retry: bool = False) -> Path:
     return path
 
 
-def make(found: compiler.Compiler, path: Path) -> None:
+def make(of: Recipe, path: Path) -> None:
     """Compile and link beside `path`, say so on one line of standard error, and put the result under its name."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        steps = compiler.plan(found, f"library{SUFFIX}")
         start = time.monotonic()
-        print(f"fastattn: building the CPU library, {len(steps) - 1} files with {found.version} ... ",
+        print(f"fastattn: building the {of.name} library, {len(of.steps) - 1} files with {of.version} ... ",
               end="", file=sys.stderr, flush=True)  # fmt: skip
         try:
-            compiler.run(steps, Path(folder))
+            compiler.run(of.steps, Path(folder))
         except BaseException:
             print(f"failed after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
             raise
-        os.replace(Path(folder) / steps[-1].output, path)
+        os.replace(Path(folder) / of.steps[-1].output, path)
         print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def _path(key: str) -> Path:
-    return cache_folder() / f"fastattn_cpu_{key}{SUFFIX}"
+def library_path(name: str, key: str) -> Path:
+    """Where a library lies in the cache folder."""
+    return cache_folder() / f"fastattn_{name.lower()}_{key}{SUFFIX}"
 
 
-def _failed_mark() -> Path:
-    """The file that remembers a failed build."""
-    return _path(compiler.key(compiler.find_compiler())).with_suffix(".failed")
+def failed_mark(path: Path) -> Path:
+    """The file that remembers a library's failed build."""
+    return path.with_suffix(".failed")
 
 
 @contextlib.contextmanager

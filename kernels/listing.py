@@ -5,6 +5,7 @@ that dominates one of its predecessors, and all that reaches this predecessor wi
 Sethi and Ullman, 9.6). Text between a label and a backward branch would not do, as compilers put rare paths elsewhere.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,9 +35,33 @@ def innermost(code: Code, marks: Callable[[Instruction], bool]) -> list[list[Ins
     What waits in a small loop of its own (for a barrier, say) counts as one round of that.
     """
     blocks, after = _blocks(code)
-    bodies = [body for body in _natural_loops(after) if any(marks(code[n]) for block in body for n in blocks[block])]
+    bodies = [body for body in _natural_loops(after).values() if any(marks(code[n]) for block in body for n in blocks[block])]
     smallest = [body for body in bodies if not any(other < body for other in bodies)]
     return [[code[n] for block in sorted(body) for n in blocks[block]] for body in sorted(smallest, key=min)]
+
+
+def leanest(code: Code, marks: Callable[[Instruction], bool]) -> list[list[Instruction]]:
+    """Of each of the same loops, the shortest way around: what an iteration costs at least, rare paths left out."""
+    blocks, after = _blocks(code)
+    loops = _natural_loops(after)
+    holding = {head: body for head, body in loops.items() if any(marks(code[n]) for block in body for n in blocks[block])}
+    smallest = {head: body for head, body in holding.items() if not any(other < body for other in holding.values())}
+    ways = []
+    for head, body in sorted(smallest.items()):
+        done: dict[int, list[int]] = {}
+        front = [(len(blocks[head]), [head])]
+        while front:
+            length, way = heapq.heappop(front)
+            if way[-1] in done:
+                continue
+            done[way[-1]] = way
+            for each in after[way[-1]]:
+                if each in body and each not in done:
+                    heapq.heappush(front, (length + len(blocks[each]), [*way, each]))
+        tails = [done[block] for block in body if block in done and head in after[block]]
+        shortest = min(tails, key=lambda way: sum(len(blocks[block]) for block in way))
+        ways.append([code[n] for block in shortest for n in blocks[block]])
+    return ways
 
 
 def _blocks(code: Code) -> tuple[list[range], list[list[int]]]:
@@ -59,8 +84,8 @@ def _blocks(code: Code) -> tuple[list[range], list[list[int]]]:
     return blocks, after
 
 
-def _natural_loops(after: list[list[int]]) -> list[set[int]]:
-    """The blocks of each loop; loops with one head are one."""
+def _natural_loops(after: list[list[int]]) -> dict[int, set[int]]:
+    """By its head, the blocks of each loop; loops with one head are one."""
     before: list[list[int]] = [[] for _ in after]
     for block, follows in enumerate(after):
         for each in follows:
@@ -77,7 +102,7 @@ def _natural_loops(after: list[list[int]]) -> list[set[int]]:
                     if block not in body:
                         body.add(block)
                         reached += [each for each in before[block] if each in dominators]
-    return list(loops.values())
+    return loops
 
 
 def _dominators(after: list[list[int]], before: list[list[int]]) -> dict[int, set[int]]:

@@ -25,6 +25,9 @@ LABEL = re.compile(r"(\.L_\w+):$")
 GUARD = re.compile(r"\*/\s+@")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
 
+SECTION = re.compile(r"^\.section\s+\.text\.(\w+),.*$", re.MULTILINE)
+USAGE = re.compile(r"Function (\w+):\n(.*)")
+
 HGMMA = re.compile(r"([HQ])GMMA\.(\d+)x(\d+)x(\d+)")
 HMMA = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
 UTC = re.compile(r"UTC([HQ])MMA")
@@ -61,6 +64,21 @@ def read(cubin: bytes) -> Binary:
         listing = _output(tools / "nvdisasm", "-c", path)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     return Binary(registers, stack, parse(listing))
+
+
+def read_all(library: Path) -> dict[str, Binary]:
+    """Every kernel in a library that nvcc has linked, or in an object, by its mangled name."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([str(tools / "cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, check=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            usage = dict(USAGE.findall(_output(tools / "cuobjdump", "-res-usage", cubin)))
+            sections = SECTION.split(_output(tools / "nvdisasm", "-c", cubin))[1:]
+            for name, listing in zip(sections[::2], sections[1::2], strict=True):
+                registers, stack = (int(re.search(rf"{word}:(\d+)", usage[name])[1]) for word in ("REG", "STACK"))  # type: ignore[index]
+                found[name] = Binary(registers, stack, parse(listing))
+    return found
 
 
 def _output(*command: Any) -> str:

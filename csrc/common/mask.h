@@ -6,6 +6,12 @@
 
 #include "params.h"
 
+#ifdef __CUDACC__
+#define FASTATTN_ANYWHERE __host__ __device__
+#else
+#define FASTATTN_ANYWHERE
+#endif
+
 namespace fastattn {
 
 constexpr int64_t kTileKeys = 64;
@@ -19,7 +25,7 @@ static inline uint64_t interval_bits(int64_t start, int64_t stop, int64_t first)
 }
 
 // Equal ids see each other; a negative id sees nothing and is not seen.
-static inline bool keep_ids(int64_t q_id, int64_t kv_id) { return q_id == kv_id && q_id >= 0; }
+FASTATTN_ANYWHERE static inline bool keep_ids(int64_t q_id, int64_t kv_id) { return q_id == kv_id && q_id >= 0; }
 
 enum TileClass : uint8_t { kSkip = 0, kCheck = 1, kFull = 2 };
 
@@ -28,13 +34,18 @@ static inline TileClass join_classes(TileClass a, TileClass b, int32_t word) {
 }
 
 // What a tile of queries sees through one leaf: some of them [lo, hi), all of them [full_lo, full_hi).
-struct Span {
-  int64_t lo, hi, full_lo, full_hi;
+template <class Int>
+struct SpanOf {
+  using Number = Int;
+  Int lo, hi, full_lo, full_hi;
 };
+using Span = SpanOf<int64_t>;
 
 static inline Span empty_span() { return {INT64_MAX, INT64_MIN, INT64_MIN, INT64_MAX}; }
 
-static inline void add_interval(Span& span, int64_t start, int64_t stop) {
+template <class Int>
+FASTATTN_ANYWHERE static inline void add_interval(SpanOf<Int>& span, typename SpanOf<Int>::Number start,
+                                          typename SpanOf<Int>::Number stop) {
   if (start < stop) {
     span.lo = start < span.lo ? start : span.lo;
     span.hi = stop > span.hi ? stop : span.hi;

@@ -7,15 +7,19 @@ namespace fastattn {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// A tensor [batch, heads, rows, columns]; a stride of 0 repeats.
+// A tensor [batch, heads, rows, columns]; a stride of 0 repeats. With `blocks` it is a pool [block_count, heads,
+// block_size, columns], and row i of item b lies in block blocks[b * blocks_stride + i / block_size].
 struct Table {
   void* data = nullptr;
   DType dtype = kFloat32;
   int64_t stride[4] = {0, 0, 0, 0};
+  const int32_t* blocks = nullptr;
+  int64_t blocks_stride = 0, block_size = 1, block_count = 0;
 };
 
-// What a mask is made of: an interval of keys for each query, a bool table, or equal ids.
-enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2 };
+// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
+// interval [query + low, query + high) in closed form.
+enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
 struct MaskLeaf {
   LeafKind kind = kInterval;
@@ -26,10 +30,12 @@ struct MaskLeaf {
   const int64_t* kv_ids = nullptr;    // [batch, kv_len]
   int64_t stride[4] = {0, 0, 0, 0};
   int64_t kv_id_stride[2] = {0, 0};
+  int64_t low = 0, high = 0;
 };
 
 constexpr int kMostLeaves = 32;
 constexpr int kMostWords = 64;
+constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
 constexpr int32_t kAnd = -1;
 constexpr int32_t kOr = -2;
 
@@ -57,13 +63,14 @@ struct Params {
   uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
   float keep_scale = 1.0f;
   uint64_t seed = 0;
+  const int64_t* seed_on_device = nullptr;  // the CUDA room's
 
   // Backward.
   Table d_out, dq, dk, dv;
   const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
   float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
   float* dsinks = nullptr;       // [num_heads]
-  float* dbias = nullptr;        // contiguous, bias_shape, zeros on entry
+  Table dbias;                   // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;

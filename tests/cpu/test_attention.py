@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.fuzz import cases
-from fastattn.hiding import HIDING, hidden_pair, with_junk
+from fastattn.hiding import FEATURES, HIDING, hidden_pair, with_junk
 from fastattn.mask import Mask
 from fastattn.masks import Causal, Lengths, Segments, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
@@ -71,6 +71,15 @@ def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case, isa):
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, isa):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")
+    want = run(clean, "cpu")
+    same(want, run(dirty, "cpu"))
+    check_close(clean, want)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("mask", ["lengths", "segments-scattered", "causal-unseen-keys"])
+def test_what_nobody_sees_may_hold_anything_with_features(mask, feature, isa):
+    clean, dirty = hidden_pair(mask, 20, 50, "cpu", **FEATURES[feature])
     want = run(clean, "cpu")
     same(want, run(dirty, "cpu"))
     check_close(clean, want)
@@ -220,9 +229,25 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
     room = dispatch.room("cpu")
     for name in ("forward", "backward"):
         real = getattr(room, name)
-        monkeypatch.setattr(room, name, lambda *args, real=real, name=name: called.append(name) or real(*args))
+        monkeypatch.setattr(
+            room, name, lambda *args, real=real, name=name, **more: called.append(name) or real(*args, **more)
+        )
     attention(query, query, query).sum().backward()
     assert called == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("learned", [False, True], ids=["constant", "learned"])
+def test_a_bias_that_takes_no_gradient_gets_none(library, monkeypatch, learned, dtype):
+    query = torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True)
+    bias = torch.randn(1, 2, 8, 8, dtype=dtype, requires_grad=learned)
+    room, seen = dispatch.room("cpu"), []
+    real = room.backward
+    monkeypatch.setattr(room, "backward", lambda *args, **more: seen.append(real(*args, **more)) or seen[0])
+    attention(query, query, query, bias=bias).sum().backward()
+    assert (seen[0][3] is None) == (not learned)
+    if learned:
+        assert seen[0][3].dtype == bias.grad.dtype == dtype and bias.grad.abs().sum() > 0
 
 
 def test_an_instruction_set_that_there_is_not(library, monkeypatch):

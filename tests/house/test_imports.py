@@ -39,7 +39,7 @@ DEFINITIONS = tuple(
     )
 )
 AT_RUN_TIME = "a name made at run time"
-DOORS = ("fastattn.backends", "fastattn.kernels", "fastattn.bench", "fastattn.native", "fastattn._C")
+DOORS = ("fastattn.backends", "fastattn.kernels", "fastattn.bench", "fastattn.native", "fastattn.native_cuda", "fastattn._C")
 
 # The row with the longest name that a module lies under is its row.
 ROOMS = (
@@ -50,7 +50,7 @@ ROOMS = (
     Room(
         "fastattn.cli",
         may=("torch", "fastattn"),
-        inside=("rich", "fastattn.bench", "fastattn.backends", "fastattn.native"),
+        inside=("rich", "fastattn.bench", "fastattn.backends", "fastattn.native", "fastattn.native_cuda"),
         never=DOORS,
     ),
     Room(
@@ -59,16 +59,35 @@ ROOMS = (
         inside=("rich", "fastattn.bench", "fastattn.kernels"),
         never=DOORS,
     ),
+    Room(
+        "fastattn.inspection_cuda",
+        may=("torch", "fastattn"),
+        inside=("rich", "fastattn.kernels", "fastattn.native_cuda"),
+        never=DOORS,
+    ),
+    Room(
+        "fastattn.building",
+        may=("torch", "fastattn"),
+        inside=("fastattn.native", "fastattn.native_cuda"),
+        never=DOORS,
+    ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
     Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
     Room("fastattn.native", may=("torch", "fastattn.compiler", "fastattn.tracing")),
     Room("fastattn.compiler", may=(), inside=("torch",)),
+    Room("fastattn.nvcc", may=("fastattn.compiler",), inside=("torch",)),
+    Room(
+        "fastattn.native_cuda",
+        may=("torch", "fastattn.compiler", "fastattn.native", "fastattn.nvcc", "fastattn.tracing"),
+    ),
+    Room("fastattn.simulator", may=("torch", "fastattn.compiler", "fastattn.native")),
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
     Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native")),
-    Room("fastattn.backends.cuda", may=("torch", "fastattn.spec"), inside=("fastattn.native",)),
+    Room("fastattn.backends.cuda", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cuda")),
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations.transformers", may=("torch", "fastattn"), inside=("transformers",), never=DOORS),
+    Room("fastattn.models", may=("torch", "fastattn"), inside=("transformers", "diffusers"), never=DOORS),
     Room("fastattn.integrations.timm", may=("torch", "fastattn"), inside=("timm",), never=DOORS),
     Room("fastattn.integrations.diffusers", may=("torch", "fastattn"), inside=("diffusers",), never=DOORS),
     Room("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),

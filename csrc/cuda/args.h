@@ -1,0 +1,77 @@
+// What a forward kernel is launched with. The host fills it in (plan.h); kernels only read it.
+#pragma once
+
+#include "arch/arch.h"
+#include "request.h"
+
+namespace fastattn::cuda {
+
+constexpr int32_t kFar = 1 << 29;  // beyond every position; the sum of three fits an int32
+constexpr int kMostProgramLeaves = 8;
+constexpr int kMostProgramWords = 16;
+
+// An interval of keys for each query: from tables, or, where they are null, [query + low, query + high).
+struct Interval {
+  const int32_t *start, *stop;  // inside [0, kv_len]
+  int64_t stride[3];            // of batch, heads, queries
+  int32_t low, high;
+};
+
+// What the mask shows of one pair, where lists of tiles are walked: leaves joined in postfix (common/params.h).
+struct Program {
+  int32_t words, word[kMostProgramWords];
+  MaskLeaf leaf[kMostProgramLeaves];
+};
+
+struct ForwardArgs {
+  arch::TensorMap query;  // (head_dim, q_len, group, num_kv_heads, batch), in boxes of 64 columns and a tile's rows
+  arch::TensorMap key;    // (head_dim, kv_len, num_kv_heads, batch), in boxes of 64 columns and BLOCK_N rows
+  arch::TensorMap value;
+  int32_t query_step;                 // 0 where all of a batch are the same: the coordinate stays 0
+  int32_t key_step[2], value_step[2];  // the same of batch, heads
+
+  int32_t batch, num_heads, num_kv_heads, group, q_len, kv_len, head_dim_v;
+  int32_t tile_heads;  // query heads of one key head that share a tile, tile_rows queries each
+  int32_t tile_rows;
+  int32_t q_tiles;   // tiles of queries of one head
+  int32_t units;     // of heads, over the batch: what a tile belongs to
+  int32_t unit_heads;  // units of one key head
+  int32_t section;   // units whose keys and values stay in the L2 cache together
+  int32_t splits;    // programs that share one tile's keys
+  int32_t programs;  // tiles to compute, over all units and splits
+
+  float factor;  // turns scores into powers of two; includes the scale where scores are raw products
+  float scale, softcap;  // kEverything, whose scores are natural
+  bool hides;    // keys may be hidden from every query, and their values then be anything
+
+  int32_t terms;  // intervals of each query
+  Interval interval[2];
+  bool listed;
+  Lists lists;
+  Program program;
+
+  Table bias;
+  const float* sinks;
+  uint32_t drop_below;
+  bool drops, drops_all;
+  float keep_scale;
+  const int64_t* seed;
+
+  void* out;            // or null: a split's parts go to `parts`
+  int64_t out_stride[3];  // of batch, heads, queries; columns lie side by side
+  bool out_aligned;     // to 16 bytes, rows too
+  float* parts;         // [splits, batch, num_heads, q_len, head_dim_v]
+  float* lse;           // [batch, num_heads, q_len], or the parts' with splits in front
+};
+
+// Parts of one problem over disjoint keys, put together.
+struct MergeArgs {
+  const float *parts, *part_lse, *sinks;
+  void* out;
+  int64_t out_stride[3];
+  float* lse;
+  int64_t rows;  // batch * num_heads * q_len
+  int32_t splits, num_heads, q_len, head_dim_v;
+};
+
+}  // namespace fastattn::cuda

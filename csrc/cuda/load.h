@@ -1,0 +1,145 @@
+// The loading warp: works out each job, tells the others, and keeps their rings of keys and values full.
+#pragma once
+
+#include "shared.h"
+
+namespace fastattn::cuda {
+
+template <class F>
+struct Loader {
+  const ForwardArgs& a;
+  Shared<F>& s;
+  Ring<F::STAGES> ring;           // of keys and of values: a tile has the same place in both
+  uint32_t parities = 0;  // of the queries' and of the landed values' barriers, a bit each
+
+  DEVICE Loader(const ForwardArgs& args, Shared<F>& shared) : a(args), s(shared) {}
+
+  static DEVICE bool leads() { return threadIdx.x % arch::kWarp == 0; }
+
+  DEVICE void run() {
+    if (leads()) s.program = blockIdx.x;
+    __syncwarp();
+    for (int32_t round = 0;; ++round) {
+      const bool there = s.program < a.programs;
+      Job& job = s.job[round & 1];
+      arch::mbarrier_wait(&s.job_empty[round & 1], ~round >> 1 & 1);
+      if (there) {
+        if (leads()) job.place = place_of<F::BLOCK_M>(a, s.program);
+        __syncwarp();
+        note_steps<F::BLOCK_N, F::KIND>(a, job.place, s.steps);
+      }
+      if (leads()) {
+        job.steps = there ? s.steps.end - s.steps.begin : 0;
+        job.there = there;
+        arch::mbarrier_arrive(&s.job_full[round & 1]);
+      }
+      __syncwarp();
+      if (!there) return;
+      load(job.place);
+      if (leads()) s.program = next_program(s.program, round);
+      __syncwarp();
+    }
+  }
+
+  // Keys run one tile ahead of the values.
+  DEVICE void load(const Place& place) {
+    Ring<F::STAGES> values = ring;
+    int32_t before = 0;
+#pragma unroll 1
+    for (int32_t n = s.steps.begin; n < s.steps.end; ++n) {
+      const int32_t tile = key_tile(s.steps, n), note = pack_note(tile, needs_check(s.steps, n, tile));
+      load_keys(place, note);
+      if (n == s.steps.begin) {
+        load_queries(place);
+      } else {
+        load_values(place, before, values);
+        values.next();
+      }
+      ring.next();
+      before = note;
+    }
+    if (s.steps.begin < s.steps.end) load_values(place, before, values);
+  }
+
+  DEVICE void load_queries(const Place& at) {
+    arch::mbarrier_wait(&s.query_empty, ~parities & 1);
+    if (leads()) {
+      // Rows that no box covers were zeroed once, and stay so.
+      arch::mbarrier_arrive_expect(&s.query_full, F::PIECES * a.tile_heads * a.tile_rows * 128);
+      for (int piece = 0; piece < F::PIECES; ++piece)
+        arch::tma_load(s.query + piece * F::BLOCK_M * 64, &a.query, &s.query_full, piece * 64, at.q_first,
+                       at.head - at.kv_head * a.group, at.kv_head, at.batch * a.query_step);
+    }
+    parities ^= 1;
+  }
+
+  DEVICE void load_keys(const Place& at, int32_t note) {
+    arch::Mbarrier* full = &s.key_full[ring.place];
+    arch::mbarrier_wait(&s.key_empty[ring.place], ring.round ^ 1);
+    if (leads()) {
+      s.note[ring.place] = note;
+      arch::mbarrier_arrive_expect(full, sizeof s.key[0]);
+      for (int piece = 0; piece < F::PIECES; ++piece)
+        arch::tma_load(s.key[ring.place] + piece * F::BLOCK_N * 64, &a.key, full, piece * 64,
+                       tile_of(note) * F::BLOCK_N, at.kv_head * a.key_step[1], at.batch * a.key_step[0]);
+    }
+  }
+
+  DEVICE void load_values(const Place& at, int32_t note, const Ring<F::STAGES>& values) {
+    const bool looks = F::KIND != kPlain && a.hides && (F::KIND == kEverything || checks(note));
+    arch::Mbarrier* full = looks ? &s.value_landed : &s.value_full[values.place];
+    arch::mbarrier_wait(&s.value_empty[values.place], values.round ^ 1);
+    if (leads()) {
+      if (F::KIND != kPlain && !looks && a.hides)
+        for (uint32_t& word : s.odd[values.place]) word = 0;
+      arch::mbarrier_arrive_expect(full, sizeof s.value[0]);
+      for (int piece = 0; piece < F::PIECES_V; ++piece)
+        arch::tma_load(s.value[values.place] + piece * F::BLOCK_N * 64, &a.value, full, piece * 64,
+                       tile_of(note) * F::BLOCK_N, at.kv_head * a.value_step[1], at.batch * a.value_step[0]);
+    }
+    if (looks) {
+      arch::mbarrier_wait(&s.value_landed, parities >> 1);
+      parities ^= 2;
+      zero_odd_values(values.place);
+      arch::fence_proxy_async();
+      arrive_warp(&s.value_full[values.place]);
+    }
+  }
+
+  // A key that nobody sees weighs 0, and 0 times NaN is NaN: rows of values that are not finite are set to 0, and
+  // noted for who may see them. A lane looks at whole rows, 16 bytes at a time; the swizzle moves those within a row.
+  DEVICE void zero_odd_values(int place) {
+    uint16_t* tile = s.value[place];
+#pragma unroll 1
+    for (int first = 0; first < F::BLOCK_N; first += arch::kWarp) {
+      const int row = first + threadIdx.x % arch::kWarp;
+      bool odd = false;
+      if (row < F::BLOCK_N) {
+#pragma unroll 1
+        for (int piece = 0; piece < F::PIECES_V; ++piece) {
+          const uint4* at = reinterpret_cast<const uint4*>(tile + (piece * F::BLOCK_N + row) * 64);
+#pragma unroll 2
+          for (int part = 0; part < 8; ++part) odd |= is_odd(at[(part + row) % 8]);
+        }
+        if (odd)
+          for (int piece = 0; piece < F::PIECES_V; ++piece) {
+            uint4* at = reinterpret_cast<uint4*>(tile + (piece * F::BLOCK_N + row) * 64);
+            for (int part = 0; part < 8; ++part) at[(part + row) % 8] = make_uint4(0, 0, 0, 0);
+          }
+      }
+      const uint32_t word = __ballot_sync(~0u, odd);
+      if (leads()) s.odd[place][first / arch::kWarp] = word;
+    }
+  }
+
+  // Whether one of eight halves has an exponent of ones only.
+  static DEVICE bool is_odd(uint4 eight) {
+    constexpr uint32_t exponent = arch::same_type<typename F::T, arch::bf16> ? 0x7f80u : 0x7c00u;
+    bool odd = false;
+    for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w})
+      odd |= (two & exponent) == exponent || (two >> 16 & exponent) == exponent;
+    return odd;
+  }
+};
+
+}  // namespace fastattn::cuda

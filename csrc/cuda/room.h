@@ -1,0 +1,24 @@
+// What is behind the room's door: how a problem is cut, and the launches that each translation unit makes.
+#pragma once
+
+#include "args.h"
+
+namespace fastattn::cuda {
+
+struct Plan {
+  int32_t width;  // in kWidths
+  TileSize tile;
+  int32_t tile_heads, tile_rows;
+  int32_t splits;
+};
+
+// How a problem is cut. `by_head`: heads see different keys, so that none share a tile.
+Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors);
+
+template <class T, int WIDTH, int WIDTH_V>
+const char* launch_forward(Kind kind, const ForwardArgs& args, const arch::Launch& how);
+
+template <class T>
+const char* launch_merge(const MergeArgs& args, void* stream);
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,192 @@
+"""The door to the CUDA room: what it can do, and the way in. The library is built and loaded when it is about to run."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import leaves, native_cuda
+from fastattn.leaves import AND, BAND, INTERVAL, OR, Leaves
+from fastattn.spec import AttnInputs, AttnSpec
+
+DTYPES = (torch.float16, torch.bfloat16)
+CAPABILITY = (9, 0)  # Hopper: wgmma and TMA as these kernels use them are there and nowhere else
+MAX_HEAD_DIM = 256
+MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32
+MOST_LEAVES = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
+LARGEST_SCALE = 64.0  # scores of larger ones are subtracted from their maximum before they become powers of two
+ALIGNMENT = 8  # elements: 16 bytes, which the copy engine (TMA) wants addresses and strides to be multiples of
+
+PLAIN, MASKED, EVERYTHING = 0, 1, 2  # Kind of csrc/cuda/tiles.h
+KINDS = ("every key visible", "intervals of keys", "every feature")
+
+
+class Problem(NamedTuple):
+    """What the operator is told of a spec beside its tensors."""
+
+    kind: int
+    hides: bool
+    leaves: Leaves
+    listed: bool
+
+
+def why_not(spec: AttnSpec) -> str | None:
+    """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
+    return _spec_reason(spec) or _device_reason(spec.device) or native_cuda.why_not()
+
+
+def prepare(spec: AttnSpec) -> str | None:
+    """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
+    return _spec_reason(spec) or _device_reason(spec.device) or native_cuda.prepare()
+
+
+def notes(spec: AttnSpec) -> list[str]:
+    """What is to be said of a verdict that names this room."""
+    said = []
+    if native_cuda.available() is None:
+        said.append("the CUDA library is not built yet: the first call builds it and waits")
+    if spec.head_dim % ALIGNMENT or spec.head_dim_v % ALIGNMENT:
+        widths = f"{spec.head_dim} and {spec.head_dim_v}"
+        said.append(f"TMA wants rows of whole {ALIGNMENT} elements: heads of {widths} may be copied first")
+    said.append("tensors whose strides TMA cannot take (rows apart by no multiple of 16 bytes, no side by side) are copied")
+    return said
+
+
+def kernel_name(spec: AttnSpec) -> str:
+    """The kernels that run the call."""
+    return f"attention forward for Hopper ({KINDS[_kind(spec, _listed(spec))]})"
+
+
+def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
+    return run(native_cuda.library(), spec, inputs)
+
+
+def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+    """The same with a library that is loaded: the room's, or the simulator's."""
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    if spec.kv_len == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if lse.numel() == 0:
+        return out, lse
+    inputs = _loadable(inputs)
+    problem = _problem(spec)
+    by_head = problem.listed or any(_varies_by_head(each) for each in problem.leaves.tensors)
+    sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
+    tiles = library.tiles(sizes, problem.kind, by_head)
+    counts = listed = parts = part_lse = None
+    if problem.listed:
+        lists = spec.block_list(tiles.block_m, tiles.block_n)
+        counts, listed = torch.stack([lists.checked, lists.full]), lists.tiles
+    if tiles.splits > 1:
+        parts = torch.empty(tiles.splits, *lse.shape, spec.head_dim_v, dtype=torch.float32, device=lse.device)
+        part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=lse.device)
+    library.forward(
+        *inputs, *problem.leaves, spec.scale, spec.softcap or 0.0, spec.dropout_p,
+        problem.kind, problem.hides, counts, listed, tiles.splits, parts, part_lse, out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def _problem(spec: AttnSpec) -> Problem:
+    found = leaves.make_leaves(spec.mask, spec.q_len, spec.kv_len, spec.device, bands=True)
+    listed = not _is_intervals(found.words)
+    return Problem(_kind(spec, listed), _hides(spec), found, listed)
+
+
+def _is_intervals(words: list[int]) -> bool:
+    """Whether a program is one interval of keys for each query, or the union of two."""
+    kinds = []
+    rest = list(words)
+    while rest:
+        kinds.append(rest.pop(0))
+        if kinds[-1] == BAND:
+            del rest[:2]
+    ends = {INTERVAL, BAND}
+    return kinds == [] or (kinds[0] in ends and (len(kinds) == 1 or (kinds[1] in ends and kinds[2:] == [OR])))
+
+
+def _listed(spec: AttnSpec) -> bool:
+    """The same from the mask alone, for who has no tensors."""
+    return spec.mask.intervals is None or not _has_intervals(spec)
+
+
+def _has_intervals(spec: AttnSpec) -> bool:
+    return all(each.is_interval and getattr(each, "sorted", True) for each in spec.mask.atoms())
+
+
+def _kind(spec: AttnSpec, listed: bool) -> int:
+    plain = spec.softcap is None and spec.bias_shape is None and spec.dropout_p == 0 and 0 < spec.scale <= LARGEST_SCALE
+    if listed or not plain:
+        return EVERYTHING
+    return PLAIN if leaves.band(spec.mask, spec.q_len, spec.kv_len) == (-leaves.OPEN, leaves.OPEN) else MASKED
+
+
+def _hides(spec: AttnSpec) -> bool:
+    """Whether a key may be hidden from every query; False of a band that meets every row and every column."""
+    if spec.bias_shape is not None:
+        return True
+    band = leaves.band(spec.mask, spec.q_len, spec.kv_len)
+    if band is None:
+        return True
+    corner = spec.kv_len - spec.q_len
+    return not (band[0] <= min(0, corner) and band[1] > max(0, corner))
+
+
+def _varies_by_head(table: Tensor) -> bool:
+    return table.dim() == 4 and table.shape[-3 if table.dtype == torch.bool else 2] > 1
+
+
+def _loadable(inputs: AttnInputs) -> AttnInputs:
+    """As the kernels read memory: no negated views, strides that TMA takes, sinks float32 and side by side."""
+    inputs = inputs.resolved()
+    query, key, value, bias, sinks, seed = inputs
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    return AttnInputs(_aligned(query, True), _aligned(key, False), _aligned(value, False), bias, sinks, seed)
+
+
+def _aligned(tensor: Tensor, is_query: bool) -> Tensor:
+    """The tensor, or a copy of it. All of a batch, and of the keys' heads, may be one and the same (stride 0)."""
+    batch, heads, rows, step = tensor.stride()
+    steps = (batch, heads, rows)
+    fits = (step == 1 or tensor.shape[3] == 1) and tensor.data_ptr() % (2 * ALIGNMENT) == 0
+    fits = fits and all(size == 1 or each % ALIGNMENT == 0 for size, each in zip(tensor.shape, steps, strict=False))
+    fits = fits and (tensor.shape[2] == 1 or rows != 0) and not (is_query and tensor.shape[1] > 1 and heads == 0)
+    if fits:
+        return tensor
+    width = -(-tensor.shape[3] // ALIGNMENT) * ALIGNMENT
+    return tensor.new_empty(*tensor.shape[:3], width)[..., : tensor.shape[3]].copy_(tensor)
+
+
+def _spec_reason(spec: AttnSpec) -> str | None:
+    if spec.device.type != "cuda":
+        return f"the tensors are on {spec.device.type}, and this room runs on NVIDIA GPUs"
+    return feature_reason(spec)
+
+
+def feature_reason(spec: AttnSpec) -> str | None:
+    """What of a call the kernels cannot do, wherever its tensors are."""
+    if spec.needs_grad:
+        return "a tensor requires grad, and this room's backward does not exist yet; under torch.no_grad() it runs"
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype} has no kernel; float16 and bfloat16 have"
+    if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:
+        return f"head_dim {max(spec.head_dim, spec.head_dim_v)} is above {MAX_HEAD_DIM}"
+    if max(spec.q_len, spec.kv_len) > MAX_LEN:
+        return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
+    if not _has_intervals(spec) and len(spec.mask.atoms()) > MOST_LEAVES:
+        return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_LEAVES} can be joined"
+    return leaves.why_not(spec.mask)
+
+
+@functools.cache
+def _device_reason(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability == CAPABILITY:
+        return None
+    has = ".".join(map(str, capability))
+    return f"the device has compute capability {has}, and these kernels are for {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper)"

@@ -1,0 +1,140 @@
+"""`fastattn inspect --cuda`: what nvcc has made of the CUDA room's kernels, read out of its library; no GPU is needed.
+
+For each kernel its registers and spills, the instructions that must be there, and the cycle budget of one tile of keys
+on the way around the main loop that most tiles take: unmasked, and without a risen maximum.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+OK, BROKEN, USAGE = 0, 1, 2
+
+KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_4KindE(\d)")
+KINDS = ("plain", "masked", "everything")
+REGISTER_CAPS = {2: 168, 3: 128}
+"""A thread, by computing warpgroups: of the 65,536 of an SM, in eights, a block's share. setmaxnreg hands them on."""
+
+
+@dataclass
+class Row:
+    """One kernel."""
+
+    dtype: str
+    width: int
+    width_v: int
+    kind: str
+    block_m: int
+    block_n: int
+    registers: int
+    spilled_bytes: int
+    counts: dict[str, int]  # of the whole kernel
+    loop: dict[str, int] = field(default_factory=dict)  # on the way around the main loop, for one warp
+    clocks: dict[str, float] = field(default_factory=dict)
+    spelled_out: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        wide = str(self.width) if self.width == self.width_v else f"{self.width}x{self.width_v}"
+        return f"{self.dtype} {wide} {self.kind}"
+
+    @property
+    def broken(self) -> list[str]:
+        """The promises that it breaks, in words."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"{self.spilled_bytes} bytes of stack")
+        if self.registers > REGISTER_CAPS[self.block_m // 64]:
+            found.append(f"{self.registers} registers")
+        found += [f"no {name}" for name in ("HGMMA", "UTMALDG", "USETMAXREG") if not self.counts.get(name)]
+        return found
+
+
+def rows(library: Any) -> list[Row]:
+    """Every forward kernel of a loaded native_cuda.Library."""
+    from fastattn.kernels import budget, listing, sass
+
+    found = []
+    for name, binary in sass.read_all(Path(library.path)).items():
+        match = KERNEL.search(name)
+        if match is None:
+            continue
+        dtype, width, width_v, kind = match[1], int(match[2]), int(match[3]), int(match[4])
+        tiles = library.tiles((1, 1, 1, 1, 1, width, width_v), kind, False)
+        row = Row(dtype, width, width_v, KINDS[kind], tiles.block_m, tiles.block_n, binary.registers,
+                  binary.spilled_bytes, _counted(binary.code))  # fmt: skip
+        for way in listing.leanest(binary.code, sass.is_tensor):
+            parts = budget.gather(asked for each in way for asked in sass.asks(each, tiles.block_m // 16))
+            clocks = budget.budget(parts, budget.RATES["sm90"])
+            if clocks is not None and budget.flop(parts) >= 2 * tiles.block_m * tiles.block_n * (width + width_v):
+                row.loop, row.clocks = _counted(way), clocks._asdict()
+                row.spelled_out = budget.spelled_out(parts, budget.RATES["sm90"])
+        found.append(row)
+    return sorted(found, key=lambda row: (row.dtype, row.width, row.width_v, KINDS.index(row.kind)))
+
+
+def _counted(code: Any) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for each in code:
+        counts[each.name] = counts.get(each.name, 0) + 1
+    return counts
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Read, show, judge. 0 all promises hold, 1 one is broken, 2 there is nothing to read."""
+    from fastattn import native_cuda
+
+    try:
+        library = native_cuda.library()
+    except native_cuda.BuildError as refusal:
+        print(f"fastattn inspect: {refusal}", file=sys.stderr)
+        return USAGE
+    found = rows(library)
+    if namespace.json is not None:
+        text = json.dumps([{**asdict(row), "broken": row.broken} for row in found], indent=1) + "\n"
+        if namespace.json == "-":
+            print(text, end="")
+        else:
+            Path(namespace.json).write_text(text)
+    if namespace.json != "-":
+        _show(found, verbose=namespace.verbose)
+    return BROKEN if any(row.broken for row in found) else OK
+
+
+def table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: clocks of each unit for one tile of keys, and the share of the peak that the busiest allows."""
+    units = ("tensor", "special", "fp32", "alu", "shared", "issue")
+    cells = []
+    for row in found:
+        clocks = [f"{row.clocks[unit]:,.0f}" for unit in units] if row.clocks else ["?"] * len(units)
+        share = f"{row.clocks['bound']:.0%}" if row.clocks else "?"
+        words = ", ".join(row.broken) or "holds"
+        cells.append([row.name, f"{row.block_m}x{row.block_n}", str(row.registers), *clocks, share, words])
+    return ["kernel", "tile", "registers", *units, "of peak", "gates"], cells
+
+
+def _show(found: list[Row], *, verbose: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    headings, cells = table(found)
+    shown = Table(box=None, pad_edge=False)
+    for n, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if n in (0, len(headings) - 1) else "right", no_wrap=True)
+    for cell in cells:
+        shown.add_row(*cell)
+    console.print(shown)
+    if verbose:
+        for row in found:
+            console.print(row.name, style="bold")
+            for line in row.spelled_out:
+                console.print(f"  {line}")

@@ -1,0 +1,131 @@
+"""The CUDA room on a Hopper GPU: what the simulator has shown, once more on the hardware, and what only that can show."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastattn import attention, explain
+from fastattn.hiding import HIDING, hidden_pair
+from fastattn.masks import Causal, Lengths, Window
+from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run, with_dtype
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+HALVES = (torch.bfloat16, torch.float16)
+WIDTHS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 24), (100, 100))
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    """Skips where the room cannot run a plain call."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    tensor = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device=DEVICE)
+    reason = explain(tensor, tensor, tensor).reasons["cuda"]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def forward(problem):
+    with torch.no_grad():
+        return run(problem, "cuda", grads=False)
+
+
+def same(left, right):
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case, dtype):
+    bias_dtype = torch.float32 if case.bias_dtype == torch.float32 else dtype
+    problem = make_inputs(dataclasses.replace(with_dtype(case, dtype), bias_dtype=bias_dtype), DEVICE)
+    results = forward(problem)
+    check_close(problem, results)
+    same(results, forward(problem))
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=lambda pair: "x".join(map(str, pair)))
+@pytest.mark.parametrize("mask", [None, Causal(), Window(300, 20)], ids=["full", "causal", "window"])
+def test_several_tiles_at_every_width(width, mask):
+    case = Case("tiles", 777, 1234, 2, 6, 2, *width, mask=lambda *_: mask)
+    problem = make_inputs(case, DEVICE)
+    results = forward(problem)
+    check_close(problem, results)
+    for _ in range(20):  # a race shows now and then
+        same(results, forward(problem))
+
+
+@pytest.mark.parametrize("width", WIDTHS, ids=lambda pair: "x".join(map(str, pair)))
+def test_every_feature_at_every_width(width):
+    case = Case("features", 300, 600, 2, 4, 2, *width, mask=lambda *_: Causal(), bias=(1, 4, 300, 600), softcap=9.0,
+                sinks=True, dropout_p=0.2)  # fmt: skip
+    problem = make_inputs(case, DEVICE)
+    check_close(problem, forward(problem))
+
+
+@pytest.mark.parametrize("mask", HIDING)
+def test_what_nobody_sees_may_hold_anything(mask):
+    clean, dirty = hidden_pair(mask, 200, 300, DEVICE)
+    want = forward(clean)
+    same(want, forward(dirty))
+    check_close(clean, want)
+
+
+@pytest.mark.parametrize("q_len", [1, 7], ids=str)
+def test_decoding_splits_the_keys(q_len):
+    lengths = torch.tensor([5000, 33], device=DEVICE)
+    problem = make_inputs(Case("decode", q_len, 5000, 2, 8, 2, 128, mask=lambda *_: Lengths(lengths)), DEVICE)
+    results = forward(problem)
+    check_close(problem, results)
+    same(results, forward(problem))
+
+
+def test_a_graph_of_calls_can_be_captured_and_replayed():
+    problem = make_inputs(Case("graph", 300, 500, 2, 4, 2, 64, mask=lambda *_: Causal()), DEVICE)
+    query, key, value = (each.clone() for each in problem.inputs[:3])
+    call = lambda: attention(query, key, value, mask=Causal(), backend="cuda", return_lse=True)  # noqa: E731
+    with torch.no_grad():
+        call()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = call()
+        query.mul_(0.5)
+        graph.replay()
+        want = call()
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+
+
+def test_a_call_runs_on_the_stream_that_is_current():
+    tensor = torch.randn(1, 4, 4096, 128, device=DEVICE).bfloat16()
+    with torch.no_grad(), poison():
+        want = attention(tensor, tensor, tensor, backend="cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            other = tensor * 1.0
+            got = attention(other, other, other, backend="cuda")
+        stream.synchronize()
+    assert torch.equal(got, want)
+
+
+def test_a_gradient_is_left_to_another_room():
+    tensor = torch.randn(1, 2, 64, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    verdict = explain(tensor, tensor, tensor)
+    assert "backward does not exist yet" in verdict.reasons["cuda"] and verdict.backend != "cuda"
+    attention(tensor, tensor, tensor).sum().backward()
+    assert tensor.grad.isfinite().all()
+
+
+def test_more_tiles_than_an_axis_of_a_grid_has():
+    tensor = torch.randn(70_000, 1, 16, 64, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        out = attention(tensor, tensor, tensor, backend="cuda")
+        few = attention(tensor[-100:], tensor[-100:], tensor[-100:], backend="reference")
+    assert (out[-100:].float() - few.float()).abs().max() < 0.05

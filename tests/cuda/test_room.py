@@ -1,0 +1,181 @@
+"""The CUDA room's door: where it stands on machines with and without a GPU, nvcc or a Hopper chip."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastattn import BackendUnavailable, attention, compiler, dispatch, explain, native, native_cuda, nvcc
+from fastattn.backends import cuda
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
+from fastattn.spec import AttnInputs, AttnSpec
+
+TENSOR = torch.empty(1, 2, 16, 64, dtype=torch.bfloat16)
+
+
+def spec_of(tensor=TENSOR, device=None, **arguments):
+    """A spec whose tensors pretend to be on a device."""
+    spec = AttnSpec.of(AttnInputs(tensor, tensor, tensor), **arguments)
+    return spec if device is None else dataclasses.replace(spec, device=torch.device(device))
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    """A GPU of a compute capability, as far as the room can see, and a library that could be built."""
+
+    def put(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        cuda._device_reason.cache_clear()
+
+    monkeypatch.setattr(native_cuda, "why_not", lambda: None)
+    yield put
+    cuda._device_reason.cache_clear()
+
+
+def test_on_a_machine_without_a_gpu_the_room_says_so():
+    reasons = explain(TENSOR, TENSOR, TENSOR).reasons
+    assert list(reasons)[:2] == ["cpu", "cuda"]
+    assert reasons["cuda"] == "the tensors are on cpu, and this room runs on NVIDIA GPUs"
+    with pytest.raises(BackendUnavailable, match="backend 'cuda' cannot run this call: the tensors are on cpu"):
+        attention(TENSOR, TENSOR, TENSOR, backend="cuda")
+
+
+def test_meta_tensors_are_explained():
+    tensor = TENSOR.to("meta")
+    assert "the tensors are on meta" in explain(tensor, tensor, tensor).reasons["cuda"]
+
+
+def test_a_hopper_chip_is_taken_first(chip):
+    chip(9, 0)
+    assert cuda.why_not(spec_of(device="cuda:0")) is None
+    assert dispatch.BACKENDS.index("cuda") < dispatch.BACKENDS.index("triton")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
+def test_another_chip_is_none_of_its(chip, capability):
+    chip(*capability)
+    reason = cuda.why_not(spec_of(device="cuda:0"))
+    assert f"capability {capability[0]}.{capability[1]}" in reason and "9.0 (Hopper)" in reason
+
+
+MANY = Dense(torch.ones(16, 16, dtype=torch.bool))
+for _ in range(cuda.MOST_LEAVES):
+    MANY = MANY & Dense(torch.ones(16, 16, dtype=torch.bool))
+REFUSED = {
+    "float32": (spec_of(TENSOR.float()), "torch.float32 has no kernel; float16 and bfloat16 have"),
+    "grad": (spec_of(TENSOR.clone().requires_grad_()), "this room's backward does not exist yet"),
+    "wide": (spec_of(TENSOR.repeat(1, 1, 1, 5)), "head_dim 320 is above 256"),
+    "masks": (spec_of(mask=MANY), "made of 9 masks, at most 8 can be joined"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_cannot_do_it_says(chip, name):
+    chip(9, 0)
+    spec, words = REFUSED[name]
+    assert words in cuda.why_not(dataclasses.replace(spec, device=torch.device("cuda:0")))
+
+
+def test_without_nvcc_the_reason_names_it(monkeypatch, tmp_path):
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(native_cuda, "_loaded", None)
+    monkeypatch.setattr(nvcc.shutil, "which", lambda name, path=None: None)
+    nvcc._find_nvcc.cache_clear()
+    try:
+        assert "no nvcc is found" in native_cuda.why_not()
+        assert "no nvcc is found" in native_cuda.state()
+        with pytest.raises(compiler.BuildError, match="no nvcc is found"):
+            native_cuda.build()
+    finally:
+        nvcc._find_nvcc.cache_clear()
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """An nvcc that writes what it is told to, and a cache folder of one's own; `fake("11.8")` is another version."""
+
+    def put(version, script="exit 0"):
+        tool = tmp_path / "bin" / "nvcc"
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo 'release {version}, V' && exit 0\n{script}\n")
+        tool.chmod(0o755)
+        nvcc._find_nvcc.cache_clear()
+
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTATTN_BUILD", raising=False)
+    monkeypatch.setattr(native_cuda, "_loaded", None)
+    monkeypatch.setattr(native_cuda, "_failure", None)
+    yield put
+    nvcc._find_nvcc.cache_clear()
+
+
+WRITES = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done'
+
+
+def test_the_library_is_built_once_and_named_by_its_key(fake):
+    fake("13.0", WRITES)
+    path = native_cuda.build()
+    assert path.exists() and path.name.startswith("fastattn_cuda_") and native_cuda.build() == path
+    assert native_cuda.find() == path
+    fake("13.1", WRITES)
+    assert native_cuda.find() is None
+
+
+def test_a_failed_build_is_remembered_and_repeated(fake):
+    fake("13.0", 'echo "forward.cu(1): error: no such thing" >&2; exit 1')
+    with pytest.raises(compiler.BuildError, match="no such thing"):
+        native_cuda.build()
+    assert "no such thing" in native_cuda.why_not()
+    assert "no such thing" in native_cuda.prepare()
+
+
+def test_an_old_nvcc_is_refused(fake):
+    fake("11.8")
+    assert "nvcc 11.8 is too old" in native_cuda.why_not()
+
+
+def test_a_build_that_is_forbidden_is_not_started(fake, monkeypatch):
+    fake("13.0")
+    monkeypatch.setenv("FASTATTN_BUILD", "never")
+    assert "FASTATTN_BUILD=never forbids it" in native_cuda.why_not()
+
+
+def test_the_rooms_do_not_share_a_key():
+    """Nobody's CPU library is built again for a change of a CUDA kernel."""
+    assert compiler.source_digest("cpu") != compiler.source_digest("cuda")
+    root = compiler.sources()
+    assert any(path.suffix == ".cu" for path in (root / "cuda").iterdir())
+    assert native.recipe().key != nvcc.key(compiler.Compiler(("nvcc",), "x"))
+
+
+def test_widths_are_those_of_the_tile_table():
+    text = (compiler.sources() / "cuda" / "tiles.h").read_text()
+    table = text[text.index("kWidths[][2] =") :].split(";")[0].split("=")[1]
+    assert eval(table.replace("{", "(").replace("}", ")")) == nvcc.WIDTHS
+
+
+KINDS = {
+    "plain": (None, cuda.PLAIN, False),
+    "full": (Full(), cuda.PLAIN, False),
+    "causal": (Causal(), cuda.MASKED, False),
+    "top-left": (Causal(align="top-left", offset=-1), cuda.MASKED, True),
+    "window": (Window(3, 0), cuda.MASKED, False),
+    "both": (Window(3, 0) & Causal(), cuda.MASKED, False),
+    "lengths": (Lengths(torch.tensor([9])), cuda.MASKED, True),
+    "chunked": (Chunked(4), cuda.MASKED, True),
+    "two-intervals": (Window(3, 0) | Lengths(torch.tensor([2])), cuda.MASKED, True),
+    "table": (Dense(torch.ones(16, 16, dtype=torch.bool)), cuda.EVERYTHING, True),
+    "scattered": (Segments(torch.arange(16)[None] % 3), cuda.EVERYTHING, True),
+    "sorted": (Segments(torch.arange(16)[None] // 5, sorted=True), cuda.MASKED, True),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mask_gets_the_leanest_kernel_that_can(name):
+    mask, kind, hides = KINDS[name]
+    problem = cuda._problem(spec_of(mask=mask))
+    assert (problem.kind, problem.hides) == (kind, hides)
+    assert cuda.kernel_name(spec_of(mask=mask)).endswith(f"({cuda.KINDS[kind]})")
