@@ -59,8 +59,10 @@ def usual_flavour() -> str:
 
 
 def sanitized() -> dict[str, str]:
-    """The environment of a process that may load libraries of the flavour `addresses`. BuildError where the compiler has
-    no sanitizers.
+    """The environment of a process that may load libraries of the flavour `addresses`.
+
+    Raises:
+        BuildError: no compiler, or one without sanitizers.
     """
     found = compiler.find_compiler()
     # Loaded before Python, which was not compiled with them; the last one so that they find what throws.

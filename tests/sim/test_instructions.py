@@ -1,5 +1,5 @@
-"""Each wrapper of csrc/cuda/arch: the simulator's half against the definition in NVIDIA's PTX ISA, written out here anew;
-on a GPU the PTX half of the same kernel against the simulator's.
+"""Each wrapper of csrc/cuda/arch: the simulator's half against the definition in NVIDIA's PTX ISA, written out here
+anew; on a GPU the PTX half of the same kernel against the simulator's.
 """
 
 import math
