@@ -25,7 +25,7 @@ LABEL = re.compile(r"(\.L_\w+):$")
 GUARD = re.compile(r"\*/\s+@")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
 
-SECTION = re.compile(r"^\.section\s+\.text\.(\w+),.*$", re.MULTILINE)
+SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+),.*$", re.MULTILINE)
 USAGE = re.compile(r"Function (\w+):\n(.*)")
 
 HGMMA = re.compile(r"([HQ])GMMA\.(\d+)x(\d+)x(\d+)")
