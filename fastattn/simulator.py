@@ -31,14 +31,14 @@ FLAVOURS = {
 }
 """What each is for, and what its kernels are compiled with."""
 
-MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+MACHINES = ("x86_64", "amd64")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def why_not() -> str | None:
     """Why no kernel can be simulated here; None where one can."""
     if sys.platform != "linux" or platform.machine().lower() not in MACHINES:
-        return f"the simulator runs on Linux, on x86-64 and AArch64, and this is {sys.platform} on {platform.machine()}"
+        return f"the simulator runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
     try:
         compiler.find_compiler()
     except BuildError as refusal:
