@@ -34,10 +34,11 @@ class Budget:
 
 @dataclass
 class Timing:
-    """Samples of one provider, in milliseconds a call."""
+    """Samples of one provider, in milliseconds a call: `inner` calls a sample, `per_round` samples a round."""
 
     samples_ms: list[float] = field(default_factory=list)
     inner: int = 1
+    per_round: int = 1
     spent: float = 0.0
     failure: Exception | None = None
 
@@ -101,6 +102,7 @@ class CudaClock:
         self.flush = torch.empty(max(2 * l2_bytes, 64 << 20), dtype=torch.int8, device=device)
 
     def warm_up(self, call: Call, timing: Timing) -> None:
+        timing.per_round = CALLS_PER_CUDA_ROUND
         for _ in range(3):
             call()
         torch.cuda.synchronize()

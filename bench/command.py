@@ -20,6 +20,7 @@ from fastattn.bench.providers import known_providers
 from fastattn.bench.roofline import ceilings
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench.run import budget_for, pick_device, plan, run, too_large
+from fastattn.bench.suite import SUITES
 from fastattn.bench_cases import OPS
 
 OK, WRONG, USAGE, NOTHING_RAN, STOPPED = 0, 1, 2, 3, 130
@@ -117,12 +118,17 @@ def _measure(
     if options.repro:
         _print_commands(console, done)
     if stopped:
-        flags = f"--save {options.save}" if options.save else f"--json {path}"
-        console.print(
-            f"\nstopped: {len(done)} of {len(rows)} rows were measured; --resume {flags} goes on", style="bold"
-        )
+        _print_left(console, "stopped", rows, options, path)
         return STOPPED
+    if ran and len(done) < len(rows):
+        _print_left(console, f"the budget of {options.budget:g} s is spent", rows, options, path)
     return _verdict(console, rows, result, ran)
+
+
+def _print_left(console: Any, why: str, rows: list[Row], options: Options, path: Path) -> None:
+    flags = f"--save {options.save}" if options.save else f"--json {path}"
+    done = sum(row.done for row in rows)
+    console.print(f"\n{why}: {done} of {len(rows)} rows were measured; --resume {flags} goes on", style="bold")
 
 
 def _settings(rows: list[Row], options: Options, device: torch.device) -> dict[str, Any]:
@@ -189,11 +195,14 @@ def _verdict(console: Any, rows: list[Row], result: model.ModelResult | None, ra
 def _print_list(console: Any, rows: list[Row], device: torch.device) -> None:
     console.print("operations", style="bold")
     for name, op in OPS.items():
-        console.print(f"  {name:<10} {op.says}")
+        console.print(f"  {name:<12} {op.says}", soft_wrap=True)
     console.print("presets, attention of known models", style="bold")
     for name, preset in PRESETS.items():
         console.print(f"  {name:<18} {preset.says}", soft_wrap=True)
         console.print(f"  {'':<18} from {preset.source}", style="dim", soft_wrap=True)
+    console.print("suites, lists of cells", style="bold")
+    for name, suite in SUITES.items():
+        console.print(f"  {name:<18} {suite.says}", soft_wrap=True)
     console.print("providers", style="bold")
     console.print("  " + "  ".join(known_providers()))
     console.print(f"rows ({len(rows)} on {device.type}), by the name that --only sees", style="bold")
@@ -212,7 +221,7 @@ def _print_dry_run(console: Any, rows: list[Row], device: torch.device) -> None:
         console.print(
             f"{mark} {say_bytes(row.estimated_bytes):>9}  {row.name}", style="red" if reason else "", soft_wrap=True
         )
-    large = [row for row in rows if free is not None and estimate.check_bytes(row.case, device) > free]
+    large = [row for row in rows if free is not None and estimate.check_bytes(row.case, row.mode, device) > free]
     if large:
         console.print(f"{len(large)} rows would not be checked: their float64 tables do not fit.", style="yellow")
     console.print("Estimates count inputs, outputs, gradients, masks and tables of what is not fused.", style="dim")

@@ -6,6 +6,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import env, files, store
@@ -47,7 +48,7 @@ def changes(before: list[Row], after: list[Row], threshold: float) -> list[Chang
     earlier = {(row.name, row.device): row for row in before if row.timed}
     pairs = [(earlier[row.name, row.device], row) for row in after if row.timed and (row.name, row.device) in earlier]
     return [
-        Change(old, new, old.median_ms / new.median_ms, unpaired(old.samples_ms, new.samples_ms), threshold)
+        Change(old, new, old.median_ms / new.median_ms, unpaired(old.samples, new.samples), threshold)
         for old, new in pairs
     ]
 
@@ -94,28 +95,31 @@ def _print_heads(console: Console, old: dict[str, Any], new: dict[str, Any]) -> 
         console.print("A machine was busy in one of the runs; take both again before a verdict.", style="yellow")
 
 
+COLUMNS = (("mode", -7), ("provider", -18), ("A", 8), ("B", 8), ("B is", 7), ("95% interval", 13))
+"""Names and widths, negative ones left-aligned; with the word behind them they fit 80 columns."""
+
+
 def _print_table(console: Console, found: list[Change]) -> None:
-    from rich import box
-    from rich.table import Table
+    """A block a case, a line a row."""
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
-    table.add_column("row", overflow="fold")
-    for title in ("A", "B", "B is", "95% interval"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for each in found:
-        row = each.after
-        interval = "" if each.interval is None else f"{each.interval.low:.2f} to {each.interval.high:.2f}"
-        table.add_row(
-            f"{row.case.op} {say_case(row.case)} {row.mode} {row.provider}",
-            say_time(each.before.median_ms),
-            say_time(row.median_ms),
-            say_speedup(each.ratio),
-            interval,
-            Text(each.word, STYLES[each.word]),
-        )
-    console.print(table)
+    for case, group in groupby(found, key=lambda each: each.after.case):
+        console.print(Text(f"\n{case.op}  {say_case(case)}", style="bold cyan"), soft_wrap=True)
+        console.print(Text("  " + _columns([name for name, _ in COLUMNS]), style="dim"))
+        before = None
+        for each in group:
+            row, interval = each.after, each.interval
+            cells = [
+                "" if row.mode == before else row.mode,
+                row.provider,
+                say_time(each.before.median_ms),
+                say_time(row.median_ms),
+                say_speedup(each.ratio),
+                "" if interval is None else f"{interval.low:.2f} to {interval.high:.2f}",
+            ]
+            console.print(Text.assemble(f"  {_columns(cells)}  ", (each.word, STYLES[each.word])))
+            before = row.mode
+    console.print()
     words = [each.word for each in found]
     counts = ", ".join(f"{words.count(word)} {word[2:]}" for word in STYLES)
     middle = say_speedup(statistics.geometric_mean(each.ratio for each in found))
@@ -124,6 +128,11 @@ def _print_table(console: Console, found: list[Change]) -> None:
         f"{100 * found[0].threshold:g}%, where its interval leaves out 1.",
         style="bold",
     )
+
+
+def _columns(cells: list[str]) -> str:
+    sized = zip(cells, (width for _, width in COLUMNS), strict=True)
+    return " ".join(f"{cell:<{-width}.{-width}}" if width < 0 else f"{cell:>{width}}" for cell, width in sized)
 
 
 def _print_rest(console: Console, before: list[Row], after: list[Row]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fastattn.bench.problem import SLICE_PAIRS
-from fastattn.bench_cases import DTYPES, BenchCase
+from fastattn.bench.problem import part_groups, slices
+from fastattn.bench_cases import DTYPES, OPS, BenchCase
 
 COPIES = {"fwd": 2, "bwd": 3, "fwd+bwd": 3}
 """Of the inputs: as drawn, as leaves, and their gradients. The output comes with the gradient that arrives."""
@@ -24,9 +24,11 @@ MEMINFO = Path("/proc/meminfo")
 
 def tensor_bytes(case: BenchCase, mode: str) -> int:
     """Bytes of inputs, outputs and gradients of one row."""
-    queries = case.batch * case.num_heads * case.q_len * case.head_dim
-    keys = case.batch * case.num_kv_heads * case.kv_len * case.head_dim
-    return _item(case) * (COPIES[mode] * (queries + 2 * keys) + 2 * queries)
+    queries = case.batch * case.num_heads * case.q_len
+    keys = case.batch * case.num_kv_heads * case.kv_len
+    inputs = queries * case.head_dim + keys * (case.head_dim + case.value_dim)
+    bias = case.num_heads * case.q_len * case.kv_len if OPS[case.op].bias else 0
+    return _item(case) * (COPIES[mode] * (inputs + bias) + 2 * queries * case.value_dim)
 
 
 def plain_bytes(case: BenchCase, mode: str) -> int:
@@ -37,16 +39,18 @@ def plain_bytes(case: BenchCase, mode: str) -> int:
 
 def mask_bytes(case: BenchCase) -> int:
     """Bytes of the mask as a bool table."""
-    many = case.batch if case.op == "masked" else 1
-    return 0 if case.op in ("self", "cross", "decode") else many * case.q_len * case.kv_len
+    tables = {"bare": 0, "one": 1, "batch": case.batch, "heads": case.num_heads}[OPS[case.op].tables]
+    return tables * case.q_len * case.kv_len
 
 
-def check_bytes(case: BenchCase, device: torch.device) -> int:
-    """Bytes of the float64 tables that a result is held against: of all heads, or of one group where those are many."""
+def check_bytes(case: BenchCase, mode: str, device: torch.device) -> int:
+    """Bytes of the float64 tables that a result is held against, whole or a part at a time."""
     pairs = case.batch * case.num_heads * case.q_len * case.kv_len
-    if pairs > SLICE_PAIRS.get(device.type, SLICE_PAIRS["cpu"]):
-        pairs = case.num_heads // case.num_kv_heads * case.q_len * case.kv_len
-    return 8 * TRUTH_TABLES * pairs
+    plan = slices(case, device.type, mode == "fwd")
+    if plan is None:
+        return 8 * TRUTH_TABLES * pairs
+    of_part = pairs * plan.kv_heads // part_groups(case) * plan.queries // case.q_len
+    return 8 * TRUTH_TABLES * of_part + mask_bytes(case)
 
 
 def free_bytes(device: torch.device) -> int | None:

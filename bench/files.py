@@ -82,7 +82,7 @@ def summary(rows: list[Row]) -> list[str]:
 
 def _summary_cell(row: Row) -> str:
     if not row.timed:
-        return ("✗ " if row.failed else "") + (row.reason or "not timed")
+        return ("✗ " if row.wrong else "") + (row.reason or "not timed")
     against = say_against(row)
     return say_time(row.median_ms) + (f" ({against})" if against else "")
 

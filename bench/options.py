@@ -10,19 +10,22 @@ from pathlib import Path
 MODES = ("fwd", "bwd", "fwd+bwd")
 PROVIDERS = ("fastattn", "sdpa", "flex")
 QUICK_PROVIDERS = ("fastattn", "sdpa")
+MODULE_PROVIDERS = ("fastattn", "mha")
 MODELS = ("minilm", "none")
 LARGEST_RANGE = 1000
+SIZES = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "head_dim_v", "window")
 
 EPILOG = """
 sizes are lists: 512   1k,2k,4k   512:8k:*2 (512, 1024 ... 8192)   1k:4k:+1k
 fastattn bench compare A B [--threshold 5%] [--fail]     two runs side by side, by name (--save) or file
 fastattn bench report [--check]                          the tables of the documents, from bench/results
-exit codes: 0 all well; 1 a result was wrong; 2 the command line was; 3 nothing ran; 130 Ctrl-C
+exit codes: 0 all well; 1 fastattn was wrong or crashed; 2 the command line was; 3 nothing ran; 130 Ctrl-C
 examples:
   fastattn bench                                     this machine's default run, a real model at its end
   fastattn bench llama3-8b-prefill vit-b             attention of known models
   fastattn bench --op truncated -N 1k:8k:*2 --window 256 --mode fwd
   fastattn bench --op all --providers fastattn,sdpa,sdpa-math --dtype bf16,fp32 --md report.md
+  fastattn bench cpu-table --save table --budget 600 the CPU room's speed table; --resume goes on
   fastattn bench --model minilm                      the real model alone
 """
 
@@ -44,6 +47,7 @@ class Options:
     q_len: list[int] | None = None
     kv_len: list[int] | None = None
     head_dim: list[int] | None = None
+    head_dim_v: list[int] | None = None
     window: list[int] | None = None
     only: re.Pattern[str] | None = None
     device: str = "auto"
@@ -62,6 +66,7 @@ class Options:
     rounds: int | None = None
     min_time: float | None = None
     max_time: float | None = None
+    budget: float | None = None
     model: str | None = None
     source: Path | None = None
     argv: tuple[str, ...] = ()
@@ -69,7 +74,7 @@ class Options:
     @property
     def narrowed(self) -> bool:
         """Whether the caller chose what to time, rather than taking the default run."""
-        sizes = (self.batch, self.num_heads, self.num_kv_heads, self.q_len, self.kv_len, self.head_dim, self.window)
+        sizes = (getattr(self, name) for name in SIZES)
         return bool(self.presets) or any(
             given is not None for given in (self.ops, self.only, self.providers, self.dtypes, self.modes, *sizes)
         )
@@ -111,13 +116,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (("-N", "--q-len"), "q_len", "query length (and the keys', unless -M)"),
         (("-M", "--kv-len"), "kv_len", "key length"),
         (("-D", "--head-dim"), "head_dim", "numbers a head"),
-        (("-W", "--window"), "window", "keys a query sees, for op truncated (default a quarter of the key length)"),
+        (("--head-dim-v",), "head_dim_v", "numbers a head of values and outputs (default as -D)"),
+        (("-W", "--window"), "window", "keys a query sees (op truncated) or sees to each side (op local)"),
     ):
         sizes.add_argument(*flags, dest=target, type=numbers, metavar="LIST", help=text)
     how = parser.add_argument_group("how long")
     how.add_argument("--rounds", type=_positive(int), metavar="N", help="samples of each row at least")
     how.add_argument("--min-time", type=_positive(float), metavar="S", help="seconds for each row at least")
     how.add_argument("--max-time", type=_positive(float), metavar="S", help="seconds for each row at most")
+    how.add_argument(
+        "--budget", type=_positive(float), metavar="S", help="begin no further case after so many seconds; see --resume"
+    )
     how.add_argument("--no-check", dest="check", action="store_false", help="time without comparing with float64")
     where = parser.add_argument_group("files")
     where.add_argument(

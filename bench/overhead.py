@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from fastattn.bench.module import problem_of
 from fastattn.bench.problem import Problem, tiny
 from fastattn.bench.provider import Provider
 from fastattn.bench_cases import BenchCase
@@ -23,7 +24,7 @@ def overhead_us(who: Provider, case: BenchCase, mode: str, device: torch.device)
     """
     if who.compiles:
         return None
-    problem = Problem(tiny(case), device)
+    problem = problem_of(tiny(case), device)
     try:
         return None if who.why_not(problem, mode) is not None else _time(who, problem, mode)
     except Exception:

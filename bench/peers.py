@@ -77,6 +77,9 @@ class Peer(Provider):
             return f"no head dim {case.head_dim}"
         if not isinstance(problem.mask, (Full, Causal, Window)):
             return f"no {type(problem.mask).__name__} mask"
+        reason = super().why_not(problem, mode)
+        if reason is not None:
+            return reason
         module = self.module()
         return module if isinstance(module, str) else self.cannot(module, problem, mode)
 

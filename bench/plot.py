@@ -172,6 +172,9 @@ def _lines(panel: Axes, rows: list[Row], colors: dict[str, str], measured: dict[
     if ceiling is not None:
         ends.append((ceiling, "roofline", ROOF, "normal"))
     lengths = sorted({row.case.kv_len for row in rows})
+    if not lengths:
+        panel.set_axis_off()
+        return
     panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [f"{each // 1024}k" if each % 1024 == 0 else str(each) for each in lengths])
     panel.set_xlim(lengths[0] * 0.92, lengths[-1] * 1.08)

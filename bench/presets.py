@@ -125,17 +125,12 @@ PRESETS = {
 }
 
 
-def preset(name: str) -> Preset:
-    """ValueError lists the known ones and the nearest."""
-    known("preset", [name], PRESETS)
-    return PRESETS[name]
-
-
 def preset_cases(names: list[str], device: str, dtypes: list[str] | None) -> list[tuple[BenchCase, tuple[str, ...]]]:
     """Cases with the modes that the model runs them in, in order; `device` is "cpu" or "cuda"."""
+    known("preset", names, PRESETS)
     found = {}
     for name in names:
-        chosen = preset(name)
+        chosen = PRESETS[name]
         for dtype in dtypes or [SIZES[device].dtype]:
             for layer in chosen.cuda if device == "cuda" else chosen.cpu:
                 for case in layer.cases(dtype):

@@ -7,25 +7,36 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastattn import testing
-from fastattn.bench_cases import BenchCase
+from fastattn.bench_cases import OPS, BenchCase
 from fastattn.masks import Dense, Full, Mask
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.yardstick import Agreement, Truth, agreement, truth
 
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""query, key, value -> out, all of them in the layout of the `Made` that has it."""
+Forward = Callable[..., Tensor]
+"""query, key, value and, where the operation has one, bias -> out; the first three in the layout of the `Made`."""
 
 SLICE_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}
 """(query, key) pairs of a float64 table that one check makes at a time; larger problems are checked head by head."""
 
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "bhld": (lambda tensor: tensor, lambda tensor: tensor),
+    "blhd": (lambda tensor: tensor.transpose(1, 2), lambda tensor: tensor.transpose(1, 2)),
+    "hld": (lambda tensor: tensor.squeeze(0), lambda tensor: tensor.unsqueeze(0)),
+}
+"""How tensors may lie: heads before or after the length, or without a batch; the way there, and the way back."""
+
 ALL_PAIRS = {"cpu": 1 << 25, "cuda": 1 << 30}
 """Pairs that are checked in all; beyond, evenly spread heads stand for the rest, and the report says how many."""
+
+
+class NoBackward(RuntimeError):
+    """A provider's output takes no gradients."""
 
 
 @dataclass
@@ -41,7 +52,15 @@ class Made:
     mask_s: float = 0.0
     """Seconds that making this form took."""
     layout: str = "bhld"
-    """How the tensors lie that `forward` takes and gives: bhld, or blhd (heads after length)."""
+    """How the tensors lie that `forward` takes and gives, by `LAYOUTS`."""
+    checked_as: tuple[str, Forward] | None = None
+    """Another operation and its forward, held against float64 in place of this one, whose random bits no definition
+    knows."""
+
+
+Pick = Callable[[str, Tensor], Tensor]
+Part = tuple[testing.Problem, Truth, Pick]
+"""Part of a problem, its truth, and how to cut the same part out of a result by its name."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +82,50 @@ class Verdict:
 
 
 class Problem:
-    """A case on a device. `qkv` are leaves that take gradients; `d_out` is the gradient that arrives from above."""
+    """A case on a device. `leaves` (query, key, value, and bias where the operation has one) take gradients; `d_out` is
+    the gradient that arrives from above.
+    """
 
     def __init__(self, case: BenchCase, device: torch.device):
         made = testing.make_inputs(case.row(), device)
         self.case, self.device, self.d_out = case, device, made.d_out
         self.mask: Mask = made.mask or Full()
+        self.op = OPS[case.op]
         # Only out takes part in the benchmark's gradients, lse does not.
         self.made = dataclasses.replace(made, d_lse=torch.zeros_like(made.d_lse))
-        self.qkv: tuple[Tensor, Tensor, Tensor] = tuple(
-            each.detach().clone().requires_grad_() for each in (made.inputs.query, made.inputs.key, made.inputs.value)
-        )  # type: ignore[assignment]
-        self.spec = AttnSpec.of(AttnInputs(*self.qkv), mask=self.mask)
+        given = made.inputs
+        self.seed = given.dropout_seed
+        self.leaves = tuple(
+            each.detach().clone().requires_grad_()
+            for each in (given.query, given.key, given.value, given.bias)
+            if each is not None
+        )
+        self.grad_names = ("dq", "dk", "dv", "dbias")[: len(self.leaves)]
+        self.spec = AttnSpec.of(AttnInputs(*self.leaves), mask=self.mask, dropout_p=self.op.dropout_p)
         self._by_layout: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self._known: dict[bool, list[Part]] = {}
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.leaves[:3]
+        return query, key, value
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.leaves[3] if self.op.bias else None
 
     @property
     def detached(self) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (each.detach() for each in self.qkv)
         return query, key, value
+
+    def flops(self, mode: str, *, useful: bool) -> int:
+        """Floating-point operations of the matrix products; `useful` ones on pairs that the mask shows."""
+        return self.spec.flops(mode, useful=useful)
+
+    def bytes(self, mode: str) -> int:
+        """Bytes that must cross memory once."""
+        return self.spec.bytes(mode)
 
     def call(self, mode: str, made: Made) -> Callable[[], object]:
         """What is timed: `fwd` without autograd, `bwd` the backward alone on a kept graph, `fwd+bwd` both.
@@ -89,86 +134,138 @@ class Problem:
         forward once.
         """
         forward = made.forward
-        qkv, d_out = self._leaves(made.layout)
+        leaves, d_out = self._leaves(made.layout)
         if mode == "fwd":
-            plain = tuple(each.detach() for each in qkv)
+            plain = _plain(leaves)
             return lambda: _no_grad(forward, plain)
         if mode == "bwd":
-            out = forward(*qkv)
-            return lambda: torch.autograd.grad(out, qkv, d_out, retain_graph=True)
-        return lambda: torch.autograd.grad(forward(*qkv), qkv, d_out)
+            out = _with_graph(forward(*leaves), made)
+            return lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+        return lambda: torch.autograd.grad(forward(*leaves), leaves, d_out)
 
     def results(self, mode: str, made: Made, *, poisoned: bool = True) -> dict[str, Tensor]:
-        """What a mode computes, by name: out for `fwd`, the three gradients for `bwd`, all for `fwd+bwd`.
+        """What a mode computes, by name: out for `fwd`, the gradients for `bwd`, all for `fwd+bwd`.
 
         `poisoned`: on memory filled with NaN. That is a global flag of PyTorch's, at which compiled code compiles anew.
         """
-        qkv, d_out = self._leaves(made.layout)
+        leaves, d_out = self._leaves(made.layout)
         with warnings.catch_warnings(), testing.poison() if poisoned else contextlib.nullcontext():
             # Under that flag PyTorch warns of its own kernels that are not deterministic.
             warnings.simplefilter("ignore")
             if mode == "fwd":
-                found = {"out": _no_grad(made.forward, tuple(each.detach() for each in qkv))}
+                found = {"out": _no_grad(made.forward, _plain(leaves))}
             else:
-                out = made.forward(*qkv)
-                found = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, qkv, d_out), strict=True))
+                out = _with_graph(made.forward(*leaves), made)
+                found = dict(zip(self.grad_names, torch.autograd.grad(out, leaves, d_out), strict=True))
                 if mode == "fwd+bwd":
                     found = {"out": out.detach(), **found}
-        return found if made.layout == "bhld" else {name: each.transpose(1, 2) for name, each in found.items()}
+        back = LAYOUTS[made.layout][1]
+        return {name: each if name == "dbias" else back(each) for name, each in found.items()}
 
     def _leaves(self, layout: str) -> tuple[tuple[Tensor, ...], Tensor]:
-        """query, key, value that take gradients, and d_out; `blhd` has the heads after the length, in memory too."""
+        """The leaves and d_out, lying in memory as `layout` says; a bias stays as it is."""
         if layout == "bhld":
-            return self.qkv, self.d_out
+            return self.leaves, self.d_out
         if layout not in self._by_layout:
-            turned = [each.detach().transpose(1, 2).contiguous() for each in (*self.qkv, self.d_out)]
-            self._by_layout[layout] = tuple(each.requires_grad_() for each in turned[:3]), turned[3]
+            there = LAYOUTS[layout][0]
+            turned = [there(each.detach()).contiguous() for each in (*self.qkv, self.d_out)]
+            leaves = tuple(each.requires_grad_() for each in turned[:3]) + self.leaves[3:]
+            self._by_layout[layout] = leaves, turned[3]
         return self._by_layout[layout]
 
     def check(self, results: dict[str, Tensor]) -> Verdict:
         """Hold results against float64 by the library's yardstick."""
         worst: dict[str, Agreement] = {}
-        for part, known, pick in self._truths:
+        for part, known, pick in self._truths(forward_alone=set(results) == {"out"}):
             for row in agreement(part, {name: pick(name, tensor) for name, tensor in results.items()}, known):
                 worst[row.name] = max(worst.get(row.name, row), row, key=_badness)
-        return Verdict(list(worst.values()), self.case.batch * self.case.num_heads, self._heads_checked)
+        checked = sum(part.case.batch * part.case.num_heads for part, _, _ in self._truths(set(results) == {"out"}))
+        return Verdict(list(worst.values()), self.case.batch * self.case.num_heads, checked)
 
-    @cached_property
-    def _truths(self) -> list[tuple[testing.Problem, Truth, Callable[[str, Tensor], Tensor]]]:
-        """Parts of the problem, the truth of each, and how to cut the same part out of a result."""
-        case, kind = self.case, self.device.type
-        pairs = case.batch * case.num_heads * case.q_len * case.kv_len
-        if pairs <= SLICE_PAIRS.get(kind, SLICE_PAIRS["cpu"]):
-            return [(self.made, truth(self.made), lambda name, tensor: tensor)]
-        rows = [(item, head) for item in range(case.batch) for head in range(case.num_kv_heads)]
-        few = max(1, ALL_PAIRS.get(kind, ALL_PAIRS["cpu"]) * len(rows) // pairs)
-        if few < len(rows):
-            rows = [rows[index * (len(rows) - 1) // max(1, few - 1)] for index in range(few)]
-        parts = [self._part(item, head) for item, head in rows]
-        return [(part, truth(part), pick) for part, pick in parts]
+    def _truths(self, forward_alone: bool) -> list[Part]:
+        """Parts of the problem that are checked; where one head is too large, the forward by some of its queries."""
+        plan = slices(self.case, self.device.type, forward_alone)
+        by_query = plan is not None and plan.queries < self.case.q_len
+        if by_query not in self._known:
+            if plan is None:
+                parts = [(self.made, lambda name, tensor: tensor)]
+            else:
+                # A bias's gradient is a sum over the batch.
+                items = [slice(None)] if self.op.bias else [slice(item, item + 1) for item in range(self.case.batch)]
+                heads = range(0, self.case.num_kv_heads, plan.kv_heads)
+                starts = [(item, head) for item in items for head in heads]
+                queries = _spread(self.case.q_len, plan.queries)
+                parts = [self._part(*starts[at], plan.kv_heads, queries) for at in _spread(len(starts), plan.parts)]
+            self._known[by_query] = [(part, truth(part), pick) for part, pick in parts]
+        return self._known[by_query]
 
-    @property
-    def _heads_checked(self) -> int:
-        return sum(part.case.batch * part.case.num_heads for part, _, _ in self._truths)
-
-    def _part(self, item: int, head: int) -> tuple[testing.Problem, Callable[[str, Tensor], Tensor]]:
-        """One batch item's key head with its query heads: a problem of its own."""
+    def _part(self, items: slice, head: int, kv_heads: int, queries: list[int]) -> tuple[testing.Problem, Pick]:
+        """Some batch items' key heads with their query heads, at some queries: a problem of its own."""
         case, group = self.case, self.spec.group
-        queries, keys = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        heads, keys = slice(head * group, (head + kv_heads) * group), slice(head, head + kv_heads)
+        rows = slice(None) if len(queries) == case.q_len else torch.tensor(queries, device=self.device)
 
-        def cut(tensor: Tensor, heads: slice) -> Tensor:
-            return tensor.detach()[item : item + 1, heads]
+        def cut(tensor: Tensor, at: slice) -> Tensor:
+            """Of a tensor with queries."""
+            return tensor.detach()[items, at][:, :, rows]
 
         def pick(name: str, tensor: Tensor) -> Tensor:
-            return cut(tensor, keys if name in ("dk", "dv") else queries)
+            if name == "dbias":
+                return tensor[:, heads]
+            return tensor.detach()[items, keys] if name in ("dk", "dv") else cut(tensor, heads)
 
-        table = self.mask.dense(case.q_len, case.kv_len, device=self.device).expand(case.batch, case.num_heads, -1, -1)
-        inputs = AttnInputs(cut(self.qkv[0], queries), cut(self.qkv[1], keys), cut(self.qkv[2], keys))
-        row = dataclasses.replace(self.made.case, batch=1, num_heads=group, num_kv_heads=1)
-        made = testing.Problem(
-            row, inputs, Dense(cut(table, queries)), cut(self.d_out, queries), cut(self.made.d_lse, queries)
+        bias = None if self.bias is None else self.bias.detach()[:, heads][:, :, rows]
+        query, key, value = self.qkv
+        inputs = AttnInputs(cut(query, heads), key.detach()[items, keys], value.detach()[items, keys], bias)
+        row = dataclasses.replace(
+            self.made.case,
+            batch=inputs.query.shape[0],
+            q_len=len(queries),
+            num_heads=kv_heads * group,
+            num_kv_heads=kv_heads,
         )
+        if isinstance(self.mask, Full):
+            mask = self.mask
+        else:
+            every = (case.batch, case.num_heads, case.q_len, case.kv_len)
+            mask = Dense(cut(self.mask.dense(case.q_len, case.kv_len, device=self.device).expand(every), heads))
+        made = testing.Problem(row, inputs, mask, cut(self.d_out, heads), cut(self.made.d_lse, heads))
         return made, pick
+
+
+class Slices(NamedTuple):
+    """What is checked: so many parts, each of so many key heads with their query heads, at so many queries."""
+
+    parts: int
+    kv_heads: int
+    queries: int
+
+
+def slices(case: BenchCase, kind: str, forward_alone: bool) -> Slices | None:
+    """How a large problem is checked in parts on a device of that kind; None: whole, as are those with random bits."""
+    pairs = case.batch * case.num_heads * case.q_len * case.kv_len
+    at_once = SLICE_PAIRS.get(kind, SLICE_PAIRS["cpu"])
+    if pairs <= at_once or OPS[case.op].dropout_p:
+        return None
+    groups = part_groups(case)
+    queries = case.q_len
+    if forward_alone and pairs // groups > at_once:
+        queries = max(1, at_once * groups * case.q_len // pairs)
+    of_all = pairs * queries // case.q_len
+    fit = [each for each in range(1, case.num_kv_heads + 1) if case.num_kv_heads % each == 0]
+    kv_heads = max([each for each in fit if each * of_all <= at_once * groups], default=1)
+    parts = ALL_PAIRS.get(kind, ALL_PAIRS["cpu"]) * groups // (of_all * kv_heads)
+    return Slices(min(groups // kv_heads, max(1, parts)), kv_heads, queries)
+
+
+def part_groups(case: BenchCase) -> int:
+    """Key heads that can be checked apart. A bias's gradient is a sum over the batch, which is then left whole."""
+    return (1 if OPS[case.op].bias else case.batch) * case.num_kv_heads
+
+
+def _spread(count: int, few: int) -> list[int]:
+    """`few` of `count` indices, evenly spread, both ends among them."""
+    return [index * (count - 1) // max(1, few - 1) for index in range(few)]
 
 
 def tiny(case: BenchCase) -> BenchCase:
@@ -184,10 +281,21 @@ def tiny(case: BenchCase) -> BenchCase:
     )
 
 
+def _with_graph(out: Tensor, made: Made) -> Tensor:
+    if not out.requires_grad:
+        raise NoBackward(f"no backward in {made.label}")
+    return out
+
+
+def _plain(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Without gradients, but for a bias: a model's parameter is one in its forward too."""
+    return (*(each.detach() for each in leaves[:3]), *leaves[3:])
+
+
 def _badness(row: Agreement) -> tuple[bool, float]:
     return row.problem is not None, row.share
 
 
-def _no_grad(forward: Forward, qkv: tuple[Tensor, ...]) -> Tensor:
+def _no_grad(forward: Forward, leaves: tuple[Tensor, ...]) -> Tensor:
     with torch.no_grad():
-        return forward(*qkv)
+        return forward(*leaves)

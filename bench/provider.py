@@ -14,9 +14,26 @@ class Provider:
     name: str
     compiles = False
     """Whether each size is compiled anew, so that a tiny call says nothing of a large one's overhead."""
+    forms: tuple[str, ...] = ("4-D",)
+    """Forms of a call, by `Op`, that it takes."""
+    bias = dropout = value_dim = False
+    """Whether it takes a learned bias, drops weights, has values of another width than keys."""
+    attends = True
+    """Whether it computes attention; a yardstick does not, and is not checked as if it did."""
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         """A short reason why this provider cannot run `mode` of `problem`, or None."""
+        op, case = problem.op, problem.case
+        if op.form not in self.forms:
+            return f"no {op.form} call"
+        if op.form == "3-D" and case.batch > 1:
+            return f"3-D tensors have no batch, and {case.batch} were asked for"
+        if op.bias and not self.bias:
+            return "no learned bias"
+        if op.dropout_p and not self.dropout:
+            return "no dropout"
+        if case.value_dim != case.head_dim and not self.value_dim:
+            return f"no values of width {case.value_dim} with keys of {case.head_dim}"
         return None
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 import fastattn
 from fastattn.bench import estimate
 from fastattn.bench.env import cxx
+from fastattn.bench.module import TorchModule, forward_alone, made_of
 from fastattn.bench.peers import PEERS
 from fastattn.bench.problem import Made, Problem, tiny
 from fastattn.bench.provider import Provider
+from fastattn.bench.read import Read
 from fastattn.bench_cases import OPS, BenchCase, known
 from fastattn.dispatch import BACKENDS
 from fastattn.masks import Causal, Full
@@ -30,93 +33,134 @@ SDPA_BACKENDS = {
     "cudnn": "CUDNN_ATTENTION",
 }
 CUDA_ONLY = ("efficient", "cudnn")
+BARE = "self"
+"""The operation with nothing but queries, keys and values."""
 
 
 class Fastattn(Provider):
-    """fastattn.attention; `room` None lets it choose."""
+    """fastattn.attention, or what stands in for PyTorch's own call; `room` None lets it choose."""
+
+    bias = dropout = value_dim = True
 
     def __init__(self, room: str | None = None):
         self.room = room
         self.name = "fastattn" if room is None else f"fastattn-{room}"
+        self.forms = ("4-D", "3-D", "3-D mask", "module") if room is None else ("4-D", "module")
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         try:
-            fastattn.explain(*problem.qkv, mask=problem.mask, backend=self.room)
+            self._explain(problem, self.room)
         except fastattn.BackendUnavailable:
-            return fastattn.explain(*problem.qkv, mask=problem.mask).reasons[self.room]
-        return None
+            return self._explain(problem).reasons[self.room]
+        return super().why_not(problem, mode) or forward_alone(problem, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
-        problem = Problem(tiny(case), device)
         try:
-            room = fastattn.explain(*problem.qkv, mask=problem.mask, backend=self.room).backend
+            room = self._explain(Problem(tiny(case), device), self.room).backend
         except fastattn.BackendUnavailable:
             return 0
         return estimate.plain_bytes(case, mode) if room == "reference" else 0
 
     def make(self, problem: Problem) -> Made:
-        mask, room = problem.mask, self.room
-        verdict = fastattn.explain(*problem.qkv, mask=mask, backend=room)
+        mask, room, seed, dropout_p = problem.mask, self.room, problem.seed, problem.op.dropout_p
+        label = self._explain(problem, room).backend
+        if problem.op.form == "module":
+            return made_of(problem, fastattn.nn.MultiheadAttention, label, backend=room)
+        if problem.op.form != "4-D":
+            return as_torch_calls(fastattn.scaled_dot_product_attention, problem, label)
         start = time.perf_counter()
-        OPS[problem.case.op].mask(problem.case, problem.device)
+        problem.op.mask(problem.case, problem.device)
         mask_s = time.perf_counter() - start
 
-        def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return fastattn.attention(query, key, value, mask=mask, backend=room)
+        def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+            return fastattn.attention(
+                query, key, value, mask=mask, bias=bias, dropout_p=dropout_p, dropout_seed=seed, backend=room
+            )
 
-        return Made(forward, verdict.backend, mask_s=mask_s)
+        return Made(forward, label, mask_s=mask_s)
+
+    @staticmethod
+    def _explain(problem: Problem, room: str | None = None) -> fastattn.Verdict:
+        return fastattn.explain(
+            *problem.qkv, mask=problem.mask, bias=problem.bias, dropout_p=problem.op.dropout_p, backend=room
+        )
 
 
 class Sdpa(Provider):
     """torch.nn.functional.scaled_dot_product_attention, PyTorch's own choice of kernel or one by name.
 
-    is_causal where that says the mask, no mask where all is visible, else the bool table that its users build.
+    is_causal where that says the mask, no mask where all is visible, else the bool table that its users build. Its
+    dropout draws bits of its own: what is checked is the same call without.
     """
+
+    forms = ("4-D", "3-D", "3-D mask")
+    bias = dropout = value_dim = True
 
     def __init__(self, kernel: str | None = None):
         self.kernel = kernel
         self.name = "sdpa" if kernel is None else f"sdpa-{kernel}"
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
-        return "needs CUDA" if self.kernel in CUDA_ONLY and problem.device.type != "cuda" else None
+        if self.kernel in CUDA_ONLY and problem.device.type != "cuda":
+            return "needs CUDA"
+        return super().why_not(problem, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
-        plain = estimate.plain_bytes(case, mode) if self.kernel == "math" else 0
-        return plain + estimate.mask_bytes(case)
+        op = OPS[case.op]
+        # PyTorch's fused kernel on a CPU takes none of these.
+        other = op.dropout_p or op.bias or op.form != "4-D" or case.value_dim != case.head_dim
+        unfused = self.kernel == "math" or (device.type == "cpu" and other)
+        return (estimate.plain_bytes(case, mode) if unfused else 0) + estimate.mask_bytes(case)
 
     def make(self, problem: Problem) -> Made:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        case, mask = problem.case, problem.mask
-        is_causal = isinstance(mask, Causal) and case.q_len == case.kv_len
-        visible = isinstance(mask, Full) or is_causal
-        start = time.perf_counter()
-        table = None if visible else mask.dense(case.q_len, case.kv_len, device=problem.device)
-        mask_s = time.perf_counter() - start
-        options: dict[str, Any] = {"attn_mask": table, "is_causal": is_causal}
-        if case.num_heads != case.num_kv_heads:
-            options["enable_gqa"] = True
-
-        def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(query, key, value, **options)
-
-        made = Made(forward, self.kernel or "", prepared_bytes=0 if table is None else table.numel(), mask_s=mask_s)
+        made = as_torch_calls(F.scaled_dot_product_attention, problem, self.kernel or "")
+        if problem.op.dropout_p:
+            made.checked_as = (BARE, as_torch_calls(F.scaled_dot_product_attention, problem, "", dropout=False).forward)
         if self.kernel is not None:
             backend = getattr(SDPBackend, SDPA_BACKENDS[self.kernel])
+            forward = made.forward
 
-            def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            def by_kernel(*leaves: Tensor) -> Tensor:
                 with sdpa_kernel(backend):
-                    return forward(query, key, value)
+                    return forward(*leaves)
 
             made.forward = by_kernel
         return made
+
+
+def as_torch_calls(function: Callable[..., Tensor], problem: Problem, label: str, *, dropout: bool = True) -> Made:
+    """A problem as a call of `scaled_dot_product_attention`, PyTorch's or the one that stands in for it."""
+    case, mask, op = problem.case, problem.mask, problem.op
+    is_causal = isinstance(mask, Causal) and case.q_len == case.kv_len
+    visible = isinstance(mask, Full) or is_causal
+    start = time.perf_counter()
+    table = None if visible else mask.dense(case.q_len, case.kv_len, device=problem.device)
+    mask_s = time.perf_counter() - start
+    if table is not None and op.form == "3-D mask":
+        table = table[0]
+    options: dict[str, Any] = {"is_causal": is_causal, "dropout_p": op.dropout_p if dropout else 0.0}
+    if case.num_heads != case.num_kv_heads:
+        options["enable_gqa"] = True
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return function(query, key, value, attn_mask=table if bias is None else bias, **options)
+
+    return Made(
+        forward,
+        label,
+        prepared_bytes=0 if table is None else table.numel(),
+        mask_s=mask_s,
+        layout="hld" if op.form == "3-D" else "bhld",
+    )
 
 
 class Flex(Provider):
     """torch.nn.attention.flex_attention, compiled; block masks are made from the mask's own row intervals."""
 
     name = "flex"
-    compiles = True
+    compiles = value_dim = True
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         if problem.device.type == "cpu":
@@ -128,7 +172,7 @@ class Flex(Provider):
             return "no Triton"
         if problem.mask.intervals(problem.case.q_len, problem.case.kv_len, problem.device) is None:
             return "mask without a rule"
-        return None
+        return super().why_not(problem, mode)
 
     def make(self, problem: Problem) -> Made:
         from torch.nn.attention.flex_attention import flex_attention
@@ -189,5 +233,6 @@ def provider(name: str) -> Provider:
 
 
 def known_providers() -> dict[str, Provider]:
-    every = [Fastattn(), *map(Fastattn, BACKENDS), Sdpa(), *map(Sdpa, SDPA_BACKENDS), Flex(), *PEERS.values()]
+    every = [Fastattn(), *map(Fastattn, BACKENDS), Sdpa(), *map(Sdpa, SDPA_BACKENDS), Flex(), TorchModule(), Read()]
+    every += PEERS.values()
     return {each.name: each for each in every}

@@ -25,33 +25,58 @@ class Interval(NamedTuple):
         return self.low <= 1.0 <= self.high
 
 
-def paired(base_ms: list[float], mine_ms: list[float]) -> Interval | None:
-    """Interval of median(base) / median(mine), samples paired by round: what slowed a round, slowed both.
+class Samples(NamedTuple):
+    """Milliseconds in the order they were taken; those of one round, so many at a time, shared what slowed it."""
+
+    ms: list[float]
+    per_round: int = 1
+
+    @property
+    def rounds(self) -> int:
+        return len(self.ms) // self.per_round
+
+
+def paired(base: Samples, mine: Samples) -> Interval | None:
+    """Interval of median(base) / median(mine), drawn by rounds: what slowed a round, slowed both.
 
     Rounds that only one of the two took part in are left out. None below `LEAST_SAMPLES` rounds.
     """
-    count = min(len(base_ms), len(mine_ms))
-    if count < LEAST_SAMPLES:
-        return None
-    drawn = _draw(count, 0)
-    return _interval(_medians(base_ms[:count], drawn) / _medians(mine_ms[:count], drawn))
+    return _between([(base, mine)])
 
 
-def unpaired(base_ms: list[float], mine_ms: list[float]) -> Interval | None:
+def quotient(pair: tuple[Samples, Samples], other: tuple[Samples, Samples]) -> Interval | None:
+    """The same for the ratio of two such ratios, which shared no round."""
+    return _between([pair, other])
+
+
+def unpaired(base: Samples, mine: Samples) -> Interval | None:
     """The same for two runs that shared no round."""
-    if min(len(base_ms), len(mine_ms)) < LEAST_SAMPLES:
+    if min(base.rounds, mine.rounds) < LEAST_SAMPLES:
         return None
-    base = _medians(base_ms, _draw(len(base_ms), 0))
-    return _interval(base / _medians(mine_ms, _draw(len(mine_ms), 1)))
+    medians = [_medians(each, _draw(each.rounds, seed)) for seed, each in enumerate((base, mine))]
+    return _interval(medians[0] / medians[1])
+
+
+def _between(pairs: list[tuple[Samples, Samples]]) -> Interval | None:
+    ratios = []
+    for seed, (base, mine) in enumerate(pairs):
+        count = min(base.rounds, mine.rounds)
+        if count < LEAST_SAMPLES:
+            return None
+        drawn = _draw(count, seed)
+        ratios.append(_medians(base, drawn) / _medians(mine, drawn))
+    return _interval(ratios[0] if len(ratios) == 1 else ratios[0] / ratios[1])
 
 
 def _draw(count: int, seed: int) -> Tensor:
-    """Indices of `RESAMPLES` samples with replacement; the same ones each time, so that a file is read one way."""
+    """`RESAMPLES` times as many rounds, with replacement; the same ones each time, so that a file is read one way."""
     return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
 
 
-def _medians(samples_ms: list[float], drawn: Tensor) -> Tensor:
-    return torch.tensor(samples_ms, dtype=torch.float64)[drawn].quantile(0.5, dim=1)
+def _medians(samples: Samples, drawn: Tensor) -> Tensor:
+    """The median over all samples of the rounds in each draw."""
+    whole = torch.tensor(samples.ms[: samples.rounds * samples.per_round], dtype=torch.float64)
+    return whole.view(samples.rounds, samples.per_round)[drawn].flatten(1).quantile(0.5, dim=1)
 
 
 def _interval(ratios: Tensor) -> Interval:

@@ -61,7 +61,8 @@ def print_legend(console: Console, rows: list[Row]) -> None:
     _print_overhead(console, rows)
     console.print(
         f"Time: median. {against}TFLOP/s: on visible pairs alone. Memory: a call's peak beyond its inputs, "
-        "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick.",
+        "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick"
+        + (", coarse: beyond them, but near." if any(row.coarse for row in rows) else "."),
         style="dim",
     )
     slow = [row for row in rows if row.provider == "fastattn" and row.label == "reference" and row.timed]
@@ -128,12 +129,11 @@ def _line(row: Row, mode: str, columns: list[tuple[str, int, str]]) -> Text:
     label = row.who
     if row.compile_s is not None:
         label += f" +{row.compile_s:.{0 if row.compile_s >= 1 else 1}f} s compile"
-    line.append(
-        f" {label:<{columns[1][1]}.{columns[1][1]}}", style="" if row.provider.startswith("fastattn") else "dim"
-    )
+    line.append(f" {label:<{columns[1][1]}.{columns[1][1]}}", style="" if row.ours else "dim")
     if not row.timed:
-        mark = " ✗ " if row.failed else " "
-        line.append(f"{mark}{row.reason or 'not timed'}", style="bold red" if row.failed else "italic dim")
+        mark = " ✗ " if row.wrong else " "
+        style = "bold red" if row.failed else "red" if row.wrong else "italic dim"
+        line.append(f"{mark}{row.reason or 'not timed'}", style=style)
         return line
     for _, width, what in columns[2:]:
         text, style = _cell(row, what)
@@ -154,7 +154,8 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
         return say_rate(row.tflops()), ""
     if what == "memory":
         return say_bytes(row.peak_bytes), ""
-    return say_error(row), "green" if row.correct else "dim" if row.correct is None else "bold red"
+    style = "green" if row.correct else "dim" if row.correct is None else "yellow" if row.coarse else "bold red"
+    return say_error(row), style
 
 
 def _speed_style(row: Row) -> str:

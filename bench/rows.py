@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastattn.bench.clock import quartiles
-from fastattn.bench.ratios import Interval
+from fastattn.bench.ratios import Interval, Samples
 from fastattn.bench_cases import BenchCase
 
 
@@ -19,7 +19,8 @@ class Row:
     `first_call_s`: seconds of the first call of this mode, with what it compiles or builds. `mask_s`: seconds that the
     mask took in this provider's form. `overhead_us`: microseconds of the host for a call that does next to nothing.
     `graph_ms`, `host_ms`: a tiny call on a GPU by two more clocks. `gpu_state`: clocks, power and temperature after it.
-    `speedup_low`, `speedup_high`: the 95% interval of the speed-up.
+    `speedup_low`, `speedup_high`: the 95% interval of the speed-up. `coarse`: another library's result beyond the
+    yardstick's bounds, yet so near that it is timed.
     Exactly one of `reason` (why there is no time) and `samples_ms` is filled once the row has run.
     """
 
@@ -33,6 +34,7 @@ class Row:
     correct: bool | None = None
     max_error: float | None = None
     error_share: float | None = None
+    coarse: bool = False
     errors: list[dict[str, Any]] = field(default_factory=list)
     heads_checked: int | None = None
     compile_s: float | None = None
@@ -41,6 +43,7 @@ class Row:
     overhead_us: float | None = None
     samples_ms: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
+    samples_per_round: int = 1
     speedup: float | None = None
     speedup_low: float | None = None
     speedup_high: float | None = None
@@ -75,13 +78,27 @@ class Row:
         return self.timed or self.reason is not None
 
     @property
+    def ours(self) -> bool:
+        """A row of fastattn's, by choice or by room."""
+        return self.provider.startswith("fastattn")
+
+    @property
+    def wrong(self) -> bool:
+        """Not to be timed: a wrong result or a crash."""
+        return self.crashed or (self.correct is False and not self.coarse)
+
+    @property
     def failed(self) -> bool:
-        """A wrong result, from anybody; or a crash of fastattn's own."""
-        return self.correct is False or (self.crashed and self.provider.startswith("fastattn"))
+        """A wrong result or a crash of fastattn's own; what another library does wrong is a cell that says so."""
+        return self.ours and self.wrong
 
     @property
     def median_ms(self) -> float:
         return statistics.median(self.samples_ms)
+
+    @property
+    def samples(self) -> Samples:
+        return Samples(self.samples_ms, self.samples_per_round)
 
     @property
     def quartiles_ms(self) -> tuple[float, float]:
@@ -110,11 +127,12 @@ class Row:
         """A command that runs this row again, beside its baseline."""
         case = self.case
         window = f" -W {case.window}" if case.window is not None else ""
+        values = f" --head-dim-v {case.head_dim_v}" if case.head_dim_v is not None else ""
         providers = ",".join(dict.fromkeys([self.provider, self.baseline or self.provider]))
         return (
             f"fastattn bench --op {case.op} --dtype {case.dtype} --mode {self.mode} -B {case.batch} "
             f"-H {case.num_heads} --kv-heads {case.num_kv_heads} "
-            f"-N {case.q_len} -M {case.kv_len} -D {case.head_dim}{window} "
+            f"-N {case.q_len} -M {case.kv_len} -D {case.head_dim}{values}{window} "
             f"--providers {providers} --baseline {self.baseline or self.provider} --device {self.device}"
         )
 
@@ -156,7 +174,10 @@ def say_time(milliseconds: float) -> str:
 
 
 def say_bytes(count: int | None) -> str:
-    return "-" if count is None else f"{three(count / 2**20)} MiB" if count < 1 << 30 else f"{three(count / 2**30)} GiB"
+    if count is None:
+        return "-"
+    unit, shift = ("KiB", 10) if count < 1 << 20 else ("MiB", 20) if count < 1 << 30 else ("GiB", 30)
+    return f"{three(count / (1 << shift))} {unit}"
 
 
 def three(number: float) -> str:
@@ -188,4 +209,4 @@ def say_error(row: Row) -> str:
     if row.correct is None:
         return "not checked" if row.timed else ""
     shown = "" if row.max_error is None or row.max_error != row.max_error else f" {row.max_error:.1e}"
-    return ("✓" if row.correct else "✗") + shown
+    return ("✓" if row.correct else "coarse" if row.coarse else "✗") + shown

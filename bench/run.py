@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -13,19 +13,26 @@ from fastattn.bench import env, estimate, tiny_calls
 from fastattn.bench import options as flags
 from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
 from fastattn.bench.memory import peak_bytes
+from fastattn.bench.module import problem_of
 from fastattn.bench.options import Options
 from fastattn.bench.overhead import overhead_us
-from fastattn.bench.presets import preset_cases
-from fastattn.bench.problem import Made, Problem
+from fastattn.bench.presets import PRESETS, preset_cases
+from fastattn.bench.problem import Made, NoBackward, Problem
 from fastattn.bench.progress import Progress
 from fastattn.bench.provider import Provider
 from fastattn.bench.providers import provider
 from fastattn.bench.ratios import paired
 from fastattn.bench.rows import Row, say_bytes
-from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases
+from fastattn.bench.suite import SUITES, Cell
+from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases, known
 
-SIZE_OPTIONS = ("batch", "num_heads", "num_kv_heads", "q_len", "kv_len", "head_dim", "window")
 BASELINE = "sdpa"
+COARSE = 8.0
+"""Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
+backward on a CPU is: it adds its gradients up in the inputs' dtype."""
+BACKWARD_WORDS = ("backward", "bwd")
+BASELINES = {"module": "mha"}
+"""PyTorch's own by the form of a call, where it is another."""
 BUDGETS = {
     ("cpu", False): Budget(rounds=7, min_time=0.3, max_time=2.0),
     ("cpu", True): Budget(rounds=3, min_time=0.05, max_time=0.5),
@@ -43,25 +50,30 @@ def pick_device(name: str) -> torch.device:
 
 def plan(options: Options, device: torch.device) -> list[Row]:
     """The rows that would run, in order. ValueError for a name that is not known."""
-    default = flags.QUICK_PROVIDERS if options.quick else flags.PROVIDERS
-    names = list(dict.fromkeys(options.providers or default))
-    if options.baseline is not None and options.baseline not in names:
-        names.append(options.baseline)
-    baseline = options.baseline or (BASELINE if BASELINE in names else None)
-    for name in names:
+    for name in [*(options.providers or ()), *([options.baseline] if options.baseline else ())]:
         provider(name)
-    rows = [
-        Row(case, mode, name, device.type, baseline=baseline)
-        for case, modes in _cases(options, device)
-        for mode in options.modes or modes
-        for name in names
-    ]
+    rows = []
+    for cell in _cells(options, device):
+        default = flags.QUICK_PROVIDERS if options.quick else flags.PROVIDERS
+        if OPS[cell.case.op].form == "module":
+            default = flags.MODULE_PROVIDERS
+        names = list(dict.fromkeys(options.providers or cell.providers or default))
+        if options.baseline is not None and options.baseline not in names:
+            names.append(options.baseline)
+        rows += cell_rows(cell, names, device, options.baseline)
     return [row for row in rows if options.only is None or options.only.search(row.name)]
 
 
-def _cases(options: Options, device: torch.device) -> list[tuple[BenchCase, tuple[str, ...]]]:
-    """What to time, and in which modes unless they are named."""
-    sizes = {name: getattr(options, name) for name in SIZE_OPTIONS}
+def cell_rows(cell: Cell, names: Sequence[str], device: torch.device, baseline: str | None = None) -> list[Row]:
+    """A row for each provider, against PyTorch's own unless `baseline` names another."""
+    usual = BASELINES.get(OPS[cell.case.op].form, BASELINE)
+    baseline = baseline or (usual if usual in names else None)
+    return [Row(cell.case, cell.mode, name, device.type, baseline=baseline) for name in names]
+
+
+def _cells(options: Options, device: torch.device) -> list[Cell]:
+    """What to time, in order."""
+    sizes = {name: getattr(options, name) for name in flags.SIZES}
     if options.presets:
         given = [name for name, values in {"ops": options.ops, **sizes}.items() if values is not None]
         if given:
@@ -69,7 +81,7 @@ def _cases(options: Options, device: torch.device) -> list[tuple[BenchCase, tupl
                 f"presets: {', '.join(options.presets)} bring their own operation and sizes, and {', '.join(given)} "
                 f"came too; give one or the other"
             )
-        return preset_cases(options.presets, device.type, options.dtypes)
+        return [cell for name in options.presets for cell in _named_cells(name, options, device)]
     cases = bench_cases(
         device.type,
         ops=list(OPS) if options.ops == ["all"] else options.ops or list(DEFAULT_OPS),
@@ -77,7 +89,26 @@ def _cases(options: Options, device: torch.device) -> list[tuple[BenchCase, tupl
         **sizes,
         quick=options.quick,
     )
-    return [(case, ("fwd", "bwd")) for case in cases]
+    return [Cell(case, mode) for case in cases for mode in options.modes or OPS[case.op].modes]
+
+
+def _named_cells(name: str, options: Options, device: torch.device) -> list[Cell]:
+    """The cells of a preset, or of a suite as far as its dtypes and modes are asked for."""
+    known("preset", [name], [*PRESETS, *SUITES])
+    if name in PRESETS:
+        cases = preset_cases([name], device.type, options.dtypes)
+        return [Cell(case, mode) for case, modes in cases for mode in options.modes or modes]
+    chosen = SUITES[name]
+    if chosen.device != device.type:
+        raise ValueError(
+            f"preset: {name} is measured on {chosen.device}, got {device.type}; add --device {chosen.device}"
+        )
+    return [
+        Cell(cell.case, cell.mode, cell.providers or chosen.providers)
+        for cell in chosen.cells()
+        if (options.dtypes is None or cell.case.dtype in options.dtypes)
+        and (options.modes is None or cell.mode in options.modes)
+    ]
 
 
 def budget_for(options: Options, device: torch.device) -> Budget:
@@ -87,10 +118,13 @@ def budget_for(options: Options, device: torch.device) -> Budget:
 
 
 def run(rows: list[Row], options: Options, device: torch.device, progress: Progress) -> Iterator[list[Row]]:
-    """Fill the rows, yielding them case by case."""
+    """Fill the rows, yielding them case by case; once the budget is spent, only those that were timed before."""
     clock, budget = clock_for(device), budget_for(options, device)
+    until = None if options.budget is None else time.monotonic() + options.budget
     for case, group in groupby(rows, key=lambda row: row.case):
         of_case = list(group)
+        if until is not None and time.monotonic() >= until and not all(row.done for row in of_case):
+            continue
         runner = CaseRunner(case, device, clock, budget, options.check, progress)
         for _, of_mode in groupby(of_case, key=lambda row: row.mode):
             together = list(of_mode)
@@ -113,7 +147,7 @@ class CaseRunner:
     ):
         self.case, self.device, self.clock, self.budget, self.check = case, device, clock, budget, check
         self.progress = progress
-        self.problem: Problem | None = None
+        self.problems: dict[BenchCase, Problem] = {}
         self.made: dict[str, Made] = {}
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the last case left in pieces
@@ -136,13 +170,14 @@ class CaseRunner:
                 _refuse(row, timing.failure)
             else:
                 row.samples_ms, row.calls_per_sample = timing.samples_ms, timing.inner
+                row.samples_per_round = timing.per_round
         if self.device.type == "cuda":
             self._look_closer(rows, calls)
         base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
         for row in rows:
             if base is not None and row.timed:
                 row.speedup = base.median_ms / row.median_ms
-                row.speedup_low, row.speedup_high = paired(base.samples_ms, row.samples_ms) or (None, None)
+                row.speedup_low, row.speedup_high = paired(base.samples, row.samples) or (None, None)
 
     def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]]) -> None:
         """On a GPU: its clocks while it is still warm, and two more clocks for tiny calls."""
@@ -162,16 +197,16 @@ class CaseRunner:
             if row.reason is not None:
                 return None
             problem = self._problem()
-            row.useful_flops = problem.spec.flops(row.mode, useful=True)
-            row.dense_flops = problem.spec.flops(row.mode)
-            row.least_bytes = problem.spec.bytes(row.mode)
+            row.useful_flops = problem.flops(row.mode, useful=True)
+            row.dense_flops = problem.flops(row.mode, useful=False)
+            row.least_bytes = problem.bytes(row.mode)
             row.reason = who.why_not(problem, row.mode)
             if row.reason is not None:
                 return None
             made = self._make(who, problem)
             row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
             row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
-            if self._checks and not self._right(row, problem, made):
+            if who.attends and self._checks(row.mode) and not self._right(row, problem, made):
                 return None
             call = problem.call(row.mode, made)
             row.overhead_us = overhead_us(who, self.case, row.mode, self.device)
@@ -182,11 +217,10 @@ class CaseRunner:
             _refuse(row, failure)
             return None
 
-    @property
-    def _checks(self) -> bool:
+    def _checks(self, mode: str) -> bool:
         """Whether results are held against float64: where that was asked for, and its tables fit."""
         free = estimate.free_bytes(self.device)
-        return self.check and (free is None or estimate.check_bytes(self.case, self.device) < free)
+        return self.check and (free is None or estimate.check_bytes(self.case, mode, self.device) < free)
 
     def _first_call(self, mode: str, made: Made, problem: Problem) -> float:
         """Seconds; what it allocates for good is not in the peak of later ones."""
@@ -197,6 +231,10 @@ class CaseRunner:
         return time.perf_counter() - start
 
     def _right(self, row: Row, problem: Problem, made: Made) -> bool:
+        if made.checked_as is not None:
+            op, forward = made.checked_as
+            problem = self._problem(op)
+            made = dataclasses.replace(made, forward=forward)
         results = problem.results(row.mode, made, poisoned=made.compile_s is None)
         try:
             verdict = problem.check(results)
@@ -208,14 +246,18 @@ class CaseRunner:
         row.correct, row.heads_checked = verdict.ok, verdict.heads_checked
         row.max_error, row.error_share = verdict.worst.max_error, verdict.worst.share
         row.errors = [dataclasses.asdict(each) for each in verdict.agreements]
-        if not verdict.ok:
-            row.reason = f"wrong: {verdict.worst}"
-        return verdict.ok
+        row.coarse = not row.ours and not verdict.ok and verdict.worst.share <= COARSE
+        if verdict.ok or row.coarse:
+            return True
+        row.reason = f"wrong: {verdict.worst}"
+        return False
 
-    def _problem(self) -> Problem:
-        if self.problem is None:
-            self.problem = Problem(self.case, self.device)
-        return self.problem
+    def _problem(self, op: str | None = None) -> Problem:
+        """The case's problem, or the same tensors under another operation."""
+        case = dataclasses.replace(self.case, op=op or self.case.op)
+        if case not in self.problems:
+            self.problems[case] = problem_of(case, self.device)
+        return self.problems[case]
 
     def _make(self, who: Provider, problem: Problem) -> Made:
         if who.name not in self.made:
@@ -235,11 +277,19 @@ def too_large(row: Row, device: torch.device) -> str | None:
 
 def _refuse(row: Row, failure: Exception) -> None:
     """Put an exception into a row's cell."""
+    lines = str(failure).strip().splitlines()
+    words = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
     if _out_of_memory(failure):
         row.reason = "out of memory"
-        return
-    lines = str(failure).strip().splitlines()
-    row.reason, row.crashed = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}", True
+    elif isinstance(failure, NoBackward) or (not row.ours and row.mode != "fwd" and _speaks_of_backward(failure)):
+        row.reason = str(failure) if isinstance(failure, NoBackward) else f"no backward: {words}"
+    else:
+        row.reason, row.crashed = words, True
+
+
+def _speaks_of_backward(failure: Exception) -> bool:
+    """Whether another library says, in its own way, that it has none: built without it, or not written."""
+    return isinstance(failure, NotImplementedError) or any(word in str(failure).lower() for word in BACKWARD_WORDS)
 
 
 def _out_of_memory(failure: Exception) -> bool:

@@ -145,7 +145,7 @@ def bench(run: Run, seconds: float) -> Outcome:
         elif not ending.well and len(left) == before and run.now() < until:
             run.record["crashed"][left.pop(0)] = ": ".join([ending.words, *ending.tail[-1:]])
     run.record["left"] = left
-    wrong = [row for row in rows if Row.of(row).failed and is_ours(row)]
+    wrong = [row for row in rows if Row.of(row).failed]
     words = f"{total - len(left)} of {total} cells" + (f", {len(wrong)} wrong" if wrong else "")
     crashed = f"{len(run.record['crashed'])} crashed" if run.record["crashed"] else ""
     return False if wrong or crashed else None if left else True, ", ".join(filter(None, [words, crashed]))
@@ -175,11 +175,6 @@ DOES: dict[str, Callable[[Run, float], Outcome]] = {
     "bench": bench,
     "tune": tune,
 }
-
-
-def is_ours(row: dict[str, Any]) -> bool:
-    """A row of fastattn's, by choice or by room: what another library does wrong is noted and is no failure."""
-    return row["provider"].startswith("fastattn")
 
 
 def _objects(child: Child) -> Iterator[dict[str, Any]]:

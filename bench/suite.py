@@ -1,8 +1,11 @@
-"""What `make gpu` times, the most telling cells first: a budget that ends early has answered the first questions."""
+"""Lists of cells, the most telling first: a budget that ends early has answered the first questions.
+
+What `make gpu` times on each device, and the table by which the CPU room is judged (`fastattn bench cpu-table`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastattn.bench_cases import BenchCase
@@ -21,10 +24,11 @@ WIDTH = 2048
 
 @dataclass(frozen=True)
 class Cell:
-    """One case in one mode, for all providers side by side."""
+    """One case in one mode, for all providers side by side; None: for those that run every cell."""
 
     case: BenchCase
     mode: str
+    providers: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -45,6 +49,7 @@ def _cuda() -> Iterable[Cell]:
     for mode in ("fwd", "bwd"):
         yield Cell(_square("truncated", 32768, 128, window=1024), mode)
         yield Cell(_square("masked", 4096, 128), mode)
+        yield Cell(_square("documents", 16384, 128), mode)
         yield Cell(_square("self", 16384, 64), mode)
     for mode in ("fwd", "bwd"):
         for head_dim in (128, 64):
@@ -76,3 +81,70 @@ def _cpu() -> Iterable[Cell]:
                     yield Cell(BenchCase(op, dtype, 1, 8, 8, length, length, head_dim, window), mode)
     yield Cell(BenchCase("decode", "bf16", 1, 32, 8, 1, 4096, 128), "fwd")
     yield Cell(BenchCase("masked", "fp32", 2, 8, 8, 1024, 1024, 64), "fwd")
+    yield Cell(BenchCase("documents", "fp32", 1, 8, 8, 1024, 1024, 64), "fwd")
+
+
+WIDTHS, FLOATS = (64, 128), ("bf16", "fp32")
+UNFUSED = ("dropout", "biased", "wide-values", "unbatched", "head-masks")
+"""What PyTorch's fused kernel on a CPU does not take."""
+
+
+def cpu_table() -> list[Cell]:
+    """The CPU room's speed table: eight heads, one sequence, unless the row says otherwise."""
+    return list(dict.fromkeys(_cpu_table()))
+
+
+def _cpu_table() -> Iterable[Cell]:
+    for head_dim in WIDTHS:
+        for dtype in FLOATS:
+            for op in ("self", "causal"):
+                for mode in ("fwd", "bwd"):
+                    yield Cell(_eight_heads(op, dtype, 4096, head_dim), mode)
+            window = _eight_heads("local", dtype, 4096, head_dim, window=128)
+            yield Cell(window, "fwd", ("fastattn", "sdpa", "flex"))
+            yield Cell(window, "bwd")
+            yield Cell(_eight_heads("masked", dtype, 4096, head_dim), "fwd")
+    for kv_len in (16384, 4096):
+        yield Cell(BenchCase("decode", "bf16", 1, 32, 8, 1, kv_len, 128), "fwd", ("fastattn", "sdpa", "read"))
+    for dtype in FLOATS:
+        for op in UNFUSED:
+            wide = 128 if op == "wide-values" else None
+            for mode in ("fwd", "fwd+bwd"):
+                yield Cell(_eight_heads(op, dtype, 2048, 64, head_dim_v=wide), mode)
+        yield Cell(_eight_heads("module", dtype, 2048, 64), "fwd", ("fastattn", "mha"))
+        yield Cell(BenchCase("cross", dtype, 1, 8, 8, 4096, 77, 64), "fwd")
+        yield Cell(BenchCase("self", dtype, 32, 8, 8, 64, 64, 64), "fwd")
+        # How the window's time grows; the dense table that PyTorch would need is not built.
+        yield Cell(_eight_heads("local", dtype, 16384, 64, window=128), "fwd", ("fastattn",))
+    for head_dim in WIDTHS:
+        for op in ("self", "causal"):
+            for mode in ("fwd", "bwd"):
+                yield Cell(_eight_heads(op, "fp16", 4096, head_dim), mode)
+    for dtype in (*FLOATS, "fp16"):
+        yield Cell(BenchCase("self", dtype, 1, 2, 2, 16384, 16384, 64), "fwd")
+    for dtype in (*FLOATS, "fp16"):
+        for head_dim in WIDTHS:
+            for op in ("self", "causal"):
+                for mode in ("fwd", "bwd"):
+                    yield Cell(_eight_heads(op, dtype, 1024, head_dim), mode)
+
+
+def _eight_heads(
+    op: str, dtype: str, length: int, head_dim: int, *, window: int | None = None, head_dim_v: int | None = None
+) -> BenchCase:
+    return BenchCase(op, dtype, 1, 8, 8, length, length, head_dim, window, head_dim_v)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cells by a name of the command line, and the device that they are for."""
+
+    says: str
+    device: str
+    cells: Callable[[], list[Cell]]
+    providers: tuple[str, ...]
+
+
+SUITES = {
+    "cpu-table": Suite("the CPU room's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"]),
+}

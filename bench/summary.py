@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fastattn.bench.env import headline
 from fastattn.bench.report import say_case
 from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
-from fastattn.bench.steps import is_ours
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,19 +43,19 @@ def failures(record: dict[str, Any]) -> dict[str, list[str]]:
     """What went wrong, by kind, a line each."""
     tests = record.get("tests", {"failed": {}})["failed"]
     checks = [row for row in record.get("checks", []) if row["ok"] is False]
-    rows = [row for row in record.get("rows", []) if is_ours(row) and (row["correct"] is False or row["crashed"])]
+    rows = [row for row in map(Row.of, record.get("rows", [])) if row.failed]
     return {
         "tests": [f"{name}: {why}".removesuffix(": ") for name, why in tests.items()],
         "checks": [f"{row['room']}, {row['case']}: {row['words']}" for row in checks],
-        "results": [f"{row['name']}: {row['reason']}" for row in rows],
+        "results": [f"{row.name}: {row.reason}" for row in rows],
         "crashes": [f"{name}: {why}" for name, why in record.get("crashed", {}).items()],
     }
 
 
 def notes(record: dict[str, Any]) -> list[str]:
     """What other libraries did wrong, a line each."""
-    rows = [row for row in record.get("rows", []) if not is_ours(row) and (row["correct"] is False or row["crashed"])]
-    return [f"{row['name']}: {row['reason']}" for row in rows]
+    rows = [row for row in map(Row.of, record.get("rows", [])) if row.wrong and not row.ours]
+    return [f"{row.name}: {row.reason}" for row in rows]
 
 
 def _print_lines(console: Console, found: dict[str, list[str]], mark: str, style: str) -> None:
@@ -122,5 +121,5 @@ def best_two(rows: list[Row]) -> tuple[Row | None, Row | None]:
     """fastattn's own choice, and the fastest of the others; None where there is none that was timed."""
     timed = [row for row in rows if row.timed]
     ours = next((row for row in timed if row.provider == "fastattn"), None)
-    others = [row for row in timed if not row.provider.startswith("fastattn")]
+    others = [row for row in timed if not row.ours]
     return ours, min(others, key=lambda row: row.median_ms, default=None)

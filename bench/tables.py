@@ -4,7 +4,8 @@
     (written by `fastattn bench report`)
     <!-- end of table -->
 
-A name may be followed by `only=REGEX`, as `--only` takes it.
+A name may be followed by `as=ratios`, for fastattn against each of the others with intervals, and by `only=REGEX`, as
+`--only` takes it. A measurement that is not there yet is a line that says so.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import re
 import sys
 from pathlib import Path
 
+from fastattn.bench import against
 from fastattn.bench.env import headline
 from fastattn.bench.files import read_json, summary
 
 OK, DIFFERENT, USAGE = 0, 1, 2
 
-BEGIN = re.compile(r"<!-- table: (?P<source>\S+)(?: only=(?P<only>\S+))? -->")
+BEGIN = re.compile(r"<!-- table: (?P<source>\S+)(?: as=(?P<kind>ratios))?(?: only=(?P<only>\S+))? -->")
 END = "<!-- end of table -->"
 DOCUMENTS = ("README.md", "docs/*.md")
 
@@ -32,13 +34,20 @@ def render(text: str, root: Path) -> str:
         following = BEGIN.search(text, match.end())
         if end < 0 or (following is not None and following.start() < end):
             raise ValueError(f"the table of {match['source']} has no end; write {END} below it")
-        parts += [text[place : match.end()], "\n\n", table(root / match["source"], match["only"]), "\n\n"]
+        parts += [text[place : match.end()], "\n\n", _filled(root, match), "\n\n"]
         place = end
     return "".join([*parts, text[place:]])
 
 
-def table(path: Path, only: str | None = None) -> str:
-    """Machine, versions, commit and date in one line, then a line a case: who took how long."""
+def _filled(root: Path, match: re.Match[str]) -> str:
+    source = match["source"]
+    if not (root / source).is_file():
+        return f"Not measured yet: `{source}` is not there."
+    return table(root / source, match["only"], match["kind"])
+
+
+def table(path: Path, only: str | None = None, kind: str | None = None) -> str:
+    """Machine, versions, commit and date in one line, then a line a case: who took how long; or a line a pair."""
     rows, environment = read_json(path)
     shown = [row for row in rows if only is None or re.search(only, row.name)]
     if not shown:
@@ -48,7 +57,7 @@ def table(path: Path, only: str | None = None) -> str:
     if environment["busy"]:
         load, cores = environment["load_average"][0], environment["cores"]
         lines += [f"The machine was busy (load {load} on {cores} cores): times are too long, ratios less so.", ""]
-    return "\n".join([*lines, *summary(shown)])
+    return "\n".join([*lines, *(against.markdown(shown) if kind == "ratios" else summary(shown))])
 
 
 def documents(root: Path) -> list[Path]:

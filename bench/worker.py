@@ -18,7 +18,7 @@ from fastattn.bench import peers
 from fastattn.bench.clock import Budget, clock_for
 from fastattn.bench.progress import Progress
 from fastattn.bench.rows import Row
-from fastattn.bench.run import BASELINE, CaseRunner
+from fastattn.bench.run import CaseRunner, cell_rows
 from fastattn.bench.suite import Cell, suite
 
 BUDGET = {"cuda": Budget(rounds=20, min_time=0.05, max_time=0.6), "cpu": Budget(rounds=5, min_time=0.1, max_time=0.5)}
@@ -57,8 +57,7 @@ def main(argv: list[str]) -> int:
 
 def time_cell(cell: Cell, providers: list[str], device: torch.device) -> list[Row]:
     """A row for each provider: checked, then timed side by side."""
-    baseline = BASELINE if BASELINE in providers else None
-    rows = [Row(cell.case, cell.mode, name, device.type, baseline=baseline) for name in providers]
+    rows = cell_rows(cell, providers, device)
     CaseRunner(cell.case, device, clock_for(device), BUDGET[device.type], True, Progress(len(rows))).run(rows)
     return rows
 

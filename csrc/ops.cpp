@@ -88,12 +88,27 @@ Table table(const Tensor& tensor, const Shape& shape) {
 
 Table table(const Tensor& tensor) { return table(tensor, Shape(tensor)); }
 
+// The pools' table: p.kv_len is the length of a block until here.
+void read_pages(Params& p, const Tensor& blocks, int64_t pool_blocks) {
+  const Shape shape(blocks);
+  for (Table* pool : {&p.key, &p.value}) {
+    pool->blocks = pointer<int32_t>(blocks);
+    pool->blocks_stride = shape.stride[2];
+    pool->block_size = p.kv_len;
+    pool->block_count = pool_blocks;
+  }
+  STD_TORCH_CHECK(shape.size[3] <= 1 || shape.stride[3] == 1, "a block table with adjacent columns is needed");
+  p.kv_len *= shape.size[3];
+}
+
 // Words: a leaf's kind pushes the next leaf, which takes one tensor or, for ids, two; kAnd and kOr join.
 //   interval  int32 [2, batch, heads, q_len]: starts, then stops
 //   elements  bool [batch, heads, q_len, kv_len]
 //   ids       int64 [batch, q_len], int64 [batch, kv_len]
 //   band      no tensor: two more words, low and high
-void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors) {
+// kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is their
+// table.
+void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors, int64_t pool_blocks) {
   STD_TORCH_CHECK(words.size() <= fastattn::kMostWords, "a mask of at most 64 words is needed, got ", words.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
@@ -102,6 +117,10 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
   };
   for (size_t at = 0; at < words.size(); ++at) {
     const int64_t word = words[at];
+    if (word == fastattn::kPages) {
+      read_pages(p, take(), pool_blocks);
+      continue;
+    }
     p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.leaves;
     if (word < 0) continue;
     STD_TORCH_CHECK(p.mask.leaves < fastattn::kMostLeaves, "a mask of at most 32 leaves is needed");
@@ -160,7 +179,7 @@ Params problem(const Tensor& query, const Tensor& key, const Tensor& value, cons
     for (int axis = 0; axis < 4; ++axis) p.bias_shape[axis] = shape.size[axis];
   }
   if (sinks) p.sinks = pointer<float>(*sinks);
-  read_mask(p, words, mask_tensors);
+  read_mask(p, words, mask_tensors, k.size[0]);
   if (dropout_p > 0) {
     p.drop_below = static_cast<uint64_t>(std::floor(dropout_p * 4294967296.0));
     p.keep_scale = dropout_p < 1 ? static_cast<float>(1.0 / (1.0 - dropout_p)) : 0.0f;
@@ -205,7 +224,7 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
   p.dk = table(dk);
   p.dv = table(dv);
   if (d_lse) p.d_lse = pointer<float>(*d_lse);
-  if (dbias) p.dbias = pointer<float>(*dbias);
+  if (dbias) p.dbias = table(*dbias);
   if (dsinks) p.dsinks = pointer<float>(*dsinks);
   p.row_terms = pointer<float>(row_terms);
   check(fastattn::cpu::backward(p));

@@ -9,15 +9,17 @@ if _find_spec("fastattn.kernels") is None:
     )
 
 from fastattn import masks, nn
+from fastattn.cache import KVCache
 from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
 from fastattn.integrations.torch import patch, replace_attention
 from fastattn.mha import multi_head_attention_forward
 from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.varlen import varlen_attention
 
 __version__ = "0.1.0"
 __all__ = [
-    "attention", "attention_weights", "dropout_mask", "explain",
-    "masks", "nn", "BackendUnavailable", "Verdict",
+    "attention", "attention_weights", "dropout_mask", "explain", "varlen_attention",
+    "KVCache", "masks", "nn", "BackendUnavailable", "Verdict",
     "scaled_dot_product_attention", "multi_head_attention_forward", "replace_attention", "patch",
 ]  # fmt: skip

@@ -26,7 +26,8 @@ FLAGS = (
 )  # fmt: skip
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
-X86 = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": (*AVX512, "-mavx512bf16")}
+AVX512BF16 = (*AVX512, "-mavx512bf16")
+X86 = {"kernel_avx2": AVX2, "kernel_avx512": AVX512, "kernel_avx512bf16": AVX512BF16, "kernel_amx": AVX512BF16}
 """A translation unit for each instruction set: no other is compiled for more than the architecture's least."""
 
 ERROR = re.compile(r"\b(?:fatal )?error\b", re.IGNORECASE)

@@ -48,7 +48,7 @@ class Verdict:
 def room(name: str) -> ModuleType:
     """The module of a backend: why_not, forward, backward, kernel_name; where there is something to say, also
     needs_asking, prepare (why_not, and whatever must be done before a run), notes (for a verdict), weights (what
-    attention_weights returns).
+    attention_weights returns), READS_BLOCKS and READS_BLOCKS_BACKWARD (whether keys may lie in blocks).
     """
     return importlib.import_module(_MODULES[name])
 
@@ -89,7 +89,7 @@ def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
     """The choice with everybody's reasons; raises as `choose` does."""
     asked = requested(backend)
     name = choose(spec, asked)
-    reasons = {each: room(each).why_not(spec) if each == asked else free_reason(each, spec) for each in BACKENDS}
+    reasons = {each: _reason(each, spec, False) if each == asked else free_reason(each, spec) for each in BACKENDS}
     module = room(name)
     more = module.notes(spec) if hasattr(module, "notes") else []
     return Verdict(name, module.kernel_name(spec), reasons, [*notes, *more])
@@ -103,5 +103,9 @@ def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | Non
 
 def _reason(name: str, spec: AttnSpec, to_run: bool) -> str | None:
     module = room(name)
+    if spec.pages is not None and not getattr(module, "READS_BLOCKS", False):
+        return "keys in blocks are not read in place here, and nothing is copied in silence"
+    if spec.pages is not None and spec.needs_grad and not getattr(module, "READS_BLOCKS_BACKWARD", False):
+        return "keys in blocks are read forward only here; torch.no_grad() leaves the gradients out"
     prepare = getattr(module, "prepare", None) if to_run else None
     return module.why_not(spec) if prepare is None else prepare(spec)

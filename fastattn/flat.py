@@ -17,12 +17,13 @@ from torch.utils._pytree import GetAttrKey, KeyEntry, register_pytree_node
 
 from fastattn import masks
 from fastattn.masks import Full, Mask
+from fastattn.paged import Paged
 
 Flat = tuple[str, list[int], list[Tensor]]
 
 CLASSES: dict[str, type[Mask]] = {
     name: cls
-    for name, cls in ((name, getattr(masks, name)) for name in masks.__all__)
+    for name, cls in (*((name, getattr(masks, name)) for name in masks.__all__), (Paged.__name__, Paged))
     if inspect.isclass(cls) and issubclass(cls, Mask) and dataclasses.is_dataclass(cls)
 }
 FIELDS: dict[str, tuple[str, ...]] = {

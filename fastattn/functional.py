@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, ops, reference, tracing
+from fastattn.cache import CacheView, placed
 from fastattn.dispatch import Verdict
 from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.masks import Mask
@@ -19,8 +20,8 @@ __all__ = ["attention", "attention_weights", "dropout_mask", "explain", "new_dro
 
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     *,
     mask: Mask | Tensor | None = None,
     bias: Tensor | None = None,
@@ -40,7 +41,7 @@ def attention(
     Args:
         query: [batch, num_heads, q_len, head_dim], float16, bfloat16, float32 or float64, any strides.
         key: [batch, num_kv_heads, kv_len, head_dim]; num_heads is a multiple of num_kv_heads (grouped or multi-query).
-        value: [batch, num_kv_heads, kv_len, head_dim_v].
+        value: [batch, num_kv_heads, kv_len, head_dim_v]; or `cache.key` and `cache.value` of a `fastattn.KVCache`.
         mask: a `fastattn.masks.Mask`, or a bool tensor (True = attend) broadcastable to
             [batch, num_heads, q_len, kv_len].
         bias: added to the scaled scores; float32 or the query's dtype, broadcastable like the mask; -inf hides.
@@ -67,8 +68,10 @@ def attention(
     Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the
     backend. Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
     """
+    if isinstance(key, CacheView) or isinstance(value, CacheView):
+        key, value, mask = placed(query, key, value, mask)
     query, key, value, bias = _autocast(query, key, value, bias=bias)
-    inputs = AttnInputs(query, key, value, bias, sinks, dropout_seed)
+    inputs = AttnInputs(query, key, value, bias, sinks, dropout_seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(
         inputs,
         mask=mask,
@@ -86,7 +89,14 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None = None, **arguments: object) -> Verdict:
+def explain(
+    query: Tensor,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
+    *,
+    backend: str | None = None,
+    **arguments: object,
+) -> Verdict:
     """What `attention` with the same arguments would run on, and why not on the others.
 
     Works on meta tensors, computes nothing and builds nothing.
@@ -99,6 +109,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None = 
     """
     arguments.pop("return_lse", None)
     bias, sinks, seed = (arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed"))
+    if isinstance(key, CacheView) or isinstance(value, CacheView):
+        key, value, arguments["mask"] = placed(query, key, value, arguments.get("mask"))
     narrowed, key, value, bias = _autocast(query, key, value, bias=bias)
     inputs = AttnInputs(narrowed, key, value, bias, sinks, seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(inputs, **arguments)  # type: ignore[arg-type]
@@ -110,7 +122,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, *, backend: str | None = 
 
 def attention_weights(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | CacheView,
     *,
     lse: Tensor | None = None,
     mask: Mask | Tensor | None = None,
@@ -138,8 +150,10 @@ def attention_weights(
     """
     if heads not in ("all", "mean"):
         raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
+    if isinstance(key, CacheView):
+        key, _, mask = placed(query, key, key.cache.value, mask)
     query, key, bias = _autocast(query, key, bias=bias)
-    inputs = AttnInputs(query, key, key, bias, sinks)
+    inputs = AttnInputs(query, key, key, bias, sinks)  # type: ignore[arg-type]
     spec = AttnSpec.of(inputs, mask=mask, scale=scale, softcap=softcap)
     if lse is not None:
         _check_lse(lse, query)

@@ -22,7 +22,8 @@ from fastattn import flat
 from fastattn.masks import And, Causal, Dense, Full, Interval, Mask, Or, Segments, Window
 
 CPU = torch.device("cpu")
-INTERVAL, ELEMENTS, IDS, BAND = 0, 1, 2, 3
+INTERVAL, ELEMENTS, IDS, BAND, PAGES = 0, 1, 2, 3, 4
+"""PAGES is no leaf: before the others, where keys lie in blocks; its tensor is their table."""
 AND, OR = -1, -2
 MOST_LEAVES = 32
 MOST_WORDS = 64

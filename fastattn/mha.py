@@ -7,22 +7,25 @@ one place where that is turned round. Masks are never merged into one tensor ove
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
-from fastattn import sdpa
+from fastattn import projections, sdpa
 from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.functional import attention, attention_weights
-from fastattn.masks import Causal, Dense, Mask
+from fastattn.masks import Causal, Dense, Lengths, Mask, Window
 
 __all__ = ["multi_head_attention_forward"]
 
 TORCH_MHA = F.multi_head_attention_forward
 """Torch's own, whatever a patch has put in its place."""
+EXTRAS = ("window", "num_kv_heads", "backend")
+"""What `forward` takes and torch's function does not know."""
 
 
 def multi_head_attention_forward(
@@ -102,6 +105,27 @@ def multi_head_attention_forward(
     return forward(*positional, **arguments)  # type: ignore[arg-type]
 
 
+def route(*positional: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """`forward`, past the modes and tensor subclasses that override torch's function.
+
+    A subclass is handed torch's function where that says the same, else this one: what torch has no word for (a room, a
+    window, fewer key heads) is never dropped.
+    """
+    tensors = (*positional[:3], *positional[5:9], *positional[11:13])
+    if not has_torch_function(tensors):
+        return forward(*positional, **arguments)
+    flip = arguments.pop("batch_first", False) and positional[0].dim() == 3
+    if flip:
+        positional = (*projections.each(lambda tensor: tensor.transpose(0, 1), *positional[:3]), *positional[3:])
+    given = {name: arguments.pop(name, None) for name in EXTRAS}
+    extras = {name: value for name, value in given.items() if value is not None}
+    if extras:
+        out, weights = handle_torch_function(partial(route, **extras), tensors, *positional, **arguments)
+    else:
+        out, weights = sdpa.overridden(multi_head_attention_forward, TORCH_MHA, tensors, positional, arguments)
+    return (out.transpose(0, 1) if flip else out), weights
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -130,14 +154,24 @@ def forward(
     is_causal: bool = False,
     *,
     batch_first: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    num_kv_heads: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`multi_head_attention_forward` behind overrides; batch_first keeps [batch, length, embed_dim] as it is."""
+    """`multi_head_attention_forward` behind overrides, and what modules add to it.
+
+    Args:
+        batch_first: query, key, value and out are [batch, length, embed_dim].
+        window: (left, right) of a `Window` over the keys given; keys that the module adds are seen by everybody.
+        num_kv_heads: heads of key and value: in_proj_weight is [(num_heads + 2 * num_kv_heads) * head_dim, embed_dim],
+            k_proj_weight and v_proj_weight, bias_k and bias_v, static_k and static_v have num_kv_heads likewise.
+        backend: the room, by name.
+    """
     batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[attr-defined]
     batch_first = batch_first and batched
     length_dim, batch_dim = (1, 0) if batch_first else (0, 1)
     if not batched:
-        query, key, value = each(lambda tensor: tensor.unsqueeze(1), query, key, value)
+        query, key, value = projections.each(lambda tensor: tensor.unsqueeze(1), query, key, value)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     q_len, batch, embed_dim = query.shape[length_dim], query.shape[batch_dim], query.shape[2]
     kv_len = key.shape[length_dim]
@@ -159,26 +193,29 @@ def forward(
     head_dim = embed_dim // num_heads
     if head_dim * num_heads != embed_dim:
         raise AssertionError(f"embed_dim {embed_dim} not divisible by num_heads {num_heads}")
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    kv_dim = kv_heads * head_dim
     _check_key_value(key, value, use_separate_proj_weight, batch_first)
     if attn_mask is not None:
         _check_attn_mask_shape(attn_mask, batch * num_heads, q_len, kv_len)
-    _check_added_keys(bias_k, bias_v, static_k, static_v, batch * num_heads, head_dim)
+    _check_added_keys(bias_k, bias_v, static_k, static_v, batch * kv_heads, head_dim)
     dropout_p = dropout_p if training else 0.0
     if not 0.0 <= dropout_p <= 1.0:
         kind = ValueError if need_weights else RuntimeError
         raise kind(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
 
     if use_separate_proj_weight:
-        q, k, v = _project_separately(query, key, value, q_proj_weight, k_proj_weight, v_proj_weight, in_proj_bias)
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        q, k, v = projections.separate(query, key, value, *separate, in_proj_bias, kv_dim)
     else:
-        q, k, v = _project_packed(query, key, value, in_proj_weight, in_proj_bias)
+        q, k, v = projections.packed(query, key, value, in_proj_weight, in_proj_bias, kv_dim)
     if bias_k is not None and bias_v is not None:
-        one = (batch, 1, embed_dim) if batch_first else (1, batch, embed_dim)
+        one = (batch, 1, kv_dim) if batch_first else (1, batch, kv_dim)
         k, v = torch.cat([k, bias_k.expand(one)], length_dim), torch.cat([v, bias_v.expand(one)], length_dim)
     # As [batch, num_heads, length, head_dim]: views of the projections.
-    q, k, v = (t.unflatten(-1, (num_heads, head_dim)).permute(batch_dim, 2, length_dim, 3) for t in (q, k, v))
-    k = k if static_k is None else static_k.unflatten(0, (batch, num_heads))
-    v = v if static_v is None else static_v.unflatten(0, (batch, num_heads))
+    q, k, v = (t.unflatten(-1, (-1, head_dim)).permute(batch_dim, 2, length_dim, 3) for t in (q, k, v))
+    k = k if static_k is None else static_k.unflatten(0, (batch, kv_heads))
+    v = v if static_v is None else static_v.unflatten(0, (batch, kv_heads))
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     q, k, v, _ = sdpa._autocast(q, k, v, None)
@@ -192,6 +229,9 @@ def forward(
     mask, bias = _visibility(attn_mask, key_padding_mask, batch, num_heads, k.shape[2], added)
     if trust_hint:
         mask = Causal(align="top-left")
+    if window is not None:
+        near = _near(window, q_len, k.shape[2], added, q.device)
+        mask = near if mask is None else near & mask
     seed = new_dropout_seed(q.device) if dropout_p > 0 else None
     room = sdpa._room(q.device, backend)
     out, lse = attention(
@@ -210,51 +250,6 @@ def forward(
         weights = weights.mean(1) if average_attn_weights else weights
     weights = weights.to(q.dtype)
     return out, weights if batched else weights.squeeze(0)
-
-
-def each(
-    change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors changed; what was one object stays one, which decides how many projections are made."""
-    new_query = change(query)
-    new_key = new_query if key is query else change(key)
-    return new_query, new_key, new_key if value is key else change(value)
-
-
-def _project_packed(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, ...]:
-    """One product for self-attention, two where key is value, else three. The results are views of them."""
-    if weight is None:
-        raise AssertionError("use_separate_proj_weight is False but in_proj_weight is None")
-    if bias is not None and bias.dtype != weight.dtype:  # torch allows it by accident of its layouts, and users do it
-        bias = bias.to(weight.dtype)
-    embed_dim = query.shape[-1]
-    if query is key and key is value:
-        return F.linear(query, weight, bias).chunk(3, -1)
-    if key is value:
-        sizes = [embed_dim, 2 * embed_dim]
-        w_q, w_kv = weight.split(sizes)
-        b_q, b_kv = (None, None) if bias is None else bias.split(sizes)
-        return F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, -1)
-    biases = (None,) * 3 if bias is None else bias.chunk(3)
-    return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
-
-
-def _project_separately(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, ...]:
-    for name, weight in (("q", w_q), ("k", w_k), ("v", w_v)):
-        if weight is None:
-            raise AssertionError(f"use_separate_proj_weight is True but {name}_proj_weight is None")
-    biases = (None,) * 3 if bias is None else bias.chunk(3)
-    return F._in_projection(query, key, value, w_q, w_k, w_v, *biases)  # type: ignore[attr-defined]
 
 
 def _visibility(
@@ -285,6 +280,16 @@ def _visibility(
         else:
             bias = one if bias is None else bias + one
     return mask, bias
+
+
+def _near(window: tuple[int | None, int | None], q_len: int, kv_len: int, added: int, device: torch.device) -> Mask:
+    """The window over the keys that were given, and the `added` ones after them, which have no place of their own."""
+    if not added:
+        return Window(*window)
+    given = int(kv_len - added)
+    mask = Window(*window, offset=given - int(q_len))
+    first, end = (torch.full((1,), size, dtype=torch.int32, device=device) for size in (given, kv_len))
+    return (mask & Lengths(first, validate=False)) | Lengths(end, kv_starts=first, validate=False)
 
 
 def _check_mask_kinds(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference, tracing
+from fastattn import dispatch, reference, sharding, tracing
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -47,6 +47,10 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     """out, lse of a checked call; `backend=None` leaves the choice to the room list."""
     if not _watched(inputs):
         return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
+    if any(map(sharding.is_sharded, inputs[:3])):
+        inputs, spec, gathered = sharding.localized(inputs, spec)
+        out, lse = attention(inputs, spec, backend)
+        return gathered(out), gathered(lse)
     with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
         return FORWARD(*inputs, *spec.flat(), backend or "")
 
@@ -96,12 +100,15 @@ def _run_backward(
     lse: Tensor,
     d_out: Tensor,
     d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
     if not spec.needs_grad:  # nobody records gradients within an operator, and a room may have no backward
         spec = dataclasses.replace(spec, needs_grad=True)
-    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).backward(spec, inputs, out, lse, d_out, d_lse)
+    room = dispatch.room(dispatch.choose(spec, backend, to_run=True))
+    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -136,7 +143,8 @@ class _Eager(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
             return (*_present(inputs, grads), None, None, None)
-        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse)
+        wants_dbias = ctx.needs_input_grad[AttnInputs._fields.index("bias")]
+        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
         return (*grads, None, None, None)
 
 

@@ -24,6 +24,7 @@ from fastattn.tracing import autograd_inside_operator, holds_many, without_autoc
 from fastattn.visible import visible_sum
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+READS_BLOCKS = READS_BLOCKS_BACKWARD = True
 
 
 def why_not(spec: AttnSpec) -> str | None:
@@ -43,9 +44,16 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    spec: AttnSpec,
+    inputs: AttnInputs,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> Gradients:
-    """Gradients by differentiating the definition; `out` and `lse` are not needed."""
+    """Gradients by differentiating the definition; `out` and `lse` are not needed, and the bias's comes in any case."""
     with autograd_inside_operator(), without_autocast(spec.device):
         leaves = inputs.detached()
         results = plain(spec, leaves)
@@ -84,6 +92,8 @@ def plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 def _plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     query, key, value, bias, sinks, seed = inputs
+    if spec.pages is not None:
+        key, value = spec.pages.laid_out(key), spec.pages.laid_out(value)
     keep = visibility(spec, bias, query.device)
     if spec.kv_len == 0:
         # One key that nobody sees stands for none, as reductions over nothing are not defined.
@@ -112,6 +122,7 @@ def attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, ro
 
 def _attention_weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None) -> Tensor:
     query, key, _, bias, sinks, _ = inputs
+    key = key if spec.pages is None else spec.pages.laid_out(key)
     keep = visibility(spec, bias, query.device)
     seen_by_head = keep.any(-2).unsqueeze(-1).expand(-1, spec.num_heads, -1, -1)
     if rows is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from fastattn import foreign
 from fastattn.functional import attention
 from fastattn.masks import Causal, Mask
 
@@ -93,7 +94,7 @@ def route(
 ) -> Tensor:
     """`scaled_dot_product_attention` on a room of choice: past the overrides, then computed."""
     if has_torch_function((query, key, value, attn_mask)):
-        bias = _is_causal_bias(attn_mask)
+        bias = foreign.is_causal_bias(attn_mask)
         if not bias or has_torch_function((query, key, value)):
             return overridden(
                 partial(route, backend=backend) if backend else scaled_dot_product_attention,
@@ -142,7 +143,7 @@ def attend(
 ) -> Tensor:
     """The function behind overrides: shapes, masks and dtypes into the terms of `fastattn.attention`."""
     mask: Mask | Tensor | None = None
-    if _is_causal_bias(attn_mask):
+    if foreign.is_causal_bias(attn_mask):
         mask = _causal_of(attn_mask, query, key, is_causal)
         attn_mask, is_causal = None, False
     _check_kinds(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -173,22 +174,13 @@ def attend(
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[2:])
 
 
-def _is_causal_bias(mask: object) -> bool:
-    # By name: torch.nn.attention.bias imports torch._dynamo, which nobody who has no CausalBias should pay for.
-    return type(mask).__name__ == "CausalBias" and isinstance(mask, Tensor)
-
-
 def _causal_of(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> Mask:
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
-    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
-        return Causal(align="top-left")
-    if (bias.seq_len_q, bias.seq_len_kv) != (query.shape[-2], key.shape[-2]):
-        raise RuntimeError(
-            f"attn_mask: the causal bias was made for {bias.seq_len_q} queries and {bias.seq_len_kv} keys, "
-            f"got {query.shape[-2]} and {key.shape[-2]}"
-        )
-    return Causal(align="bottom-right")
+    try:
+        return foreign.of_causal_bias(bias, query.shape[-2], key.shape[-2])
+    except ValueError as failure:
+        raise RuntimeError(str(failure)) from None
 
 
 def _check_kinds(

@@ -18,8 +18,10 @@ from torch import Tensor
 from fastattn import flat
 from fastattn.blocks import BlockList, Grid, block_list
 from fastattn.dropout import check_dropout, check_number
+from fastattn.foreign import as_mask
 from fastattn.leaves import Leaves, make_leaves
-from fastattn.masks import Dense, Full, Mask, visible_pairs
+from fastattn.masks import Mask, visible_pairs
+from fastattn.paged import Paged
 from fastattn.scores import DotProduct, Softmax
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -103,6 +105,8 @@ class AttnSpec:
     needs_grad: bool
     score: DotProduct
     normalizer: Softmax
+    pages: Paged | None = None
+    """Where the keys and values lie that are in blocks; `mask` is then the one inside."""
 
     @classmethod
     def of(
@@ -128,14 +132,7 @@ class AttnSpec:
             return _SEEN[call]
         _check_tensors(inputs)
         _check_hooks(score, normalizer)
-        if mask is None:
-            mask = Full()
-        elif isinstance(mask, Tensor):
-            mask = Dense(mask)
-        elif not isinstance(mask, Mask):
-            raise TypeError(
-                f"mask: a fastattn.masks.Mask or a bool tensor (True = attend) is needed, got {type(mask).__name__}"
-            )
+        mask = as_mask(mask, inputs.query, inputs.key)
         spec = cls.from_flat(inputs, FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic), mask=mask)
         _check_sizes(spec, inputs)
         _check_numbers(spec, inputs)
@@ -151,6 +148,11 @@ class AttnSpec:
         query, key, value, bias, sinks, _ = inputs
         batch, num_heads, q_len, head_dim = query.shape
         _, num_kv_heads, kv_len, head_dim_v = value.shape
+        if mask is None:
+            mask = flat.unpack(packed.mask_code, packed.mask_numbers, packed.mask_tensors)
+        pages = mask if isinstance(mask, Paged) else None
+        if pages is not None:
+            mask, kv_len = pages.inside, pages.kv_len
         scale = packed.scale
         if scale is None:
             scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
@@ -166,7 +168,7 @@ class AttnSpec:
             head_dim_v,
             query.dtype,
             query.device,
-            flat.unpack(packed.mask_code, packed.mask_numbers, packed.mask_tensors) if mask is None else mask,
+            mask,
             scale,
             packed.softcap,
             None if bias is None else tuple(bias.shape),
@@ -176,11 +178,12 @@ class AttnSpec:
             wants and torch.is_grad_enabled(),
             DotProduct(),
             Softmax(),
+            pages,
         )
 
     def flat(self) -> FlatSpec:
         """The spec as primitives; `from_flat` of the same tensors brings it back."""
-        code, numbers, tensors = flat.pack(self.mask)
+        code, numbers, tensors = flat.pack(self.pages or self.mask)
         return FlatSpec(code, numbers, tensors, self.scale, self.softcap, self.dropout_p, self.deterministic)
 
     @property
@@ -319,7 +322,9 @@ def _check_tensors(inputs: AttnInputs) -> None:
 
 def _check_sizes(spec: AttnSpec, inputs: AttnInputs) -> None:
     query, key, value, bias, sinks, _ = inputs
-    if not query.shape[0] == key.shape[0] == value.shape[0]:
+    if spec.pages is not None:
+        _check_pages(spec, key, value)
+    elif not query.shape[0] == key.shape[0] == value.shape[0]:
         raise ValueError(
             "query, key, value: the batch sizes must be equal (expand with stride 0 to broadcast), "
             f"got {query.shape[0]}, {key.shape[0]}, {value.shape[0]}"
@@ -347,10 +352,19 @@ def _check_sizes(spec: AttnSpec, inputs: AttnInputs) -> None:
         )
     if sinks is not None and tuple(sinks.shape) != (spec.num_heads,):
         raise ValueError(f"sinks: one number per query head, [{spec.num_heads}], is needed, got {list(sinks.shape)}")
-    for tensor in spec.mask.tensors:
+    for tensor in (spec.pages or spec.mask).tensors:
         if tensor.device != spec.device:
             raise ValueError(f"mask: its tensors must be on the query's device {spec.device}, got {tensor.device}")
-    spec.mask.check(*want)
+    (spec.pages or spec.mask).check(*want)
+
+
+def _check_pages(spec: AttnSpec, key: Tensor, value: Tensor) -> None:
+    blocks, size = (key.shape[0], value.shape[0]), (key.shape[2], value.shape[2])
+    if not blocks[0] == blocks[1] >= 1 or size != (spec.pages.block_size,) * 2:  # type: ignore[union-attr]
+        raise ValueError(
+            "key, value: pools [blocks, heads, block_size, head_dim] of the same blocks are needed, with block_size "
+            f"{spec.pages.block_size}, got {list(key.shape)} and {list(value.shape)}"  # type: ignore[union-attr]
+        )
 
 
 def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:

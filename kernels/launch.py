@@ -136,10 +136,14 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
     # A packed tile's queries lie in several heads, which no descriptor spans.
     whole = {"query": (inputs.query, row.block_m), "out": (part_out, row.block_m)}
     tiled = {"key": (inputs.key, row.block_n), "value": (inputs.value, row.block_n)}
+    strided: dict[str, Tensor | None] = {"bias": problem.bias}
+    for here, told in ((packed, whole), (spec.pages is not None, tiled)):
+        strided |= {name: tensor for name, (tensor, _) in told.items()} if here else {}
     tensors = operands(
         row.descriptors,
-        tiled if packed else tiled | whole,
-        {"bias": problem.bias} | ({name: tensor for name, (tensor, _) in whole.items()} if packed else {}),
+        {name: each for name, each in (tiled | whole).items() if name not in strided},
+        strided,
+        spec.pages,
         lse=part_lse,
         sinks=inputs.sinks,
         seed=inputs.dropout_seed,
@@ -235,7 +239,7 @@ def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -
     section = section_of(spec, spec.q_len * spec.group)
     launches.append(problem.walking(attn_dkv_kernel, row, programs, section, given, mirror=True))
 
-    if axes == "qk":
+    if axes == "qk" and grads.dbias is not None:
         launches.append(_dbias(problem, grads, q_side | kv_side | terms | bias, rest))
     return launches
 

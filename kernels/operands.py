@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.kind import wide
-from fastattn.kernels.veil import veiled
+from fastattn.kernels.veil import veil, veiled
 
 TMA_BYTES = 16
 """What the copy engine wants addresses and strides to be multiples of (CUDA driver API, cuTensorMapEncodeTiled)."""
@@ -18,6 +18,7 @@ def operands(
     descriptors: bool,
     tiled: dict[str, tuple[Tensor, int]],
     strided: dict[str, Tensor | None],
+    pages: Any = None,
     **plain: Tensor | None,
 ) -> tuple[Any, Any]:
     """The tensors of a kernel by name, and their strides.
@@ -27,6 +28,7 @@ def operands(
         tiled: [batch, heads, length, dim] tensors with how many rows are moved at a time, and [batch, heads, length]
             ones with how many numbers.
         strided: tensors whose elements are addressed one by one, or None.
+        pages: where the spec says that "key" and "value", then among `strided`, lie in blocks.
         plain: contiguous tensors, or None.
     """
     tensors: dict[str, Any] = {}
@@ -39,7 +41,17 @@ def operands(
         strides[name] = () if described else _strides(tensor)
     for name, table in strided.items():
         tensors[name], strides[name] = table, () if table is None else _strides(table)
+    if pages is not None:
+        strides |= {name: in_blocks(tensors[name], pages.table) for name in ("key", "value")}
     return named(**tensors, **plain), named(**strides)
+
+
+def in_blocks(pool: Tensor, table: Tensor) -> tuple:
+    """Five in place of four strides: the pool's own, the table int32 [batch, blocks of an item] with adjacent columns,
+    its row's step, a block's length, how many blocks there are.
+    """
+    blocks, _, size, _ = pool.shape
+    return _strides(pool), table, veil(table.stride(0)), veil(size), veil(blocks)
 
 
 def _strides(tensor: Tensor) -> tuple:

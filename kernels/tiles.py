@@ -8,7 +8,7 @@ what may not be written. Addresses are 64 bits wide.
 import triton
 import triton.language as tl
 
-from fastattn.kernels.veil import stride
+from fastattn.kernels.veil import stride, unveil
 
 
 @triton.jit
@@ -49,12 +49,21 @@ def store_tile(
 def _pointers(tensor, strides, batch, head, rows, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[len(rows), BLOCK_D], and which of them lie inside."""
     offs_d = tl.arange(0, BLOCK_D)
-    base = tensor + batch.to(tl.int64) * stride(strides, 0)
-    offs_row = head.to(tl.int64) * stride(strides, 1) + rows.to(tl.int64) * stride(strides, 2)
+    if len(strides) == 5:  # a pool of blocks: operands.in_blocks
+        own, table, width, size, count = strides
+        base = tensor
+        block = tl.load(table + batch.to(tl.int64) * unveil(width) + rows // unveil(size), mask=rows < length, other=0)
+        block = tl.minimum(tl.maximum(block, 0), unveil(count) - 1)
+        offs_row = head.to(tl.int64) * stride(own, 1) + block.to(tl.int64) * stride(own, 0)
+        offs_row += (rows % unveil(size)).to(tl.int64) * stride(own, 2)
+    else:
+        own = strides
+        base = tensor + batch.to(tl.int64) * stride(own, 0)
+        offs_row = head.to(tl.int64) * stride(own, 1) + rows.to(tl.int64) * stride(own, 2)
     inside = (rows < length)[:, None]
     if DIM != BLOCK_D:
         inside = inside & (offs_d < DIM)[None, :]
-    return base + offs_row[:, None] + offs_d.to(tl.int64)[None, :] * stride(strides, 3), inside
+    return base + offs_row[:, None] + offs_d.to(tl.int64)[None, :] * stride(own, 3), inside
 
 
 @triton.jit

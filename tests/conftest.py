@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT]
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+if find_spec("torchvision") and not torch.cuda.is_available():
+    # PyPI's torchvision is linked to CUDA; beside a CPU torch its operators never register, and importing it fails for
+    # want of these two, that of timm, open_clip and transformers too.
+    for name in ("nms", "qnms"):
+        try:
+            torch._C._get_schema(f"torchvision::{name}", "")
+        except RuntimeError:
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 SEED = 0
 torch.manual_seed(SEED)  # processes that share the tests must draw the same names for them

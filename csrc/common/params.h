@@ -7,11 +7,14 @@ namespace fastattn {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// A tensor [batch, heads, rows, columns]; a stride of 0 repeats.
+// A tensor [batch, heads, rows, columns]; a stride of 0 repeats. With `blocks` it is a pool [block_count, heads,
+// block_size, columns], and row i of item b lies in block blocks[b * blocks_stride + i / block_size].
 struct Table {
   void* data = nullptr;
   DType dtype = kFloat32;
   int64_t stride[4] = {0, 0, 0, 0};
+  const int32_t* blocks = nullptr;
+  int64_t blocks_stride = 0, block_size = 1, block_count = 0;
 };
 
 // What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
@@ -32,6 +35,7 @@ struct MaskLeaf {
 
 constexpr int kMostLeaves = 32;
 constexpr int kMostWords = 64;
+constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
 constexpr int32_t kAnd = -1;
 constexpr int32_t kOr = -2;
 
@@ -66,7 +70,7 @@ struct Params {
   const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
   float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
   float* dsinks = nullptr;       // [num_heads]
-  float* dbias = nullptr;        // contiguous, bias_shape, zeros on entry
+  Table dbias;                   // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;

@@ -78,13 +78,14 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
   dv += at.low * width_v;
   const auto* weights = weight_rows<Dot>(keys, weight, work.words);
   column_product<Dot>(keys, width_v, steps, weights, row, rows.d_out.pairs, dv);
-  if (owns_dbias(p)) store_dbias(p, *rows.tile, at, work.d_score);
+  if (owns_dbias(p)) store_dbias(p, *rows.tile, at, work.d_score, at.bias_rows);
   if (p.softcap != 0.0f) multiply(at, work.d_score, work.slope);
   const auto* d_scores = weight_rows<Dot>(keys, d_score, work.words);
   column_product<Dot>(keys, width, steps, d_scores, row, rows.query.pairs, dk);
   const auto* d_pairs = weight_pairs<Dot>(vectors, keys, d_score, work.words);
-  const auto* seen_pairs = pairs + words_of<Dot>(at.low) * width;
-  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, seen_pairs, 1, width, d_pairs, rows.dq);
+  const PairsOf<Dot> form(width);
+  const auto* seen_pairs = pairs + words_of<Dot>(at.low) * form.step;
+  lane_product<Dot, true>(vectors, width, keys / Dot::PER_WORD, seen_pairs, form.row, form.step, d_pairs, rows.dq);
 }
 
 // Add a finished chunk to dq, in turn; the last part writes it out. False where the turn will not come.
@@ -190,7 +191,7 @@ static bool backward_item(const Params& p, const BackwardPlan& plan, int64_t fir
 
 template <class Dot>
 static const char* run_backward(const Params& p) {
-  const bool sums_bias = p.dbias && !owns_dbias(p);
+  const bool sums_bias = p.dbias.data && !owns_dbias(p);
   BackwardPlan plan(p);
   Scratch memory;
   const int64_t rows = p.dsinks || sums_bias ? p.batch * p.num_heads * p.q_len : 0;

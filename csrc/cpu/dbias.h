@@ -7,18 +7,19 @@
 namespace fastattn::FASTATTN_ISA {
 
 static bool owns_dbias(const Params& p) {
-  return p.dbias && p.bias_shape[0] == p.batch && p.bias_shape[1] == p.num_heads && p.bias_shape[2] == p.q_len &&
+  return p.dbias.data && p.bias_shape[0] == p.batch && p.bias_shape[1] == p.num_heads && p.bias_shape[2] == p.q_len &&
          p.bias_shape[3] == p.kv_len;
 }
 
-// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads.
-static void store_dbias(const Params& p, const QueryTile& tile, const Meeting& at, const float* from) {
+// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads. `rows` is
+// scratch, [BLOCK_M][BLOCK_N].
+static void store_dbias(const Params& p, const QueryTile& tile, const Meeting& at, const float* from, float* rows) {
   const int64_t left = p.kv_len - at.first, last = left < at.high ? left : at.high;
-  // Rows follow one another in the bias as in the tile: heads of a group are side by side, each with all its queries.
-  const int64_t row = (tile.b * p.num_heads + tile.head[0]) * p.q_len + tile.q_idx[0];
-  if (at.low < last)
-    transpose(from + at.low * BLOCK_M, BLOCK_M, last - at.low, tile.count, p.dbias + row * p.kv_len + at.first + at.low,
-              p.kv_len);
+  if (at.low >= last) return;
+  transpose(from + at.low * BLOCK_M, BLOCK_M, last - at.low, tile.vectors * VL, rows, BLOCK_N);
+  for (int lane = 0; lane < tile.count; ++lane)
+    write_row(p.dbias, tile.b, tile.head[lane], tile.q_idx[lane], at.first + at.low, last - at.low,
+              rows + lane * BLOCK_N);
 }
 
 template <class Dot>
@@ -53,10 +54,10 @@ static void finish_dbias(const Params& p, const BiasItem& item, float* sum) {
     for (int lane = 1; lane < BLOCK_M; ++lane) sum[j * BLOCK_M] += sum[j * BLOCK_M + lane];
   for (int64_t j = 1; j < BLOCK_N && shape[3] == 1; ++j)
     for (int lane = 0; lane < BLOCK_M; ++lane) sum[lane] += sum[j * BLOCK_M + lane];
+  float* to = static_cast<float*>(p.dbias.data) + (item.b * shape[1] + item.h) * shape[2] * shape[3];
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j)
-      p.dbias[((item.b * shape[1] + item.h) * shape[2] + (shape[2] == 1 ? 0 : q_first + i)) * shape[3] +
-              (shape[3] == 1 ? 0 : kv_first + j)] = sum[j * BLOCK_M + i];
+      to[(shape[2] == 1 ? 0 : q_first + i) * shape[3] + (shape[3] == 1 ? 0 : kv_first + j)] = sum[j * BLOCK_M + i];
 }
 
 template <class Dot>

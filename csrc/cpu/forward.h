@@ -79,8 +79,9 @@ static void forward_step(const Params& p, const QueryTile& tile, const QueryRows
     multiply(at, work.s, at.dropout);
   }
   const auto* weights = weight_pairs<Dot>(tile.vectors, keys, s, work.words);
-  lane_product<Dot, true>(tile.vectors, width, keys / Dot::PER_WORD, values + words_of<Dot>(at.low) * width, 1, width,
-                          weights, state.out);
+  const PairsOf<Dot> form(width);
+  lane_product<Dot, true>(tile.vectors, width, keys / Dot::PER_WORD, values + words_of<Dot>(at.low) * form.step,
+                          form.row, form.step, weights, state.out);
 }
 
 template <class Dot>
@@ -152,16 +153,27 @@ static bool join_parts(const Params& p, const ForwardPlan& plan, int64_t item, S
   return true;
 }
 
-template <class Dot>
-static bool run_items_forward(const Params& p, const ForwardPlan& plan) {
-  if (!is_narrow(p))
-    return run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
-      return forward_item<Dot>(p, plan, item, scratch);
-    });
-  return run_items(p, plan.units * plan.parts, [&](int64_t item, Scratch& scratch) {
+static bool run_narrow(const Params& p, const ForwardPlan& plan) {
+  const int64_t size = RowState::size(p);
+  const bool done = run_items(p, plan.units * plan.parts, [&](int64_t item, Scratch& scratch) {
     const int64_t first = item % plan.parts * plan.part_tiles;
-    float* state = plan.parts > 1 ? plan.partial + item * State::size(p) : nullptr;
-    return narrow_item(p, item / plan.parts, first, first + plan.part_tiles, state, scratch);
+    float* part = plan.parts > 1 ? plan.partial + item * size : nullptr;
+    return narrow_item(p, item / plan.parts, first, first + plan.part_tiles, part, scratch);
+  });
+  if (!done || plan.parts == 1) return done;
+  return run_items(p, plan.units, [&](int64_t item, Scratch& scratch) {
+    return join_narrow(p, item, plan.parts, plan.partial + item * plan.parts * size, scratch);
+  });
+}
+
+template <class Dot>
+static bool run_wide(const Params& p, const ForwardPlan& plan) {
+  const bool done = run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
+    return forward_item<Dot>(p, plan, item, scratch);
+  });
+  if (!done || plan.parts == 1) return done;
+  return run_items(p, plan.units * plan.tiles, [&](int64_t item, Scratch& scratch) {
+    return join_parts(p, plan, item, scratch);
   });
 }
 
@@ -169,19 +181,14 @@ template <class Dot>
 static const char* run_forward(const Params& p) {
   ForwardPlan plan(p);
   if (plan.units * plan.tiles == 0) return nullptr;
+  const bool narrow = is_narrow(p);
   Scratch partial;
-  const int64_t size = State::size(p);
   if (plan.parts > 1) {
-    const int64_t floats = plan.units * plan.tiles * plan.parts * size;
+    const int64_t floats = plan.units * plan.tiles * plan.parts * (narrow ? RowState::size(p) : State::size(p));
     if (!partial.reset(Scratch::bytes_for<float>(floats))) return NO_MEMORY;
     plan.partial = partial.take<float>(floats);
   }
-  bool done = run_items_forward<Dot>(p, plan);
-  if (done && plan.parts > 1)
-    done = run_items(p, plan.units * plan.tiles, [&](int64_t item, Scratch& scratch) {
-      return join_parts(p, plan, item, scratch);
-    });
-  return done ? nullptr : NO_MEMORY;
+  return (narrow ? run_narrow(p, plan) : run_wide<Dot>(p, plan)) ? nullptr : NO_MEMORY;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

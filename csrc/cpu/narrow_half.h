@@ -1,7 +1,7 @@
 // The two products of a few query rows with bfloat16 keys and values, on instructions that multiply pairs of them.
 #pragma once
 
-#include "pack.h"
+#include "narrow_rows.h"
 
 namespace fastattn::FASTATTN_ISA {
 
@@ -19,34 +19,47 @@ struct ReadBFloat16Pairs {
   static constexpr int BYTES = 2;
 };
 
-// scores[j][r] = sum over d of key[j][d] * query[r][d], for KEYS keys; query [ROWS][width] bfloat16.
+// sum[j][r] = sum over d of key[j][d] * query[r][d], lanes not added up; query [ROWS][width] bfloat16.
 template <int ROWS, int KEYS>
-INLINE void paired_scores(const char* key, int64_t key_bytes, int64_t dim, const uint16_t* query, int64_t width,
-                          float* scores) {
-  __m512 sum[KEYS][ROWS];
-#pragma GCC unroll 8
-  for (int j = 0; j < KEYS; ++j)
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) sum[j][r] = _mm512_setzero_ps();
+INLINE void paired_sums(const char* key, int64_t key_bytes, int64_t dim, const uint16_t* query, int64_t width,
+                        vf (&sum)[KEYS][ROWS]) {
   for (int64_t d = 0; d < dim; d += PAIRED) {
-    __m512bh line[KEYS];
+    __m512bh row[ROWS];
 #pragma GCC unroll 8
-    for (int j = 0; j < KEYS; ++j) line[j] = load<__m512bh>(key + j * key_bytes + d * 2);
+    for (int r = 0; r < ROWS; ++r) row[r] = load<__m512bh>(query + r * width + d);
+#pragma GCC unroll 16
+    for (int j = 0; j < KEYS; ++j) {
+      const __m512bh line = load<__m512bh>(key + j * key_bytes + d * 2);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const __m512bh row = load<__m512bh>(query + r * width + d);
-#pragma GCC unroll 8
-      for (int j = 0; j < KEYS; ++j) sum[j][r] = _mm512_dpbf16_ps(sum[j][r], line[j], row);
+      for (int r = 0; r < ROWS; ++r) sum[j][r] = (vf)_mm512_dpbf16_ps((__m512)sum[j][r], line, row[r]);
     }
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < KEYS; ++j)
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) scores[j * BLOCK_M + r] = _mm512_reduce_add_ps(sum[j][r]);
+}
+
+// Weights [BLOCK_N][ROWS] -> [BLOCK_N / 2][ROWS] words of two keys.
+template <int ROWS>
+INLINE void row_pairs(const float* weights, uint32_t* to) {
+  struct Order {
+    uint16_t at[PAIRED];
+  };
+  // Word w of a vector is row w % ROWS of the pair w / ROWS.
+  static constexpr Order ORDER = [] {
+    Order order{};
+    for (int w = 0; w < VL; ++w)
+      for (int odd = 0; odd < 2; ++odd)
+        order.at[2 * w + odd] = static_cast<uint16_t>((2 * (w / ROWS) + odd) * ROWS + w % ROWS);
+    return order;
+  }();
+  const __m512i order = load<__m512i>(ORDER.at);
+#pragma GCC unroll 2
+  for (int at = 0; at < BLOCK_N * ROWS; at += PAIRED) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(load<__m512>(weights + at + VL), load<__m512>(weights + at));
+    store(to + at / 2, _mm512_permutexvar_epi16(order, (__m512i)both));
+  }
 }
 
 // out[r][paired_place(d)] += sum over j of weights[j][r] * value[j][d], for VECTORS * PAIRED numbers d and the keys
-// with a bit in `seen`; weights [BLOCK_N / 2][BLOCK_M] are pairs of keys. `ahead` bytes of later rows are fetched.
+// with a bit in `seen`; weights [BLOCK_N / 2][ROWS] are pairs of keys. `ahead` bytes of later rows are fetched.
 template <int ROWS, int VECTORS>
 INLINE void paired_output(const char* value, int64_t value_bytes, uint64_t seen, const uint32_t* weights, float* out,
                           int64_t width, int64_t ahead) {
@@ -70,7 +83,7 @@ INLINE void paired_output(const char* value, int64_t value_bytes, uint64_t seen,
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-      const __m512bh weight = (__m512bh)_mm512_set1_epi32(static_cast<int>(weights[j / 2 * BLOCK_M + r]));
+      const __m512bh weight = (__m512bh)_mm512_set1_epi32(static_cast<int>(weights[j / 2 * ROWS + r]));
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * VECTORS; ++v)
         sum[r][v / 2][v % 2] = _mm512_dpbf16_ps(sum[r][v / 2][v % 2], (__m512bh)words[v / 2][v % 2], weight);

@@ -22,6 +22,11 @@ INLINE void fetch(const char* row, int64_t bytes) {
 }
 
 INLINE const char* row_at(const Table& table, int64_t b, int64_t h, int64_t i) {
+  if (table.blocks) {
+    const int64_t block = table.blocks[b * table.blocks_stride + i / table.block_size];
+    b = block < 0 ? 0 : block < table.block_count ? block : table.block_count - 1;
+    i %= table.block_size;
+  }
   const int64_t at = b * table.stride[0] + h * table.stride[1] + i * table.stride[2];
   return static_cast<const char*>(table.data) + at * (table.dtype == kFloat32 ? 4 : 2);
 }
@@ -81,32 +86,63 @@ static void write_row(const Table& table, int64_t b, int64_t h, int64_t i, int64
   }
 }
 
+#if defined(__AVX512F__)
+// to[c][r] = from[r][c], 16 x 16 words: each round exchanges halves, ever smaller ones.
+INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(from + (r & 3 | (r & 4) << 1 | (r & 8) >> 1) * from_row);
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) {
+    b[r] = _mm512_shuffle_f32x4(a[r], a[r + 8], 0x44);
+    b[r + 8] = _mm512_shuffle_f32x4(a[r], a[r + 8], 0xee);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < 8; ++n) {
+    const int r = n / 4 * 8 + n % 4;
+    a[r] = _mm512_shuffle_f32x4(b[r], b[r + 4], 0x88);
+    a[r + 4] = _mm512_shuffle_f32x4(b[r], b[r + 4], 0xdd);
+  }
+  // a[4 * c + r] holds rows r, r + 4, r + 8, r + 12 of columns 4 c ... 4 c + 3, in that order for the order they came in.
+#pragma GCC unroll 4
+  for (int c = 0; c < 16; c += 4) {
+    const __m512 low0 = _mm512_unpacklo_ps(a[c], a[c + 1]), high0 = _mm512_unpackhi_ps(a[c], a[c + 1]);
+    const __m512 low1 = _mm512_unpacklo_ps(a[c + 2], a[c + 3]), high1 = _mm512_unpackhi_ps(a[c + 2], a[c + 3]);
+    _mm512_storeu_ps(to + c * to_row, _mm512_shuffle_ps(low0, low1, 0x44));
+    _mm512_storeu_ps(to + (c + 1) * to_row, _mm512_shuffle_ps(low0, low1, 0xee));
+    _mm512_storeu_ps(to + (c + 2) * to_row, _mm512_shuffle_ps(high0, high1, 0x44));
+    _mm512_storeu_ps(to + (c + 3) * to_row, _mm512_shuffle_ps(high0, high1, 0xee));
+  }
+}
+constexpr int TRANSPOSED = 16;
+#elif defined(__SSE__)
+INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  __m128 w0 = _mm_loadu_ps(from), w1 = _mm_loadu_ps(from + from_row), w2 = _mm_loadu_ps(from + 2 * from_row),
+         w3 = _mm_loadu_ps(from + 3 * from_row);
+  _MM_TRANSPOSE4_PS(w0, w1, w2, w3);
+  _mm_storeu_ps(to, w0);
+  _mm_storeu_ps(to + to_row, w1);
+  _mm_storeu_ps(to + 2 * to_row, w2);
+  _mm_storeu_ps(to + 3 * to_row, w3);
+}
+constexpr int TRANSPOSED = 4;
+#else
+INLINE void transpose_block(const float* from, int64_t, float* to, int64_t) { std::memcpy(to, from, 4); }
+constexpr int TRANSPOSED = 1;
+#endif
+
 // to[c][r] = from[r][c], words of four bytes.
 static void transpose(const void* from_words, int64_t from_row, int64_t rows, int64_t columns, void* to_words,
                       int64_t to_row) {
   const float* from = static_cast<const float*>(from_words);
   float* to = static_cast<float*>(to_words);
-  int64_t r = 0;
-#if defined(__SSE__)
-  for (; r + 4 <= rows; r += 4) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const float* at = from + r * from_row + c;
-      __m128 w0 = _mm_loadu_ps(at), w1 = _mm_loadu_ps(at + from_row), w2 = _mm_loadu_ps(at + 2 * from_row),
-             w3 = _mm_loadu_ps(at + 3 * from_row);
-      _MM_TRANSPOSE4_PS(w0, w1, w2, w3);
-      float* out = to + c * to_row + r;
-      _mm_storeu_ps(out, w0);
-      _mm_storeu_ps(out + to_row, w1);
-      _mm_storeu_ps(out + 2 * to_row, w2);
-      _mm_storeu_ps(out + 3 * to_row, w3);
-    }
-    for (; c < columns; ++c)
-      for (int64_t n = r; n < r + 4; ++n) std::memcpy(to + c * to_row + n, from + n * from_row + c, 4);
-  }
-#endif
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) std::memcpy(to + c * to_row + r, from + r * from_row + c, 4);
+  const int64_t whole_rows = rows / TRANSPOSED * TRANSPOSED, whole_columns = columns / TRANSPOSED * TRANSPOSED;
+  for (int64_t r = 0; r < whole_rows; r += TRANSPOSED)
+    for (int64_t c = 0; c < whole_columns; c += TRANSPOSED)
+      transpose_block(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      std::memcpy(to + c * to_row + r, from + r * from_row + c, 4);
 }
 
 template <class Dot>
@@ -121,18 +157,32 @@ struct Element<BFloat16Dot> {
   using type = uint16_t;
 };
 #endif
+#if defined(FASTATTN_AMX)
+template <>
+struct Element<TileDot> {
+  using type = uint16_t;
+};
+#endif
 
 // Steps of a product over n numbers.
 template <class Dot>
 INLINE int64_t steps_of(int64_t n) {
-  return (n + Dot::PER_WORD - 1) / Dot::PER_WORD;
+  return round_up((n + Dot::PER_WORD - 1) / Dot::PER_WORD, Dot::STEPS);
 }
 
 // Rows already read as [rows][ld] numbers -> `across`.
 template <class Dot>
-static void to_across(const typename Element<Dot>::type* rows, int64_t ld, int64_t n, typename Dot::Word* to) {
-  transpose(rows, ld / Dot::PER_WORD, BLOCK_M, steps_of<Dot>(n), to, BLOCK_M);
+static void to_across(const typename Element<Dot>::type* rows, int64_t ld, typename Dot::Word* to) {
+  transpose(rows, ld / Dot::PER_WORD, BLOCK_M, ld / Dot::PER_WORD, to, BLOCK_M);
 }
+
+// Where the `pairs` of a tile of keys lie: as rows of pairs of keys, or, for tiles, as rows of numbers. Strides between
+// numbers of a row, and between pairs of keys.
+template <class Dot>
+struct PairsOf {
+  int64_t row, step;
+  explicit PairsOf(int64_t width) : row(IS_TILED<Dot> ? BLOCK_N / 2 : 1), step(IS_TILED<Dot> ? 1 : width) {}
+};
 
 // Rows already read as [count][ld] numbers -> `pairs` [count / 2][ld].
 INLINE void to_pairs(const uint16_t* rows, int64_t ld, int64_t count, uint32_t* to) {

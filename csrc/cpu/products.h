@@ -6,13 +6,17 @@
 // two half-precision numbers side by side (k runs over pairs then).
 #pragma once
 
+#if defined(FASTATTN_AMX)
+#include "tile_products.h"
+#else
 #include "vec.h"
+#endif
 
 namespace fastattn::FASTATTN_ISA {
 
 struct FloatDot {
   using Word = float;
-  static constexpr int PER_WORD = 1;
+  static constexpr int PER_WORD = 1, STEPS = 1;  // numbers a word, and words that go together
   using Vector = vf;
   static INLINE vf madd(vf sum, Vector b, Word a) { return sum + b * a; }
 };
@@ -20,7 +24,7 @@ struct FloatDot {
 #if defined(__AVX512BF16__)
 struct BFloat16Dot {
   using Word = uint32_t;
-  static constexpr int PER_WORD = 2;
+  static constexpr int PER_WORD = 2, STEPS = 1;
   using Vector = vi;
   static INLINE vf madd(vf sum, Vector b, Word a) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)));
@@ -38,6 +42,30 @@ struct BFloat16Dot {
   }
 };
 #endif
+
+#if defined(FASTATTN_AMX)
+struct TileDot : BFloat16Dot {
+  static constexpr int STEPS = TILE_WORDS;
+};
+template <class Dot>
+constexpr bool IS_TILED = false;
+template <>
+constexpr bool IS_TILED<TileDot> = true;
+
+template <class Dot, bool ADD>
+static void lane_product(int, int64_t rows, int64_t steps, const typename Dot::Word* a, int64_t a_row, int64_t,
+                         const typename Dot::Word* b, float* c) {
+  tile_lane_product<ADD>(rows, steps, a, a_row, b, c);
+}
+
+template <class Dot>
+static void column_product(int64_t rows, int64_t width, int64_t steps, const typename Dot::Word* a, int64_t a_row,
+                           const typename Dot::Word* b, float* c) {
+  tile_column_product(rows, width, steps, a, a_row, b, c);
+}
+#else
+template <class Dot>
+constexpr bool IS_TILED = false;
 
 // ROWS x VECTORS of c in registers over all of k. What is added to comes last: small terms are summed before they meet a
 // sum beside which each of them would vanish.
@@ -101,5 +129,6 @@ static void column_product(int64_t rows, int64_t width, int64_t steps, const typ
     for (int64_t r = 0; r < rows; r += LANE_ROWS)
       product_block<Dot, LANE_ROWS, 1, true>(steps, a + r * a_row, a_row, 1, b + n, width, c + r * width + n, width);
 }
+#endif
 
 }  // namespace fastattn::FASTATTN_ISA

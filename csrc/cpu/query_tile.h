@@ -136,7 +136,7 @@ struct QueryTile {
     p = &params;
     b = batch;
     count = static_cast<int>(left < BLOCK_M ? left : BLOCK_M);
-    vectors = (count + VL - 1) / VL;
+    vectors = static_cast<int>(round_up((count + VL - 1) / VL, VECTOR_STEP));
   }
 
   void read_spans() {

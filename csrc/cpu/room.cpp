@@ -3,6 +3,11 @@
 
 #include <cstdlib>
 #include <cstring>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fastattn {
 
@@ -17,6 +22,7 @@ FASTATTN_DECLARE(generic)
 FASTATTN_DECLARE(avx2)
 FASTATTN_DECLARE(avx512)
 FASTATTN_DECLARE(avx512bf16)
+FASTATTN_DECLARE(amx)
 #endif
 #undef FASTATTN_DECLARE
 
@@ -33,7 +39,26 @@ struct Room {
 
 #define FASTATTN_ROOM(name, isa, here) {name, isa::forward, isa::backward, isa::weights, here}
 
-// Worst first; the last two share a name: a machine has the better one or not.
+#if defined(__x86_64__)
+// AMX with bfloat16: the processor has it, the system saves its tiles, and lets this process use them.
+bool has_tiles() {
+#if defined(FASTATTN_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx >> 22 & 1) || !(edx >> 24 & 1)) return false;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low >> 17 & 3) != 3) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's, of the Linux kernel's x86/xstate page
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Worst first. Two share a name: a machine has the better one or not.
 const Room* rooms(int* count) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -41,9 +66,10 @@ const Room* rooms(int* count) {
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool has_amx = has_bf16 && has_tiles();
   static const Room all[] = {FASTATTN_ROOM("generic", generic, true), FASTATTN_ROOM("avx2", avx2, has_avx2),
                              FASTATTN_ROOM("avx512", avx512, has_avx512 && !has_bf16),
-                             FASTATTN_ROOM("avx512", avx512bf16, has_bf16)};
+                             FASTATTN_ROOM("avx512", avx512bf16, has_bf16), FASTATTN_ROOM("amx", amx, has_amx)};
 #else
   static const Room all[] = {FASTATTN_ROOM("generic", generic, true)};
 #endif
@@ -69,7 +95,7 @@ const char* run(Pass Room::*pass, const Params& p) {
   const Room* room = chosen();
   if (!room)
     return "FASTATTN_CPU_ISA: it must name an instruction set that this machine has (generic, and on x86-64 avx2, "
-           "avx512), or be empty for the best one";
+           "avx512, amx), or be empty for the best one";
   if (p.softcap > kWideCap) {
     Params uncapped = p;
     uncapped.softcap = 0.0f;

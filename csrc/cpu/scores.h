@@ -8,8 +8,6 @@ namespace fastattn::FASTATTN_ISA {
 
 constexpr int64_t TILE = BLOCK_N * BLOCK_M;
 
-constexpr int KEY_STEP = 8;  // a whole number of a product's rows
-
 // Tiles hold raw products, -inf where hidden, and the softmax scales them: so where nothing but a scale that leaves
 // differences in range lies between a product and its score. Elsewhere they hold scores.
 INLINE bool holds_products(const Params& p) {
@@ -67,10 +65,11 @@ struct Meeting {
   }
 };
 
-// The bias of every pair of the tile; 0 past the last key.
+// The bias of every pair of the tile; 0 past the last key. Rows lie far apart, so each one's next keys are fetched now.
 static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at) {
   const int64_t left = p.kv_len - at.first, keys = left < BLOCK_N ? left : BLOCK_N, lanes = tile.vectors * VL;
-  const int64_t offset = at.first * p.bias.stride[3] * (p.bias.dtype == kFloat32 ? 4 : 2);
+  const int64_t size = p.bias.dtype == kFloat32 ? 4 : 2, offset = at.first * p.bias.stride[3] * size;
+  const int64_t next = p.bias.stride[3] == 1 && left > BLOCK_N ? BLOCK_N * size : 0;
   const char* first_row = row_at(p.bias, tile.b, tile.head[0], tile.q_idx[0]);
   read_row(p.bias, first_row + offset, keys, BLOCK_N, at.bias_rows);
   const char* row[BLOCK_M];
@@ -80,6 +79,7 @@ static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at)
     shared &= row[lane] == first_row;
   }
   if (!shared) {
+    for (int lane = 0; lane < lanes; ++lane) fetch(row[lane] + offset + next, next);
     for (int lane = 1; lane < lanes; ++lane)
       read_row(p.bias, row[lane] + offset, keys, BLOCK_N, at.bias_rows + lane * BLOCK_N);
     transpose(at.bias_rows, BLOCK_N, lanes, BLOCK_N, at.bias, BLOCK_M);
@@ -136,14 +136,15 @@ INLINE void multiply(const Meeting& meeting, float* to, const float* factor) {
 // Rows of keys without a bit in `seen`, zeroed in `pairs` form: their numbers may be anything.
 template <class Dot>
 static void clear_unseen(uint64_t seen, int64_t width, typename Dot::Word* pairs) {
+  const PairsOf<Dot> form(width);
   for (int j = 0; j < BLOCK_N; ++j) {
     if (seen >> j & 1) continue;
-    typename Dot::Word* row = pairs + j / Dot::PER_WORD * width;
-    for (int64_t d = 0; d < width; ++d) {
+    typename Dot::Word* word = pairs + j / Dot::PER_WORD * form.step;
+    for (int64_t d = 0; d < width; ++d, word += form.row) {
       if constexpr (Dot::PER_WORD == 1)
-        row[d] = 0;
+        *word = 0;
       else
-        row[d] &= j % 2 ? 0x0000ffffu : 0xffff0000u;
+        *word &= j % 2 ? 0x0000ffffu : 0xffff0000u;
     }
   }
 }

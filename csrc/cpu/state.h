@@ -59,18 +59,21 @@ static void soften(int vectors, int keys, float* s, float factor, State& state, 
   }
 }
 
+// Writes the lse of a tile's lane, and gives what its out is to be multiplied by.
+INLINE float finish_row(const Params& p, const QueryTile& tile, int lane, float max, float sum) {
+  const bool none = max == -kInfinity && sum == 0.0f;
+  const float lse = none ? -kInfinity : max * to_score(p) + logf(sum);
+  const int64_t h = tile.head[lane];
+  p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
+  const float sunk = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - lse)) : 1.0f;
+  return none ? 0.0f : 1.0f / sum * sunk;
+}
+
 // out and lse of a finished tile.
 static void finish_tile(const Params& p, const QueryTile& tile, const State& state) {
   float factor[BLOCK_M];
-  for (int lane = 0; lane < tile.count; ++lane) {
-    const float sum = state.sum[lane], max = state.max[lane];
-    const bool none = max == -kInfinity && sum == 0.0f;
-    const float lse = none ? -kInfinity : max * to_score(p) + logf(sum);
-    const int64_t h = tile.head[lane];
-    factor[lane] = none ? 0.0f : 1.0f / sum;
-    if (p.sinks && !none) factor[lane] *= 1.0f / (1.0f + expf(p.sinks[h] - lse));
-    p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
-  }
+  for (int lane = 0; lane < tile.count; ++lane)
+    factor[lane] = finish_row(p, tile, lane, state.max[lane], state.sum[lane]);
   write_lanes(p.out, tile, p.head_dim_v, state.out, factor);
 }
 

@@ -6,7 +6,7 @@
 namespace fastattn::FASTATTN_ISA {
 
 // Widths in memory: what a lane product has for rows, and a column product for columns.
-INLINE int64_t padded(int64_t head_dim) { return round_up(head_dim, VL > LANE_ROWS ? VL : LANE_ROWS); }
+INLINE int64_t padded(int64_t head_dim) { return round_up(head_dim, WIDTH_STEP); }
 
 // A word's numbers share an operand's row: [rows][width] numbers are [rows][words_of(width)] words.
 template <class Dot>
@@ -25,7 +25,7 @@ struct KeyTile {
   using Number = typename Element<Dot>::type;
   static constexpr bool HALF = Dot::PER_WORD == 2;
   Number *k, *v;         // [BLOCK_N][width]
-  Word *pairs, *cleaned;  // of the values forward, of the keys backward
+  Word *pairs, *cleaned;  // of the values forward, of the keys backward, as PairsOf says
   bool finite = true;
 
   static int64_t most(const Params& p) {
@@ -74,10 +74,14 @@ struct KeyTile {
 
   void pair_up(Number* rows, int64_t width) {
     finite = all_finite(rows, BLOCK_N * width);
-    if constexpr (HALF)
-      to_pairs(rows, width, BLOCK_N, pairs);
-    else
+    if constexpr (!HALF) {
       pairs = rows;
+    } else if constexpr (IS_TILED<Dot>) {
+      to_pairs(rows, width, BLOCK_N, cleaned);
+      transpose(cleaned, width, BLOCK_N / 2, width, pairs, BLOCK_N / 2);
+    } else {
+      to_pairs(rows, width, BLOCK_N, pairs);
+    }
   }
 };
 
@@ -110,7 +114,7 @@ struct QueryRows {
       else
         std::memset(static_cast<void*>(to), 0, width * sizeof(Number));
     }
-    to_across<Dot>(rows, width, n, across);
+    to_across<Dot>(rows, width, across);
     if constexpr (HALF) {
       if (pairs) to_pairs(rows, width, BLOCK_M, pairs);
     } else {

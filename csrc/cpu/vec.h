@@ -13,21 +13,29 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-#if defined(__AVX512F__)
+// The block sizes of each instruction set. Kernels look at whole steps of keys, vectors of queries and numbers of a row.
+#if defined(FASTATTN_AMX)
 constexpr int VL = 16;  // floats a vector
+constexpr int BLOCK_M = 32;
+constexpr int KEY_STEP = 32, VECTOR_STEP = 2, WIDTH_STEP = 32;  // two tiles each way (tile_products.h)
+#elif defined(__AVX512F__)
+constexpr int VL = 16;
 constexpr int BLOCK_M = 48;
 constexpr int LANE_VECTORS = 3, LANE_ROWS = 8;      // registers of a product whose columns are queries
 constexpr int COLUMN_VECTORS = 4, COLUMN_ROWS = 4;  // and of one whose columns are head dimensions
+constexpr int KEY_STEP = 8, VECTOR_STEP = 1, WIDTH_STEP = 16;
 #elif defined(__AVX2__)
 constexpr int VL = 8;
 constexpr int BLOCK_M = 48;
 constexpr int LANE_VECTORS = 3, LANE_ROWS = 4;
 constexpr int COLUMN_VECTORS = 2, COLUMN_ROWS = 4;
+constexpr int KEY_STEP = 8, VECTOR_STEP = 1, WIDTH_STEP = 8;
 #else
 constexpr int VL = 4;
 constexpr int BLOCK_M = 48;
 constexpr int LANE_VECTORS = 3, LANE_ROWS = 4;
 constexpr int COLUMN_VECTORS = 2, COLUMN_ROWS = 4;
+constexpr int KEY_STEP = 8, VECTOR_STEP = 1, WIDTH_STEP = 4;
 #endif
 constexpr int BLOCK_N = 64;  // a bit each in a word of visibility
 

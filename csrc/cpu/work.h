@@ -6,6 +6,9 @@
 #include <immintrin.h>
 #endif
 
+#if defined(FASTATTN_AMX)
+#include "amx.h"
+#endif
 #include "scratch.h"
 
 namespace fastattn::FASTATTN_ISA {
@@ -49,6 +52,9 @@ static bool run_items(const Params& p, int64_t items, const Work& work) {
     if (first >= last) return;
     static thread_local Scratch scratch;
     const FlushDenormals flush;
+#if defined(FASTATTN_AMX)
+    const ShapedTiles shaped;
+#endif
     for (int64_t item; (item = all.next.fetch_add(1, std::memory_order_relaxed)) < all.items;)
       if (!(*all.work)(item, scratch)) all.failed.store(true, std::memory_order_relaxed);
     scratch.keep(KEPT_BYTES);

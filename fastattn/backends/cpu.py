@@ -13,6 +13,7 @@ from fastattn.spec import AttnInputs, AttnSpec
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
+READS_BLOCKS = True
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -48,13 +49,20 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    spec: AttnSpec,
+    inputs: AttnInputs,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> Gradients:
-    """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes."""
+    """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
-    dbias = None if inputs.bias is None else torch.zeros(inputs.bias.shape, dtype=torch.float32, device=spec.device)
+    dbias = _empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
     native.library().backward(
@@ -85,7 +93,15 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
     """The operators' arguments between the inputs and the outputs."""
     words, tensors = spec.leaves
+    if spec.pages is not None:
+        words, tensors = [leaves.PAGES, *words], [spec.pages.table.contiguous(), *tensors]
     return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
+
+
+def _empty_dbias(spec: AttnSpec, bias: Tensor) -> Tensor:
+    """Zeros for a bias's gradient: in its dtype where every pair has its own number, for sums float32."""
+    own = bias.shape == (spec.batch, spec.num_heads, spec.q_len, spec.kv_len)
+    return torch.zeros(bias.shape, dtype=bias.dtype if own else torch.float32, device=spec.device)
 
 
 def _readable(inputs: AttnInputs) -> AttnInputs:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattn.spec import AttnInputs, AttnSpec
 
 OLDEST = (3, 6)
+READS_BLOCKS = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
@@ -59,16 +60,23 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None
+    spec: AttnSpec,
+    inputs: AttnInputs,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
 ) -> Gradients:
-    """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes."""
+    """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
     from fastattn.kernels import launch
 
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
     target = launch.target_for(spec.device)
-    dbias = None if inputs.bias is None else launch.empty_dbias(spec, inputs.bias)
+    dbias = launch.empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else launch.empty_dsinks(spec, inputs.sinks, target)
     terms = launch.empty_terms(spec, lse)
     tensors = launch.Backward(out, lse, d_out, d_lse, *terms, dq, dk, dv, dbias, dsinks)

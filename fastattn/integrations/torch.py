@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, mha, sdpa
+from fastattn.integrations import diffusers, unknown, vision
+from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
 __all__ = ["Replacement", "Report", "patch", "replace_attention"]
@@ -50,49 +52,16 @@ class patch(ContextDecorator, TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Replacement(NamedTuple):
-    """One row of a report: the module's path, its class, whether it was changed, and how or why not."""
-
-    path: str
-    module: str
-    changed: bool
-    what: str
-
-
-class Report:
-    """What `replace_attention` did. `str()` is a table, `restore()` undoes it, `len()` counts the exchanged modules."""
-
-    def __init__(self) -> None:
-        self.rows: list[Replacement] = []
-        self._undo: list[Callable[[], None]] = []
-
-    def __len__(self) -> int:
-        return sum(row.changed and row.module == TORCH_MODULE.__name__ for row in self.rows)
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return (
-                "no torch.nn.MultiheadAttention found; attention that calls F.scaled_dot_product_attention itself "
-                "runs on fastattn inside fastattn.patch()"
-            )
-        head = Replacement("path", "module", False, "")
-        path, module = (max(len(str(row[column])) for row in (head, *self.rows)) for column in (0, 1))
-        lines = [f"{'path':<{path}}  {'module':<{module}}  changed  what"]
-        for row in self.rows:
-            lines.append(f"{row.path:<{path}}  {row.module:<{module}}  {'yes' if row.changed else 'no':<7}  {row.what}")
-        return "\n".join(lines)
-
-    def restore(self) -> None:
-        """Put back what was changed. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-
-
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Let every `torch.nn.MultiheadAttention` in `model` compute with fastattn, in place.
+    """Let the attention in `model` compute with fastattn, in place.
 
-    Only the class of each module changes: parameters, state_dict, hooks and isinstance checks stay. An
-    `nn.TransformerEncoder` stops packing padded batches into nested tensors, which torch does on its C++ path alone;
+    What is exchanged: `torch.nn.MultiheadAttention`, wherever it stands (torch's Transformer layers, torchvision's and
+    open_clip's vision transformers); attention classes of timm, torchvision, open_clip and clip that call torch's
+    attention functions; diffusers' processors; and Hugging Face models, through their attention interface. Only classes
+    and switches change: parameters, state_dict, hooks and isinstance checks stay. Whatever else looks like attention is
+    left alone, and named in the report with the reason.
+
+    An `nn.TransformerEncoder` stops packing padded batches into nested tensors, which torch does on its C++ path alone;
     padded positions then hold what the ordinary path computes there, not zeros.
 
     Args:
@@ -111,36 +80,60 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
     dispatch.requested(backend)
     report = Report()
     modules = list(model.named_modules())
-    for path, module in modules:
-        if isinstance(module, TORCH_MODULE):
-            _replace(report, path, module, backend)
+    try:
+        _replace_transformers(report, model, modules, backend)
+        for path, module in modules:
+            if isinstance(module, TORCH_MODULE):
+                report.add(*_replace_torchs(path, module, backend))
+            elif diffusers.is_holder(module):
+                report.add(*diffusers.replace(path, module, patch, backend))
+            elif vision.is_known(module):
+                report.add(*vision.replace(path, module, patch, backend))
+    except BaseException:
+        report.restore()
+        raise
     for path, module in modules:
         if not isinstance(module, nn.TransformerEncoder) or not getattr(module, "use_nested_tensor", False):
             continue
         if any(isinstance(inner, MultiheadAttention) for inner in module.modules()):
             module.use_nested_tensor = False
-            report.rows.append(Replacement(path, type(module).__name__, True, "no nested tensors for padding"))
-            report._undo.append(partial(setattr, module, "use_nested_tensor", True))
+            row = Replacement(path, type(module).__name__, True, "no nested tensors for padding", attends=False)
+            report.add(row, partial(setattr, module, "use_nested_tensor", True))
+    for row in unknown.rows(modules, {row.path for row in report.rows}):
+        report.add(row)
     return report
 
 
-def _replace(report: Report, path: str, module: nn.MultiheadAttention, backend: str | None) -> None:
+def _replace_transformers(
+    report: Report, model: nn.Module, modules: list[tuple[str, nn.Module]], backend: str | None
+) -> None:
+    """Hugging Face's part, where the model holds anything of theirs."""
+    if not any(type(module).__module__.startswith("transformers.") for _, module in modules):
+        return
+    from fastattn.integrations import transformers
+
+    rows, undo = transformers.replace(model, backend=backend)
+    report.rows += [Replacement(*row[:4]) for row in rows]
+    report._undo += undo
+
+
+def _replace_torchs(
+    path: str, module: nn.MultiheadAttention, backend: str | None
+) -> tuple[Replacement, Callable[[], None] | None]:
     kind = type(module)
     reason = _why_not(module)
     if reason is not None:
-        report.rows.append(Replacement(path, kind.__name__, False, reason))
-        return
+        return Replacement(path, kind.__name__, False, reason), None
     module.__class__ = MultiheadAttention
     if backend is not None:
         module.backend = backend  # type: ignore[assignment]
-    report.rows.append(Replacement(path, kind.__name__, True, "fastattn.nn.MultiheadAttention"))
 
     def undo() -> None:
         module.__class__ = TORCH_MODULE
         if backend is not None:
             del module.backend
 
-    report._undo.append(undo)
+    return Replacement(path, kind.__name__, True, "fastattn.nn.MultiheadAttention"), undo
 
 
 def _why_not(module: nn.MultiheadAttention) -> str | None:

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import init
-from torch.overrides import has_torch_function
+from torch.nn import Parameter, init
 
-from fastattn import mha
+from fastattn import masks, mha
+from fastattn.nn.twin import DropIn, torchs
+
+Window = int | tuple[int | None, int | None] | None
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(DropIn, nn.MultiheadAttention):
     """Drop-in for `torch.nn.MultiheadAttention`.
 
     Args:
-        backend: the room that runs it, by name; None takes the first that can. The rest is torch's.
+        window: truncated attention: (left, right) keys on either side of a query's own position, both ends included,
+            None for a side without end; a number stands for both sides. The last query sits at the last key. Keys
+            added by add_bias_kv and add_zero_attn are seen from everywhere.
+        backend: the room that runs it, by name; None takes the first that can.
+        num_kv_heads: heads of key and value, which num_heads must be a multiple of (grouped or multi-query attention);
+            num_heads when None. The parameters for key and value are narrower then: in_proj_weight is
+            [(num_heads + 2 * num_kv_heads) * head_dim, embed_dim].
+        The rest is torch's.
 
     The same constructor arguments, state_dict keys and, for a seed, the same initial parameters. There is one path, in
     training and in evaluation, so `is_causal` and masks mean the same in both; a query that sees no key gives weights 0
     where torch gives NaN. Nested tensors are torch's own format: torch's forward computes them. TorchScript cannot hold
-    fastattn's operators: `torch.jit.script(model)` puts torch's module on the same parameters in its place.
+    fastattn's operators: `torch.jit.script(model)` puts torch's module on the same parameters in its place, and refuses
+    a module with one of the three arguments above. `torch.jit.trace` keeps fastattn's operators.
     """
 
     # TorchScript would compile a property; the scripted module is torch's, see __prepare_scriptable__.
     __jit_unused_properties__ = ("_qkv_same_embed_dim",)
     backend: str | None = None
+    window: tuple[int | None, int | None] | None = None
+    num_kv_heads: int | None = None
 
     def __init__(
         self,
@@ -43,8 +54,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        window: Window = None,
         backend: str | None = None,
+        num_kv_heads: int | None = None,
     ) -> None:
+        _check_heads(num_heads, num_kv_heads)
         super().__init__(
             embed_dim,
             num_heads,
@@ -58,8 +72,34 @@ class MultiheadAttention(nn.MultiheadAttention):
             device=device,
             dtype=dtype,
         )
+        self._extend(window, backend)
+        if num_kv_heads is not None and num_kv_heads != num_heads:
+            self.num_kv_heads = num_kv_heads
+            self._narrow(num_kv_heads * self.head_dim)
+
+    def _extend(self, window: Window, backend: str | None) -> None:
+        """Take on what torch's module does not have; an attribute only where it is not the default."""
         if backend is not None:
             self.backend = backend
+        if window is not None:
+            self.window = _sides(window)
+
+    def _narrow(self, kv_dim: int) -> None:
+        """Parameters for keys and values kv_dim wide, in the places and with the start of torch's."""
+        wide = self.embed_dim + 2 * kv_dim
+        shapes = {
+            "in_proj_weight": (wide, self.embed_dim),
+            "k_proj_weight": (kv_dim, self.kdim),
+            "v_proj_weight": (kv_dim, self.vdim),
+            "in_proj_bias": (wide,),
+            "bias_k": (1, 1, kv_dim),
+            "bias_v": (1, 1, kv_dim),
+        }
+        for name, shape in shapes.items():
+            old = getattr(self, name)
+            if old is not None:
+                setattr(self, name, Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
+        self._reset_parameters()
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -118,11 +158,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             AssertionError, RuntimeError, ValueError: as torch does, with its messages.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            return self._torchs()(
+            return torchs(self, "a nested tensor")(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         packed = self.in_proj_weight is not None
-        weights = (self.in_proj_weight, self.in_proj_bias, self.bias_k, self.bias_v)
         arguments: dict[str, Any] = {
             "training": self.training,
             "key_padding_mask": key_padding_mask,
@@ -134,34 +173,41 @@ class MultiheadAttention(nn.MultiheadAttention):
             "v_proj_weight": None if packed else self.v_proj_weight,
             "average_attn_weights": average_attn_weights,
             "is_causal": is_causal,
+            "window": self.window,
+            "num_kv_heads": self.num_kv_heads,
+            "backend": self.backend,
         }
-        rest = (self.add_zero_attn, self.dropout, self.out_proj.weight, self.out_proj.bias)
-        if not has_torch_function((query, key, value, *weights, *rest[2:])):
-            return mha.forward(
-                query,
-                key,
-                value,
-                self.embed_dim,
-                self.num_heads,
-                *weights,
-                *rest,
-                **arguments,
-                batch_first=self.batch_first,
-                backend=self.backend,
-            )
-        flip = self.batch_first and query.dim() == 3
-        if flip:
-            query, key, value = mha.each(lambda tensor: tensor.transpose(0, 1), query, key, value)
-        out, found = mha.multi_head_attention_forward(
-            query, key, value, self.embed_dim, self.num_heads, *weights, *rest, **arguments
+        return mha.route(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            **arguments,
+            batch_first=self.batch_first,
         )
-        return (out.transpose(0, 1) if flip else out), found
 
-    def _torchs(self) -> nn.MultiheadAttention:
-        """Torch's own module on the same parameters, buffers and hooks."""
-        twin = copy.copy(self)
-        twin.__class__ = MultiheadAttention.__base__  # type: ignore[assignment]
-        return twin
 
-    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
-        return self._torchs()
+def _check_heads(num_heads: int, num_kv_heads: int | None) -> None:
+    if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads):
+        raise ValueError(
+            f"num_kv_heads: num_heads ({num_heads}) must be a multiple of it, got {num_kv_heads!r}; "
+            f"1 to {num_heads} are possible, such as {num_heads} (ordinary) and 1 (multi-query)"
+        )
+
+
+def _sides(window: Window) -> tuple[int | None, int | None]:
+    """The window as (left, right), as `fastattn.masks.Window` checks them."""
+    sides = (window, window) if isinstance(window, int) else window
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2:
+        raise ValueError(f"window: (left, right), one number for both, or None is needed, got {window!r}")
+    mask = masks.Window(*sides)
+    return mask.left, mask.right

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from fastattn.bench.problem import Problem
+from fastattn.bench.module import problem_of
 from fastattn.bench.providers import provider
 from fastattn.bench_cases import OPS, bench_cases
 
@@ -14,12 +14,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"q_len": [256], "num_heads": [4], "head_dim": [64]} if DEVICE.type == "cpu" else {"q_len": [4096]}
 
 
-@pytest.mark.parametrize("name", ["fastattn", "sdpa"])
-@pytest.mark.parametrize("mode", ["fwd", "bwd"])
-@pytest.mark.parametrize("op", OPS)
+PEER = {"module": "mha"}
+ROWS = [(op, mode, name) for op in OPS for mode in OPS[op].modes for name in ("fastattn", PEER.get(op, "sdpa"))]
+
+
+@pytest.mark.parametrize("op, mode, name", ROWS)
 def test_case(benchmark, op, mode, name):
     [case] = bench_cases(DEVICE.type, ops=[op], **SIZES)
-    problem = Problem(case, DEVICE)
+    problem = problem_of(case, DEVICE)
     who = provider(name)
     reason = who.why_not(problem, mode)
     if reason:
@@ -31,5 +33,5 @@ def test_case(benchmark, op, mode, name):
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.extra_info.update(case=case.name, useful_flops=problem.spec.flops(mode, useful=True))
+    benchmark.extra_info.update(case=case.name, useful_flops=problem.flops(mode, useful=True))
     benchmark(run)

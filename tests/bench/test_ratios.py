@@ -12,6 +12,7 @@ from fastattn.bench.growth import growth
 from fastattn.bench.overhead import overhead_us
 from fastattn.bench.problem import tiny
 from fastattn.bench.providers import Flex, provider
+from fastattn.bench.ratios import Samples
 from fastattn.bench.rows import Row
 from fastattn.bench_cases import OPS, BenchCase, bench_cases
 
@@ -33,29 +34,49 @@ def row(provider="fastattn", kv_len=8, milliseconds=1.0, **more):
 def test_the_interval_holds_the_ratio_as_often_as_it_says(interval, count, least):
     held = 0
     for seed in range(150):
-        found = interval(noisy(2 * seed, 3.0, count), noisy(2 * seed + 1, 2.0, count))
+        found = interval(Samples(noisy(2 * seed, 3.0, count)), Samples(noisy(2 * seed + 1, 2.0, count)))
         held += found.low <= 1.5 <= found.high
     assert least <= held / 150 <= 1
 
 
 def test_slow_rounds_of_both_do_not_widen_a_paired_interval():
     shared = noisy(0, 1.0, 20, noise=0.5)
-    base, mine = [1.5 * each for each in shared], list(shared)
+    base, mine = Samples([1.5 * each for each in shared]), Samples(shared)
     low, high = ratios.paired(base, mine)
     assert low == pytest.approx(1.5) and high == pytest.approx(1.5)
     alone = ratios.unpaired(base, mine)
     assert alone.high / alone.low > 1.5
 
 
+def test_samples_of_one_round_are_not_independent_of_each_other():
+    pick = random.Random(0)
+    rounds = [pick.lognormvariate(0, 0.3) for _ in range(8)]
+    together = [Samples([scale * each for each in rounds for _ in range(5)], 5) for scale in (2.0, 1.0)]
+    assert ratios.paired(*together) == pytest.approx((2.0, 2.0))
+    apart = [Samples(each.ms) for each in together]
+    by_round, by_sample = ratios.unpaired(*together), ratios.unpaired(*apart)
+    assert by_round.high / by_round.low > 1.3 * by_sample.high / by_sample.low, "40 samples know no more than 8 rounds"
+
+
+def test_a_quotient_of_ratios_has_an_interval_of_its_own():
+    slow, quick = (Samples(noisy(seed, middle, 30, 0.02)) for seed, middle in ((0, 6.0), (1, 2.0)))
+    again, half = (Samples(noisy(seed, middle, 30, 0.02)) for seed, middle in ((2, 6.0), (3, 4.0)))
+    low, high = ratios.quotient((slow, quick), (again, half))
+    assert low < 2.0 < high and high / low < 1.1
+
+
 @pytest.mark.parametrize("factor, tie", [(1.0, True), (1.01, True), (1.5, False), (0.6, False)])
 def test_a_tie_is_where_the_interval_spans_1(factor, tie):
-    found = ratios.paired(noisy(1, factor, 15), noisy(2, 1.0, 15))
+    found = ratios.paired(Samples(noisy(1, factor, 15)), Samples(noisy(2, 1.0, 15)))
     assert found.tie is tie
     assert row(speedup=factor, speedup_low=found.low, speedup_high=found.high).tie is tie
 
 
 def test_two_samples_say_nothing_and_a_baseline_ties_with_nobody():
-    assert ratios.paired([1.0, 2.0], [1.0, 2.0, 3.0]) is None and ratios.unpaired([1.0], [1.0] * 9) is None
+    two, nine = Samples([1.0, 2.0]), Samples([1.0] * 9)
+    assert ratios.paired(two, nine) is None and ratios.unpaired(two, nine) is None
+    assert ratios.paired(Samples([1.0] * 10, 5), Samples([1.0] * 10, 5)) is None, "ten samples of two rounds"
+    assert ratios.quotient((nine, nine), (nine, two)) is None
     assert not row("sdpa", speedup=1.0, speedup_low=1.0, speedup_high=1.0).tie and not row(speedup=1.0).tie
 
 
@@ -78,7 +99,7 @@ def test_the_tiny_case_takes_the_same_way(op, cpu):
     small = tiny(case)
     assert (small.q_len, small.kv_len, small.batch) == (1, 1, 1)
     assert small.num_heads // small.num_kv_heads == case.num_heads // case.num_kv_heads
-    assert 0 < overhead_us(provider("fastattn"), case, "bwd", cpu) < 1e5
+    assert 0 < overhead_us(provider("fastattn"), case, OPS[op].modes[-1], cpu) < 1e5
 
 
 def test_who_compiles_for_each_size_or_fails_in_the_tiny_one_has_no_overhead(cpu, monkeypatch):

@@ -96,7 +96,7 @@ def test_a_marker_may_pick_rows(checkout):
 @pytest.mark.parametrize(
     "marker, end, sentence",
     [
-        ("<!-- table: bench/results/none.json -->", tables.END, "none.json is not a run of fastattn bench"),
+        ("<!-- table: README.md -->", tables.END, "README.md is not a run of fastattn bench"),
         ("<!-- table: bench/results/one.json -->", "", "has no end; write <!-- end of table --> below it"),
         ("<!-- table: bench/results/one.json only=nothing -->", tables.END, "has no row that 'nothing' finds"),
         ("no marker", tables.END, "no marked table in"),
@@ -106,6 +106,14 @@ def test_a_table_that_cannot_be_filled_is_a_sentence(checkout, capsys, marker, e
     root = checkout(marker, end)
     assert main(["bench", "report", str(root)]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["", " as=ratios", " as=ratios only=self"])
+def test_a_measurement_that_is_not_there_yet_is_said(checkout, kind):
+    root = checkout(f"<!-- table: bench/results/none.json{kind} -->")
+    assert main(["bench", "report", str(root)]) == 0
+    assert "Not measured yet: `bench/results/none.json` is not there." in (root / "README.md").read_text()
+    assert main(["bench", "report", str(root), "--check"]) == 0
 
 
 def test_a_run_of_make_gpu_is_read_too(checkout):

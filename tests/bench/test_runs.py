@@ -66,6 +66,23 @@ def test_a_change_counts_beyond_the_threshold(saved, capsys, after, threshold, w
     assert ("again: fastattn bench --op self" in text) is (word == "✗ slower")
 
 
+def test_eighty_columns_are_enough(saved, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    big = BenchCase("wide-values", "bf16", 128, 32, 8, 131072, 65536, 128, None, 256)
+    names = ("fastattn", "fastattn-reference", "sdpa-efficient")
+    for run, scale in (("old", 1.0), ("new", 1.3)):
+        saved(run, *[Row(big, mode, name, "cpu", samples_ms=[scale * 123.4 * (1 + step / 50) for step in range(9)])
+                     for mode in ("fwd", "fwd+bwd") for name in names])  # fmt: skip
+    assert main(["bench", "compare", "old", "new"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("wide-values"))) :]
+    rows = [line for line in table if "✗ slower" in line]
+    assert (
+        len(rows) == 6 and all(len(line) <= 80 for line in rows) and all("fastattn" in rows[at] for at in (0, 1, 3, 4))
+    )
+    assert rows[0].split()[:6] == ["fwd", "fastattn", "133", "ms", "173", "ms"] and "0.77x" in rows[0]
+
+
 def test_a_change_within_the_noise_is_none():
     noisy = row(milliseconds=1.0)
     noisy.samples_ms = [0.2, 1.5, 0.4, 1.6, 0.3, 1.4, 1.5]
@@ -196,7 +213,7 @@ def test_a_dry_run_says_what_each_row_takes_and_allocates_nothing(capsys, monkey
         return honest(shape, **more)
 
     monkeypatch.setattr(torch, "randn", small)
-    flags = ["--op", "self", "-N", "1k,1m", "--providers", "fastattn-reference,sdpa", "--mode", "fwd", "--repro"]
+    flags = ["--op", "self", "-N", "1k,1m", "--providers", "fastattn-reference,sdpa", "--mode", "fwd,bwd", "--repro"]
     assert main(["bench", *flags, "--dry-run", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[-1]: line for line in text.splitlines() if "/fwd/" in line}

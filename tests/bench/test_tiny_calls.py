@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastattn.bench import env, run, tiny_calls
+from fastattn.bench.clock import CudaClock, Timing
 from fastattn.bench.rows import Row
 from fastattn.bench.run import CaseRunner
 from fastattn.bench_cases import BenchCase
@@ -69,6 +70,17 @@ def test_what_cannot_be_captured_has_no_graph_time(monkeypatch):
     cuda = Cuda(captures=False)
     cuda.install(monkeypatch)
     assert tiny_calls.graph_ms(cuda.launch) is None
+
+
+def test_a_round_of_a_gpu_is_several_samples_that_belong_together(monkeypatch):
+    cuda, timing = Cuda(), Timing()
+    cuda.install(monkeypatch)
+    clock = CudaClock.__new__(CudaClock)
+    clock.flush = SimpleNamespace(zero_=cuda.launch)
+    clock.warm_up(cuda.launch, timing)
+    for rounds in (1, 2):
+        clock.sample(cuda.launch, timing)
+        assert timing.samples_ms == [1.0] * (rounds * timing.per_round) and timing.per_round > 1
 
 
 @pytest.mark.parametrize("milliseconds, looked", [(0.05, True), (0.5, False)])

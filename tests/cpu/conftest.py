@@ -1,11 +1,18 @@
 """For the tests of the CPU room: the library, built once, and every instruction set that the machine has."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastattn import native
 
-ISAS = ("generic", "avx2", "avx512")
+TILES = "-DFASTATTN_EMULATE_AMX" in os.environ.get("CXXFLAGS", "") or (
+    Path("/proc/cpuinfo").exists() and " amx_bf16" in Path("/proc/cpuinfo").read_text()
+)
+ISAS = ("generic", "avx2", "avx512", *(["amx"] if TILES else []))
+"""`amx` where the processor has it, or the library emulates it as the one that test_amx.py builds."""
 
 
 @pytest.fixture(scope="session")

@@ -220,9 +220,25 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
     room = dispatch.room("cpu")
     for name in ("forward", "backward"):
         real = getattr(room, name)
-        monkeypatch.setattr(room, name, lambda *args, real=real, name=name: called.append(name) or real(*args))
+        monkeypatch.setattr(
+            room, name, lambda *args, real=real, name=name, **more: called.append(name) or real(*args, **more)
+        )
     attention(query, query, query).sum().backward()
     assert called == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("learned", [False, True], ids=["constant", "learned"])
+def test_a_bias_that_takes_no_gradient_gets_none(library, monkeypatch, learned, dtype):
+    query = torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True)
+    bias = torch.randn(1, 2, 8, 8, dtype=dtype, requires_grad=learned)
+    room, seen = dispatch.room("cpu"), []
+    real = room.backward
+    monkeypatch.setattr(room, "backward", lambda *args, **more: seen.append(real(*args, **more)) or seen[0])
+    attention(query, query, query, bias=bias).sum().backward()
+    assert (seen[0][3] is None) == (not learned)
+    if learned:
+        assert seen[0][3].dtype == bias.grad.dtype == dtype and bias.grad.abs().sum() > 0
 
 
 def test_an_instruction_set_that_there_is_not(library, monkeypatch):

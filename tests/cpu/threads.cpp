@@ -106,7 +106,7 @@ const char* solve(const Sizes& s, int threads, Results& r) {
   p.dv = rows(r.dv, s.num_kv_heads, s.kv_len, s.head_dim);
   p.d_lse = d_lse.data();
   p.row_terms = row_terms.data();
-  p.dbias = r.dbias.data();
+  p.dbias = rows(r.dbias, 1, s.q_len, s.kv_len);
   p.dsinks = r.dsinks.data();
   if (const char* refusal = cpu::backward(p)) return refusal;
   p.weights = rows(r.weights, s.num_heads, s.q_len, s.kv_len);

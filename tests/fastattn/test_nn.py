@@ -60,8 +60,9 @@ def test_same_seed_same_parameters_same_state(name):
 
 def test_same_signatures():
     ours, torchs = (inspect.signature(kind).parameters for kind in (MultiheadAttention, nn.MultiheadAttention))
-    assert [(p.name, p.default) for p in ours.values()][:-1] == [(p.name, p.default) for p in torchs.values()]
-    assert ours["backend"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert [(p.name, p.default) for p in ours.values()][:-3] == [(p.name, p.default) for p in torchs.values()]
+    for name in ("window", "backend", "num_kv_heads"):
+        assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY and ours[name].default is None
     ours, torchs = (inspect.signature(kind.forward).parameters for kind in (MultiheadAttention, nn.MultiheadAttention))
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in torchs.values()]
 

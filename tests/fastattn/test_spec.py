@@ -30,7 +30,7 @@ REFUSED = {
     "dtype": ((Q, K.half(), K), {}, ValueError, "key: .*must share a dtype; query is torch.float32, key torch.float16"),
     "integers": ((Q.int(), K.int(), K.int()), {}, ValueError, "dtype must be one of float16, .* got torch.int32"),
     "device": ((Q, K.to("meta"), K), {}, ValueError, "query is on cpu, key on meta"),
-    "mask-kind": ((Q, K, K), {"mask": "causal"}, TypeError, "mask: a fastattn.masks.Mask or a bool tensor .* got str"),
+    "mask-kind": ((Q, K, K), {"mask": "causal"}, TypeError, "mask: a fastattn.masks.Mask, a bool tensor .* got str"),
     "mask-dtype": ((Q, K, K), {"mask": torch.ones(5, 7)}, ValueError, "bool .True = attend.*torch.float32.*bias="),
     "mask-ints": ((Q, K, K), {"mask": torch.ones(5, 7, dtype=torch.uint8)}, ValueError, "torch.uint8"),
     "mask-shape": (

@@ -1,0 +1,114 @@
+"""fastattn against each of the others in a run: a line a pair with the ratio of medians and its 95% interval, then what
+two cells say together. The tables of docs that are marked `as=ratios`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import groupby
+
+from fastattn.bench.ratios import Interval, Samples, paired, quotient, unpaired
+from fastattn.bench.report import say_case
+from fastattn.bench.rows import Row, say_speedup, say_time, three
+from fastattn.bench_cases import WINDOWED
+
+OURS = "fastattn"
+HEAD = ("operation", "case", "mode", "fastattn", "against", "its time", "ratio", "95% interval")
+ALIGN = "|---|---|---|--:|---|--:|--:|--:|"
+READS = "read"
+"""A provider that only reads: its lines tell bytes a second."""
+
+
+def markdown(rows: list[Row]) -> list[str]:
+    """The table, and below it a line for each pair of cells that belong together."""
+    lines = ["| " + " | ".join(HEAD) + " |", ALIGN, *map(_line, pairs(rows))]
+    more = [*_growth(rows), *_half(rows)]
+    return [*lines, "", *[f"- {each}" for each in more]] if more else lines
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """fastattn's row and another one's of the same cell, timed in the same rounds; `other` None: it was alone."""
+
+    ours: Row
+    other: Row | None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster fastattn is; None where one of the two has no time."""
+        if self.other is None or not self.ours.timed or not self.other.timed:
+            return None
+        return self.other.median_ms / self.ours.median_ms
+
+    @property
+    def interval(self) -> Interval | None:
+        return None if self.ratio is None else paired(*self.samples)
+
+    @property
+    def samples(self) -> tuple[Samples, Samples]:
+        """The other's first, as of a base."""
+        return (self.other or self.ours).samples, self.ours.samples
+
+
+def pairs(rows: list[Row]) -> Iterator[Pair]:
+    """In the order of the rows, each cell's others one after the other."""
+    for _, group in groupby(rows, key=lambda row: (row.case, row.mode)):
+        of_cell = list(group)
+        for ours in of_cell:
+            if ours.provider == OURS:
+                others: list[Row | None] = [row for row in of_cell if not row.ours]
+                yield from (Pair(ours, other) for other in others or [None])
+
+
+def _line(pair: Pair) -> str:
+    case, other = pair.ours.case, pair.other
+    rate = other is not None and other.provider == READS
+    cells = [case.op, say_case(case), pair.ours.mode, _say_row(pair.ours, rate), "", "", "", ""]
+    if other is not None:
+        cells[4:6] = [other.provider, _say_row(other, rate)]
+    if pair.ratio is not None:
+        cells[6:] = [say_speedup(pair.ratio), _say_interval(pair.interval)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _say_row(row: Row, rate: bool) -> str:
+    if not row.timed:
+        return ("✗ " if row.wrong else "") + (row.reason or "not timed")
+    bandwidth = f" ({three((row.least_bytes or 0) / (row.median_ms * 1e6))} GB/s)" if rate else ""
+    return say_time(row.median_ms) + bandwidth + (" (coarse)" if row.coarse else "")
+
+
+def _say_interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"{three(interval.low)} to {three(interval.high)}" + ", tie" * interval.tie
+
+
+def _growth(rows: list[Row]) -> Iterator[str]:
+    """A window's time over its length, shortest to longest."""
+    families: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.provider == OURS and row.timed and row.case.op in WINDOWED:
+            family = dataclasses.replace(row.case, q_len=0, kv_len=0)
+            families.setdefault((family, row.mode), []).append(row)
+    for (_, mode), found in families.items():
+        short, long = min(found, key=_length), max(found, key=_length)
+        if _length(short) < _length(long):
+            ratio, more = long.median_ms / short.median_ms, _length(long) / _length(short)
+            interval = _say_interval(unpaired(long.samples, short.samples))
+            of_short = f"the time of {_length(short)} tokens ({interval}), for {more:g}x as many"
+            yield f"{long.case.op} {say_case(long.case)} {mode}: {say_speedup(ratio)} {of_short}"
+
+
+def _half(rows: list[Row]) -> Iterator[str]:
+    """What padding gains beyond the same sizes without it: the ratio of two ratios."""
+    found = {(pair.ours.case, pair.ours.mode, pair.other.provider): pair for pair in pairs(rows) if pair.other}
+    for (case, mode, name), pair in found.items():
+        bare = found.get((dataclasses.replace(case, op="self"), mode, name))
+        if case.op == "masked" and pair.ratio is not None and bare is not None and bare.ratio is not None:
+            interval = _say_interval(quotient(pair.samples, bare.samples))
+            times = say_speedup(pair.ratio / bare.ratio)
+            yield f"masked {say_case(case)} {mode}: {times} the ratio to {name} without padding ({interval})"
+
+
+def _length(row: Row) -> int:
+    return row.case.kv_len

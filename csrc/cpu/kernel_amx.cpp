@@ -1,0 +1,3 @@
+#define FASTATTN_ISA amx
+#define FASTATTN_AMX
+#include "kernel.h"

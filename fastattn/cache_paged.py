@@ -1,0 +1,134 @@
+"""The caches whose tokens lie in blocks: our own pool, and somebody else's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattn.cache import KVCache, both, move
+from fastattn.masks import Lengths, Mask
+from fastattn.paged import Paged
+
+__all__ = ["ForeignBlocks", "PagedCache"]
+
+
+class _Blocks(KVCache):
+    """Pools [blocks, num_kv_heads, block_size, head_dim] and a table int32 [batch, blocks of a sequence]."""
+
+    takes_ragged = True
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.keys.shape[2]
+
+    @property
+    def kv_len(self) -> int:
+        return self.table.shape[1] * self.block_size
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def mask(self, mask: Mask, q_len: int) -> Mask:
+        offset = self.before.long() if self.ragged else self.lengths.long() - q_len
+        held = Lengths(self.lengths, kv_starts=self.starts, validate=False)
+        return Paged(both(move(mask, offset), held), self.table, self.block_size)
+
+
+class PagedCache(_Blocks):
+    """A pool that hands out its blocks one by one."""
+
+    def __init__(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        blocks: int,
+        block_size: int,
+        head_dim_v: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        starts: Tensor | None = None,
+        table_width: int | None = None,
+    ) -> None:
+        super().__init__(batch, device, starts)
+        width = blocks if table_width is None else table_width
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "blocks": blocks, "block_size": block_size,
+                 "table_width": width}  # fmt: skip
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: an int of at least 1 is needed, got {size!r}")
+        dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+        self.keys, self.values = (
+            torch.empty(blocks, num_kv_heads, block_size, dim, dtype=dtype, device=device) for dim in dims
+        )
+        self.table = torch.zeros(batch, width, dtype=torch.int32, device=device)
+        self.free_blocks = list(range(blocks - 1, -1, -1))
+        self.owned: list[list[int]] = [[] for _ in range(batch)]
+
+    def free(self, item: int) -> None:
+        """Hand a sequence's blocks back and begin it anew."""
+        self.free_blocks.extend(reversed(self.owned[item]))
+        self.owned[item] = []
+        self.held[item] = 0
+        self.lengths[item] = 0
+        self.before[item] = 0
+
+    def reset(self) -> None:
+        for item in range(self.batch):
+            self.free(item)
+        super().reset()
+
+    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
+        new, size = key.shape[2], self.block_size
+        wanted = [-(-(held + new) // size) - len(own) for held, own in zip(self.held, self.owned, strict=True)]
+        missing = sum(max(want, 0) for want in wanted)
+        longest = max(len(own) + max(want, 0) for own, want in zip(self.owned, wanted, strict=True))
+        if missing > len(self.free_blocks) or longest > self.table.shape[1]:
+            why = (
+                f"{missing} more blocks are needed and {len(self.free_blocks)} are free; free(item) hands some back"
+                if missing > len(self.free_blocks)
+                else f"a sequence of {longest} blocks is wider than table_width={self.table.shape[1]}"
+            )
+            raise ValueError(f"KVCache.paged: {new} more tokens of each sequence do not fit: {why}")
+        for item, want in enumerate(wanted):
+            if want > 0:
+                at = len(self.owned[item])
+                fresh = [self.free_blocks.pop() for _ in range(want)]
+                self.owned[item] += fresh
+                self.table[item, at : at + want] = torch.tensor(fresh, dtype=torch.int32)
+        place = self.lengths.long()[:, None] + torch.arange(new, device=key.device)  # [batch, new]
+        block = self.table.long().gather(1, place // size)
+        self.keys[block, :, place % size] = key.transpose(1, 2)
+        self.values[block, :, place % size] = value.transpose(1, 2)
+
+
+class ForeignBlocks(_Blocks):
+    """Blocks that somebody else fills."""
+
+    def __init__(self, key_pool: Tensor, value_pool: Tensor, table: Tensor, lengths: Sequence[int] | Tensor) -> None:
+        for name, tensor, rank in (("key_pool", key_pool, 4), ("value_pool", value_pool, 4), ("table", table, 2)):
+            if not isinstance(tensor, Tensor) or tensor.dim() != rank:
+                got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: a tensor of {rank} dimensions is needed, got {got}")
+        super().__init__(table.shape[0], key_pool.device, None)
+        self.keys, self.values = key_pool.transpose(1, 2), value_pool.transpose(1, 2)
+        self.table = table
+        self.lengths = torch.as_tensor(lengths, dtype=torch.int32, device=key_pool.device)
+        if self.lengths.shape != (self.batch,):
+            raise ValueError(f"lengths: [{self.batch}] is needed, got {list(self.lengths.shape)}")
+
+    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
+        raise ValueError("KVCache.from_blocks: somebody else's blocks are read and never written")
+
+    def reset(self) -> None:
+        raise ValueError("KVCache.from_blocks: somebody else's blocks are read and never written")
+
+    def __repr__(self) -> str:
+        return f"ForeignBlocks(batch={self.batch}, blocks={self.keys.shape[0]}, block_size={self.block_size})"

@@ -1,0 +1,140 @@
+"""Masks of torch's own taken as masks of this library: a bool tensor, CausalBias, FlexAttention's BlockMask.
+
+They are known by name: torch.nn.attention.bias and torch.nn.attention.flex_attention import torch._dynamo, which nobody
+who has none of their objects should pay for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import tracing
+from fastattn.blocks import Grid, classify
+from fastattn.masks import Causal, Dense, Full, Mask
+
+_READ: weakref.WeakKeyDictionary[Any, Mask] = weakref.WeakKeyDictionary()
+"""What each BlockMask says, so that layers which share one read it once."""
+
+
+def as_mask(mask: object, query: Tensor, key: Tensor) -> Mask:
+    """What a call's `mask` says.
+
+    Args:
+        mask: None, a Mask, a bool tensor, a CausalBias or a BlockMask.
+        query: [batch, num_heads, q_len, head_dim].
+        key: [batch, num_kv_heads, kv_len, head_dim].
+
+    Raises:
+        TypeError: something else.
+        ValueError: a mask of torch's that was made for other lengths.
+    """
+    if mask is None:
+        return Full()
+    if isinstance(mask, Mask):
+        return mask
+    if is_causal_bias(mask):
+        return of_causal_bias(mask, query.shape[2], key.shape[2])
+    if isinstance(mask, Tensor):
+        return Dense(mask)
+    if is_block_mask(mask):
+        return of_block_mask(mask, query.shape[2], key.shape[2])
+    raise TypeError(
+        "mask: a fastattn.masks.Mask, a bool tensor (True = attend), or torch's CausalBias or BlockMask is needed, got "
+        f"{type(mask).__name__}"
+    )
+
+
+def is_causal_bias(mask: object) -> bool:
+    """Whether it is a torch.nn.attention.bias.CausalBias."""
+    return type(mask).__name__ == "CausalBias" and isinstance(mask, Tensor)
+
+
+def of_causal_bias(bias: Any, q_len: int, kv_len: int) -> Mask:
+    """The causal mask that a CausalBias stands for."""
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
+        return Causal(align="top-left")
+    if (bias.seq_len_q, bias.seq_len_kv) != (q_len, kv_len):
+        raise ValueError(
+            f"attn_mask: the causal bias was made for {bias.seq_len_q} queries and {bias.seq_len_kv} keys, "
+            f"got {q_len} and {kv_len}"
+        )
+    return Causal(align="bottom-right")
+
+
+def is_block_mask(mask: object) -> bool:
+    """Whether it is a torch.nn.attention.flex_attention.BlockMask itself."""
+    kind = type(mask)
+    return kind.__name__ == "BlockMask" and kind.__module__ == "torch.nn.attention.flex_attention"
+
+
+def of_block_mask(mask: Any, q_len: int, kv_len: int) -> Mask:
+    """The mask that a BlockMask stands for: its mask_mod, in the blocks that it lists.
+
+    A mask_mod that compares positions, or numbers looked up by them, is read as a rule (a window, chunks, equal ids) if
+    the blocks agree with it. Any other is a Python function of indices that no kernel here can call: it becomes a bool
+    table [batch or 1, num_heads or 1, q_len, kv_len]. Either is found once for each BlockMask, with one look at the
+    device; while a compiler traces, it is the table.
+
+    Raises:
+        ValueError: it was made for other lengths.
+    """
+    if tuple(mask.seq_lengths) != (q_len, kv_len):
+        raise ValueError(
+            f"mask: the BlockMask was made for {mask.seq_lengths[0]} queries and {mask.seq_lengths[1]} keys, got "
+            f"{q_len} and {kv_len}; make one for these lengths"
+        )
+    if tracing.being_transformed():
+        return _table(mask, q_len, kv_len)
+    if mask not in _READ:
+        rule = _rule(mask, q_len, kv_len)
+        _READ[mask] = _table(mask, q_len, kv_len) if rule is None else rule
+    return _READ[mask]
+
+
+def _rule(mask: Any, q_len: int, kv_len: int) -> Mask | None:
+    """mask_mod as a rule, if it can be read as one that hides what is in no block and shows what is in a full one."""
+    from fastattn.integrations.transformers_masks import Call, Unreadable, read
+
+    device = mask.kv_indices.device
+    try:
+        rule = read(mask.mask_mod, Call(q_len, kv_len, 0, 0, device))
+        block_m, block_n = mask.BLOCK_SIZE
+        found = classify(rule, Grid(q_len, kv_len, block_m, block_n, device))
+    except (Unreadable, NotImplementedError):
+        return None
+    some, full = _tiles(mask)
+    wrong = (found.visit & ~(some | full)) | (full & ~found.full)
+    return None if bool(wrong.any()) else rule
+
+
+def _tiles(mask: Any) -> tuple[Tensor, Tensor]:
+    """Which tiles are listed as partly, and which as wholly visible: bool [batch, num_heads, q tiles, kv tiles]."""
+    found: list[Tensor] = []
+    for counts, tiles in (
+        (mask.kv_num_blocks, mask.kv_indices),
+        (mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        if counts is None:
+            found.append(torch.zeros_like(found[0]))
+            continue
+        listed = torch.arange(tiles.shape[-1], device=tiles.device) < counts[..., None]
+        seen = torch.zeros(tiles.shape, dtype=torch.int32, device=tiles.device)
+        found.append(seen.scatter_add(-1, tiles.long(), listed.int()) > 0)
+    return found[0], found[1]
+
+
+def _table(mask: Any, q_len: int, kv_len: int) -> Dense:
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, num_heads = mask.kv_num_blocks.shape[:2]
+    seen = create_mask(mask.mask_mod, batch, num_heads, q_len, kv_len, device=mask.kv_indices.device)
+    rows, columns = (
+        torch.arange(length, device=seen.device) // size
+        for length, size in zip((q_len, kv_len), mask.BLOCK_SIZE, strict=True)
+    )
+    some, full = (tiles[..., rows, :][..., columns] for tiles in _tiles(mask))
+    return Dense(full | (some & seen))

@@ -1,0 +1,325 @@
+"""fastattn in Hugging Face transformers, by one import:
+
+    import fastattn.integrations.transformers
+    model.set_attn_implementation("fastattn")      # or from_pretrained(..., attn_implementation="fastattn")
+
+Models whose attention goes through transformers' own interface run on it; `replace` also reaches those that compute
+attention in code of their own and are known here. Masks stay what they say (causal, window, chunks, padding): no
+[q_len, kv_len] tensor is made of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import dispatch
+from fastattn.functional import attention, attention_weights
+from fastattn.integrations.report import Replacement
+from fastattn.integrations.transformers_mask import ModelMask, padding
+from fastattn.integrations.transformers_masks import Call, Unreadable, read
+from fastattn.integrations.transformers_own import hiding, own_class
+from fastattn.masks import Causal, Dense, Full, Mask, Window
+
+__all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]
+
+NAME = "fastattn"
+"""What `attn_implementation` calls it."""
+
+TESTED = ((5, 16), (5, 23))
+"""The first and the last version of transformers that the tests have run with."""
+
+NOT_DONE = ("indices", "block_indices", "head_mask")
+"""Arguments of single families that change the attention and that have no place in `fastattn.attention`."""
+
+
+def register() -> None:
+    """Make "fastattn" an attention implementation of transformers. Importing this module does it already.
+
+    Warns:
+        UserWarning: the installed transformers lies outside of the range that was tested.
+
+    Raises:
+        ImportError: transformers is not installed, or is older than 5.
+    """
+    version, AttentionInterface, AttentionMaskInterface = _transformers()
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    first, last = TESTED
+    if not first <= numbers <= last:
+        warnings.warn(
+            f"transformers {version} is outside of {first[0]}.{first[1]} to {last[0]}.{last[1]}, the versions that "
+            "fastattn was tested with; compare a model's outputs with attn_implementation='eager' first",
+            stacklevel=2,
+        )
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: ModelMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface.
+
+    Args:
+        module: who calls; its `is_causal` counts where there is no mask and `is_causal` is None.
+        query [batch, num_heads, q_len, head_dim], key [batch, num_kv_heads, kv_len, head_dim],
+        value [batch, num_kv_heads, kv_len, head_dim_v]: grouped heads stay as they are.
+        attention_mask: what `attention_mask` below made; a bool tensor (True = attend) or a float one (added), both
+            broadcastable to [batch, num_heads, q_len, kv_len], differentiable where it is float; None: causal from the
+            first key where the module is, and everything else.
+        dropout, scaling, softcap, s_aux (sinks [num_heads]), position_bias (added, differentiable): as their names say.
+        sliding_window: not looked at, the mask holds it.
+
+    Returns:
+        out [batch, q_len, num_heads, head_dim_v]; the exact weights before dropout
+        [batch, num_heads, q_len, kv_len] in the query's dtype where somebody asked for attentions, else None.
+
+    Raises:
+        ValueError: arguments that do not fit, or that change the attention in a way that is not done here.
+    """
+    for name in NOT_DONE:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passes {name}=, which changes its attention and is not done by fastattn; "
+                "model.set_attn_implementation('eager') runs it"
+            )
+    mask, bias = _visibility(module, query, key, attention_mask, is_causal)
+    window = getattr(module, "fastattn_window", None)
+    if window is not None:
+        mask = _truncated(module, query, key, mask, window)
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    if bias is not None and bias.dtype not in (torch.float32, query.dtype):
+        bias = bias.to(query.dtype)
+    shared: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "sinks": s_aux}
+    wanted = _weights_wanted(module, kwargs)
+    backend = getattr(module, "fastattn_backend", None)
+    result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=wanted)
+    out, lse = result if wanted else (result, None)
+    weights = attention_weights(query, key, lse=lse, **shared).to(query.dtype) if wanted else None
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> ModelMask | None:
+    """transformers' mask interface: a mask object in place of a bool tensor; None where nothing is hidden.
+
+    Args:
+        q_offset, kv_offset: positions of the first query and of the first key.
+        mask_function: (batch_idx, head_idx, q_idx, kv_idx) -> bool; causal when None.
+        attention_mask: 2-D, [batch, tokens] from position 0, nonzero = real; missing columns are not real.
+        use_vmap: the function is somebody's own; it is not asked for its rule but drawn as a table.
+    """
+    from transformers import masking_utils
+
+    sdpa_mask: Any = masking_utils.sdpa_mask
+    function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    device = torch.device(device)
+    call = Call(q_length, kv_length, q_offset, kv_offset, device)
+    try:
+        if use_vmap:
+            raise Unreadable("a function of somebody's own")
+        mask: Mask = read(function, call)
+    except Unreadable:
+        table = sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=function, attention_mask=attention_mask, allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+        return ModelMask(Dense(table), batch_size, q_length, kv_length, device)
+    if attention_mask is not None:
+        hidden = padding(_real(attention_mask, call), q_length)
+        if hidden is not None:
+            mask = hidden if isinstance(mask, Full) else mask & hidden
+    if isinstance(mask, Full) and allow_is_bidirectional_skip:
+        return None
+    return ModelMask(mask, batch_size, q_length, kv_length, device)
+
+
+def replace(model: nn.Module, *, backend: str | None = None) -> tuple[list[Replacement], list[Callable[[], None]]]:
+    """Let every transformers model in `model` compute its attention with fastattn, in place.
+
+    A model with transformers' interface gets `set_attn_implementation("fastattn")`; attention modules with code of
+    their own, where it is known here, get a subclass. Parameters, state_dict and hooks stay.
+
+    Args:
+        model: any module with transformers models inside.
+        backend: the room that runs them, by name; None takes the first that can.
+
+    Returns:
+        A row for each model and for each such module, and functions that undo it, to be called last first.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    from transformers import PreTrainedModel
+
+    dispatch.requested(backend)
+    rows: list[Replacement] = []
+    undo: list[Callable[[], None]] = []
+    outer: str | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, PreTrainedModel) and (outer is None or not f"{path}.".startswith(outer)):
+            outer = f"{path}." if path else ""
+            rows.append(_set_implementation(path, module, undo))
+        kind = own_class(module)
+        if kind is not None:
+            what = f"{kind.__name__}, the same around fastattn.attention"
+            rows.append(Replacement(path, type(module).__name__, True, what))
+            undo.append(partial(setattr, module, "__class__", type(module)))
+            module.__class__ = kind
+    if backend is not None and any(row.changed for row in rows):
+        undo.append(_remember(model, "fastattn_backend", backend))
+    return rows, undo
+
+
+def truncate(model: nn.Module, left: int | None, right: int | None) -> Callable[[], None]:
+    """Truncated self-attention for a model that has none, such as a speech encoder: each query sees `left` positions
+    before it and `right` after it, both ends included, None unbounded. Heard by `attn_implementation="fastattn"` alone.
+
+    Args:
+        model: a transformers model, or the part of one whose attention is to be truncated.
+        left, right: as `fastattn.masks.Window` takes them.
+
+    Returns:
+        A function that undoes it.
+
+    Raises:
+        ValueError: sizes that a window cannot have.
+    """
+    return _remember(model, "fastattn_window", Window(left, right, align="top-left"))
+
+
+def _remember(model: nn.Module, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute on every module, for the attention among them to read; returns what takes it away again."""
+    modules = list(model.modules())
+    for module in modules:
+        setattr(module, name, value)
+
+    def undo() -> None:
+        for module in modules:
+            module.__dict__.pop(name, None)
+
+    return undo
+
+
+def _set_implementation(path: str, model: Any, undo: list[Callable[[], None]]) -> Replacement:
+    name = type(model).__name__
+    before = model.config._attn_implementation
+    if not model._can_set_attn_implementation():
+        return Replacement(path, name, False, "its attention is code of its own, not behind transformers' interface")
+    if before == NAME:
+        return Replacement(path, name, False, "it is on fastattn already")
+    model.set_attn_implementation(NAME)
+    undo.append(partial(model.set_attn_implementation, before))
+    return Replacement(path, name, True, f"attn_implementation {NAME!r} in place of {before!r}")
+
+
+def _real(attention_mask: Tensor, call: Call) -> Tensor:
+    """Which keys of the call are real, bool [batch, kv_len]."""
+    real = attention_mask.bool()
+    missing = call.kv_len + call.kv_offset - real.shape[-1]
+    if isinstance(missing, Tensor) or missing > 0:
+        real = nn.functional.pad(real, (0, call.kv_len if isinstance(missing, Tensor) else missing))
+    return call.columns(real, "kv")
+
+
+def _visibility(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: ModelMask | Tensor | None,
+    is_causal: bool | None,
+) -> tuple[Mask | Tensor | None, Tensor | None]:
+    """Mask and bias of one call."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # One query alone is decoding; otherwise the first key belongs to the first query, in an empty cache too.
+        return (Causal(align="top-left") if causal and q_len > 1 else None), None
+    if isinstance(attention_mask, ModelMask):
+        if attention_mask.shape[2:] != (q_len, kv_len):
+            raise ValueError(
+                f"{type(module).__name__}: its mask was made for {attention_mask.shape[2]} queries and "
+                f"{attention_mask.shape[3]} keys, and it attends with {q_len} and {kv_len}"
+            )
+        return attention_mask.mask, None
+    if attention_mask.dtype == torch.bool:
+        return attention_mask, None
+    if attention_mask.is_floating_point():
+        return None, hiding(attention_mask)
+    raise ValueError(
+        f"{type(module).__name__}: attention_mask must be bool (True = attend) or floating (added to the scores) "
+        f"when it reaches the attention, got {attention_mask.dtype} {list(attention_mask.shape)}"
+    )
+
+
+def _truncated(module: nn.Module, query: Tensor, key: Tensor, mask: Mask | Tensor | None, window: Window) -> Mask:
+    """The mask, and no farther than the window that `truncate` set."""
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{type(module).__name__}: truncate() is for self-attention over whole sequences, got {query.shape[2]} "
+            f"queries and {key.shape[2]} keys; truncate the encoder alone"
+        )
+    if mask is None:
+        return window
+    return window & (Dense(mask) if isinstance(mask, Tensor) else mask)
+
+
+def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody asked for attentions: by argument, by configuration, or by the hooks that collect them."""
+    asked = kwargs.get("output_attentions")
+    if asked is not None:
+        return bool(asked) or _collecting()
+    return _collecting() or bool(getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+def _collecting() -> bool:
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    collected = _active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def _transformers() -> tuple[str, Any, Any]:
+    try:
+        import transformers
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as failure:
+        raise ImportError(
+            f"fastattn.integrations.transformers needs transformers 5 (pip install 'fastattn[models]'): {failure}"
+        ) from failure
+    return transformers.__version__, AttentionInterface, AttentionMaskInterface
+
+
+register()

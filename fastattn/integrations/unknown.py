@@ -1,0 +1,43 @@
+"""Modules that look like attention and were left alone: named, so that nobody takes them for exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from fastattn.integrations import caught
+from fastattn.integrations.report import Replacement
+
+SPEAK = ("torch", "fastattn", "transformers")
+"""Packages whose modules have said all they have to, or hold none."""
+LOOKS = ("attention", "attn")
+PARTS = ("drop", "norm", "pool", "bias", "embed", "mask", "act")
+"""Words in the name of what stands near attention and is none."""
+
+
+def rows(modules: Iterable[tuple[str, nn.Module]], told: set[str]) -> Iterator[Replacement]:
+    """A row for each module that seems to compute attention, apart from those whose path was told already."""
+    for path, module in modules:
+        kind = type(module)
+        if path in told or kind.__module__.split(".")[0] in SPEAK:
+            continue
+        where = f"{kind.__module__}.{kind.__qualname__}"
+        called = sorted(caught.names_in(kind.forward) & caught.CALLS)
+        if called:
+            what = f"{where} is not known here; it calls {called[0]}, which fastattn.patch() catches"
+            yield Replacement(path, kind.__name__, False, what)
+        elif any(_looks_like_attention(base.__name__.lower()) for base in kind.__mro__) and not _above_another(
+            path, told
+        ):
+            what = f"{where} is not known here, and its forward calls none of torch's attention functions"
+            yield Replacement(path, kind.__name__, False, what)
+
+
+def _looks_like_attention(name: str) -> bool:
+    return any(word in name for word in LOOKS) and not any(word in name for word in PARTS)
+
+
+def _above_another(path: str, told: set[str]) -> bool:
+    start = f"{path}." if path else ""
+    return any(other.startswith(start) and other != path for other in told)

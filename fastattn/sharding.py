@@ -1,0 +1,132 @@
+"""DTensors: attention is computed where its shards lie, batch item by batch item and head by head.
+
+For each dimension of the device mesh the query's placement decides: sharded over the batch (`Shard(0)`) or over the
+heads (`Shard(1)`), everything is brought to lie likewise, and each rank computes its own part; anything else is
+computed whole on every rank. Heads stay together with the key heads they look at, so that the mesh must divide those;
+dropout's bits belong to places in the whole problem, which is computed whole with it. Plain tensors beside DTensors,
+a mask's too, are taken for the same on every rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastattn import flat
+from fastattn.masks import Dense, Mask, Packed
+from fastattn.spec import AttnInputs, AttnSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+BATCH, HEADS = "batch", "heads"
+Axes = tuple[str, ...]
+"""What each dimension of the mesh shards; "" where all ranks have it all."""
+Dims = dict[str, int]
+"""Which dimension of a tensor is the batch, and which the heads, where it has them."""
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor; by name, as torch.distributed.tensor is a heavy import."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def localized(inputs: AttnInputs, spec: AttnSpec) -> tuple[AttnInputs, AttnSpec, Any]:
+    """This rank's part of a problem on DTensors.
+
+    Returns:
+        Its inputs, its spec, and the function that makes a DTensor of its out or lse.
+
+    Raises:
+        ValueError: query, key and value are not all DTensors on one mesh.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    query: Any
+    key: Any
+    value: Any
+    query, key, value, bias, sinks, seed = inputs
+    mesh = next(tensor for tensor in (query, key, value) if is_sharded(tensor)).device_mesh
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not is_sharded(tensor) or tensor.device_mesh != mesh:
+            got = "a DTensor on another mesh" if is_sharded(tensor) else f"a {type(tensor).__name__}"
+            raise ValueError(f"{name}: query, key and value must all be DTensors on one mesh, got {got}")
+    axes = _axes(query, spec)
+
+    def here(tensor: Any, dims: Dims, *, summed: bool = False) -> Any:
+        """The part of a tensor that this rank needs; `dims` says which of its dimensions is the batch, the heads."""
+        if tensor is None:
+            return None
+        places = [Shard(dims[axis]) if axis in dims else Replicate() for axis in axes]
+        grads = [
+            Partial() if summed and axis and isinstance(place, Replicate) else place
+            for axis, place in zip(axes, places, strict=True)
+        ]
+        if not is_sharded(tensor):
+            tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return tensor.redistribute(placements=places).to_local(grad_placements=grads)
+
+    whole: Dims = {BATCH: 0, HEADS: 1}
+    local = AttnInputs(
+        here(query, whole),
+        here(key, whole),
+        here(value, whole),
+        None if bias is None else here(bias, _table_dims(bias), summed=True),
+        here(sinks, {HEADS: 0}, summed=True),
+        here(seed, {}),
+    )
+    code, numbers, tensors = flat.pack(spec.mask)
+    parts = [here(tensor, dims) for tensor, dims in zip(tensors, _mask_dims(spec.mask, tensors), strict=True)]
+    local_spec = AttnSpec.of(
+        local,
+        mask=flat.unpack(code, numbers, parts),
+        scale=spec.scale,
+        softcap=spec.softcap,
+        dropout_p=spec.dropout_p,
+        deterministic=spec.deterministic,
+    )
+
+    def gathered(part: Tensor) -> DTensor:
+        places = [Shard(whole[axis]) if axis in whole else Replicate() for axis in axes]
+        return DTensor.from_local(part, mesh, places, run_check=False)
+
+    return local, local_spec, gathered
+
+
+def _axes(query: Any, spec: AttnSpec) -> Axes:
+    """What each dimension of the mesh shards, as far as the sizes divide evenly."""
+    from torch.distributed.tensor import Shard
+
+    left = {BATCH: spec.batch, HEADS: spec.num_kv_heads}
+    names = {0: BATCH, 1: HEADS}
+    axes: list[str] = []
+    for size, place in zip(query.device_mesh.shape, query.placements, strict=True):
+        axis = names.get(place.dim, "") if type(place) is Shard else ""
+        if not axis or spec.dropout_p > 0 or not left[axis] or left[axis] % size:
+            axes.append("")
+            continue
+        left[axis] //= size
+        axes.append(axis)
+    return tuple(axes)
+
+
+def _table_dims(table: Tensor) -> Dims:
+    """Of what broadcasts to [batch, num_heads, q_len, kv_len]."""
+    first = 4 - table.dim()
+    places = ((BATCH, 0 - first), (HEADS, 1 - first))
+    return {axis: dim for axis, dim in places if dim >= 0 and table.shape[dim] > 1}
+
+
+def _mask_dims(mask: Mask, tensors: list[Tensor]) -> list[Dims]:
+    """Of each of a mask's tensors: a table, or numbers for each batch item, or for the one row of Packed."""
+    found: dict[int, Dims] = {}
+    for atom in mask.atoms():
+        for tensor in atom.tensors:
+            if isinstance(atom, Dense):
+                found[id(tensor)] = _table_dims(tensor)
+            elif isinstance(atom, Packed) or tensor.shape[0] == 1:
+                found[id(tensor)] = {}
+            else:
+                found[id(tensor)] = {BATCH: 0}
+    return [found[id(tensor)] for tensor in tensors]

@@ -1,0 +1,147 @@
+"""Every operation: right results pass, wrong ones do not, however large; what is coarse, random or only read."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastattn.bench import run
+from fastattn.bench.clock import Budget, CpuClock
+from fastattn.bench.module import problem_of
+from fastattn.bench.problem import Problem, slices
+from fastattn.bench.progress import Progress
+from fastattn.bench.providers import Sdpa, known_providers, provider
+from fastattn.bench_cases import OPS, BenchCase, bench_cases
+
+SMALL = {"q_len": [40], "num_heads": [4], "head_dim": [16]}
+BUDGET = Budget(3, 0.001, 0.01)
+IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") and not op.dropout_p]
+
+
+def small(op, **more):
+    [case] = bench_cases("cpu", ops=[op], **{**SMALL, **more})
+    return case
+
+
+def timed(case, mode, names, check=True):
+    cpu = torch.device("cpu")
+    rows = run.cell_rows(run.Cell(case, mode), names, cpu)
+    run.CaseRunner(case, cpu, CpuClock(), BUDGET, check, Progress(1)).run(rows)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("op", OPS)
+def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu):
+    peer = "mha" if OPS[op].form == "module" else "sdpa"
+    for mode in OPS[op].modes:
+        ours, other = timed(small(op, dtypes=[dtype]), mode, ["fastattn", peer])
+        assert ours.correct and ours.timed, ours.reason
+        assert other.timed and (other.correct or other.coarse), other.reason
+        assert other.baseline == peer and ours.speedup > 0 and ours.useful_flops <= ours.dense_flops
+        names = {"fwd": {"out"}, "bwd": {"dq", "dk", "dv"} | ({"dbias"} if op == "biased" else set())}[mode]
+        assert {each["name"] for each in ours.errors} == (names | {"weights"} if op == "module" else names)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_wrong_result_of_an_operation_is_found(op, cpu):
+    problem = problem_of(small(op), cpu)
+    made = provider("fastattn").make(problem)
+    for mode in OPS[op].modes:
+        for name in problem.results(mode, made):
+            results = problem.results(mode, made)
+            results[name] = results[name].clone()
+            results[name].view(-1)[-1] += 0.05
+            assert not problem.check(results).ok, name
+
+
+@pytest.mark.parametrize("op", IN_PARTS)
+def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monkeypatch):
+    case = small(op, q_len=[64])
+    monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1024})
+    problem = Problem(case, cpu)
+    plan = slices(case, "cpu", forward_alone=True)
+    if case.q_len > 1:
+        assert 1 <= plan.queries < case.q_len and slices(case, "cpu", forward_alone=False).queries == case.q_len
+    results = problem.results("fwd", provider("fastattn").make(problem))
+    assert problem.check(results).ok
+    results["out"][..., -1, :] += 0.1
+    assert not problem.check(results).ok
+
+
+def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch):
+    monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
+    case = small("dropout")
+    assert slices(case, "cpu", True) is None
+    ours, other = timed(case, "fwd", ["fastattn", "sdpa"])
+    assert ours.correct and other.correct
+    problem = Problem(case, cpu)
+    made = provider("sdpa").make(problem)
+    first, second = (problem.results("fwd", made)["out"] for _ in range(2))
+    assert not torch.equal(first, second) and made.checked_as[0] == "self"
+
+
+def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cpu):
+    flat = problem_of(small("unbatched"), cpu)
+    query = flat._leaves(provider("sdpa").make(flat).layout)[0][0]
+    assert query.shape == (4, 40, 16)
+    two = problem_of(small("unbatched", batch=[2]), cpu)
+    assert provider("sdpa").why_not(two, "fwd") == "3-D tensors have no batch, and 2 were asked for"
+    biased = problem_of(small("biased"), cpu)
+    assert biased.bias.shape == (1, 4, 40, 40) and biased.bias.requires_grad
+    wide = small("wide-values")
+    assert (wide.value_dim, wide.sizes) == (32, "B1-H4-N40-D16-V32")
+    assert small("wide-values", head_dim_v=[8]).value_dim == 8 and small("self", head_dim_v=[8]).value_dim == 8
+
+
+@pytest.mark.parametrize(
+    "op, name, reason",
+    [
+        ("module", "sdpa", "no module call"),
+        ("self", "mha", "no 4-D call"),
+        ("dropout", "flex", "no dropout"),
+        ("biased", "flex", "no learned bias"),
+        ("unbatched", "fastattn-cpu", "no 3-D call"),
+        ("self", "read", "bounds one query alone"),
+    ],
+)
+def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch):
+    monkeypatch.setattr("fastattn.bench.providers.cxx", lambda: "/usr/bin/c++")
+    [row] = timed(small(op), "fwd", [name])
+    assert row.reason == reason and not row.crashed
+
+
+def test_evaluation_has_no_backward(cpu):
+    assert {row.reason for row in timed(small("module"), "bwd", ["fastattn", "mha"])} == {"evaluation has no backward"}
+
+
+def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu):
+    case = small("decode", q_len=[1], kv_len=[256])
+    [row] = timed(case, "fwd", ["read"])
+    assert row.timed and row.correct is None
+    problem = Problem(case, cpu)
+    total = sum(each.detach().contiguous().view(torch.int64).sum() for each in problem.qkv[1:])
+    assert provider("read").make(problem).forward(*problem.detached) == total
+
+
+@pytest.mark.parametrize("times, coarse", [(4.0, True), (20.0, False)])
+@pytest.mark.parametrize("name", ["sdpa", "fastattn"])
+def test_another_librarys_result_near_the_bounds_is_timed_and_called_coarse(name, times, coarse, cpu, monkeypatch):
+    honest = Problem.check
+
+    def check(self, results):
+        verdict = honest(self, results)
+        worse = [dataclasses.replace(row, max_error=times * row.max_bound) for row in verdict.agreements]
+        return dataclasses.replace(verdict, agreements=worse)
+
+    monkeypatch.setattr(Problem, "check", check)
+    [row] = timed(small("self"), "fwd", [name])
+    expected = coarse and name == "sdpa"
+    assert row.correct is False and (row.coarse, row.timed, row.reason is None) == (expected,) * 3
+    assert row.failed is (name == "fastattn")
+
+
+def test_sizes_of_what_is_not_fused_are_estimated(cpu):
+    case = BenchCase("biased", "fp32", 1, 2, 2, 256, 256, 64)
+    assert Sdpa().extra_bytes(case, "fwd", cpu) > Sdpa().extra_bytes(dataclasses.replace(case, op="self"), "fwd", cpu)
+    assert {"mha", "read"} <= set(known_providers())

@@ -1,0 +1,151 @@
+"""Suites: the CPU room's table as a list of cells, budgets, and the document's table of ratios."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fastattn.bench import against, tables
+from fastattn.bench.options import parse
+from fastattn.bench.providers import known_providers
+from fastattn.bench.rows import Row
+from fastattn.bench.run import plan
+from fastattn.bench.suite import SUITES, cpu_table
+from fastattn.bench_cases import OPS, BenchCase
+from fastattn.cli import main
+
+CELLS = {cell.name: cell for cell in cpu_table()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{op}/{dtype}/B1-H8-N{length}-D{width}/{mode}" for op in ("self", "causal") for mode in ("fwd", "bwd")
+          for dtype in ("bf16", "fp32", "fp16") for length in (1024, 4096) for width in (64, 128)),
+        *(f"self/{dtype}/B1-H2-N16384-D64/fwd" for dtype in ("bf16", "fp32", "fp16")),
+        *(f"{op}/{dtype}/B1-H8-N2048-D64/{mode}" for op in ("dropout", "biased", "unbatched", "head-masks")
+          for dtype in ("bf16", "fp32") for mode in ("fwd", "fwd+bwd")),
+        *(f"wide-values/{dtype}/B1-H8-N2048-D64-V128/{mode}"
+          for dtype in ("bf16", "fp32") for mode in ("fwd", "fwd+bwd")),
+        *(f"local/{dtype}/B1-H8-N4096-D{width}-W128/{mode}" for dtype in ("bf16", "fp32") for width in (64, 128)
+          for mode in ("fwd", "bwd")),
+        *(f"local/{dtype}/B1-H8-N16384-D64-W128/fwd" for dtype in ("bf16", "fp32")),
+        *(f"masked/{dtype}/B1-H8-N4096-D{width}/fwd" for dtype in ("bf16", "fp32") for width in (64, 128)),
+        *(f"cross/{dtype}/B1-H8-N4096-M77-D64/fwd" for dtype in ("bf16", "fp32")),
+        *(f"decode/bf16/B1-H32/8-N1-M{length}-D128/fwd" for length in (4096, 16384)),
+        *(f"module/{dtype}/B1-H8-N2048-D64/fwd" for dtype in ("bf16", "fp32")),
+        *(f"self/{dtype}/B32-H8-N64-D64/fwd" for dtype in ("bf16", "fp32")),
+    ],
+)  # fmt: skip
+def test_the_cpu_rooms_table_has_every_row(name):
+    assert name in CELLS
+
+
+def test_a_suite_is_planned_with_its_own_providers_and_baselines(cpu):
+    rows = plan(parse(["cpu-table", "--device", "cpu"]), cpu)
+    assert {row.provider for row in rows} == {"fastattn", "sdpa", "flex", "read", "mha"} <= set(known_providers())
+    assert {row.baseline for row in rows if row.case.op == "module"} == {"mha"}
+    assert {row.provider for row in rows if row.case.q_len == 16384 and row.case.op == "local"} == {"fastattn"}
+    assert len({row.name for row in rows}) == len(rows)
+    padded = next(row for row in rows if row.case.op == "masked")
+    assert OPS["masked"].mask(padded.case, "cpu").kv_lengths.tolist() == [padded.case.kv_len // 2]
+
+
+def test_dtypes_modes_and_names_pick_from_a_suite(cpu):
+    rows = plan(parse(["cpu-table", "--dtype", "fp16", "--mode", "bwd", "--only", "causal.*fastattn"]), cpu)
+    assert {(row.case.op, row.case.dtype, row.mode, row.provider) for row in rows} == {
+        ("causal", "fp16", "bwd", "fastattn")
+    }
+    assert plan(parse(["cpu-table", "vit-b"]), cpu)[-1].case.q_len == 197
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["cpu-tabel"], "'cpu-tabel' is not known; there are llama3-8b-prefill"),
+        (["cpu-tabel"], "did you mean 'cpu-table'?"),
+        (["cpu-table", "-N", "4k"], "cpu-table bring their own operation and sizes, and q_len came too"),
+    ],
+)
+def test_a_wrong_word_is_a_sentence(words, sentence, capsys):
+    assert main(["bench", *words, "--device", "cpu"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_suite_of_another_device_is_refused(cpu, monkeypatch):
+    monkeypatch.setitem(SUITES, "cpu-table", dataclasses.replace(SUITES["cpu-table"], device="cuda"))
+    with pytest.raises(ValueError, match="cpu-table is measured on cuda, got cpu; add --device cuda"):
+        plan(parse(["cpu-table"]), cpu)
+
+
+def test_a_spent_budget_keeps_what_it_has_and_resume_goes_on(bench, monkeypatch):
+    flags = ("--op", "self,causal", "--providers", "sdpa", "--mode", "fwd")
+    now = iter([0.0, 1.0, 99.0])
+    with monkeypatch.context() as patched:
+        patched.setattr("fastattn.bench.run.time.monotonic", lambda: next(now))
+        code, text, report = bench(*flags, "--budget", "10")
+    assert code == 0 and [row["op"] for row in report["rows"]] == ["self"]
+    assert "the budget of 10 s is spent: 1 of 2 rows were measured; --resume --json out/bench.json goes on" in text.out
+    code, text, again = bench(*flags, "--resume")
+    assert code == 0 and again["rows"][0] == report["rows"][0] and len(again["rows"]) == 2
+    assert "budget" not in text.out
+
+
+CASE = BenchCase("self", "bf16", 1, 8, 8, 1024, 1024, 64)
+
+
+def row(provider="fastattn", milliseconds=1.0, case=CASE, **more):
+    samples = [milliseconds * (1 + 0.01 * (step % 3)) for step in range(9)]
+    return Row(case, "fwd", provider, "cpu", samples_ms=[] if "reason" in more else samples, **more)
+
+
+def test_ratios_are_of_fastattn_against_each_of_the_others():
+    lines = against.markdown(
+        [row(), row("fastattn-reference", 9.0), row("sdpa", 3.0), row("flex", reason="no compiler")]
+    )
+    assert lines[2:] == [
+        "| self | bf16  B1 H8 N1024 D64 | fwd | 1.01 ms | sdpa | 3.03 ms | 3.00x | 3.00 to 3.00 |",
+        "| self | bf16  B1 H8 N1024 D64 | fwd | 1.01 ms | flex | no compiler |  |  |",
+    ]
+    [tie] = against.markdown([row(), row("sdpa", 1.0)])[2:]
+    assert tie.endswith("| 1.00x | 1.00 to 1.00, tie |")
+    [alone] = against.markdown([row()])[2:]
+    assert alone.endswith("| fwd | 1.01 ms |  |  |  |  |")
+    [coarse, wrong] = against.markdown([
+        row(), row("sdpa", 2.0, coarse=True, correct=False), row("flex", reason="wrong: out", correct=False)
+    ])[2:]  # fmt: skip
+    assert "2.02 ms (coarse) | 2.00x" in coarse and "✗ wrong: out" in wrong
+
+
+def test_a_read_loop_tells_bytes_a_second():
+    case = BenchCase("decode", "bf16", 1, 32, 8, 1, 4096, 128)
+    [line] = against.markdown([row(case=case, least_bytes=10**7), row("read", 0.8, case, least_bytes=10**7)])[2:]
+    assert "1.01 ms (9.90 GB/s) | read | 808 µs (12.4 GB/s) | 0.80x | 0.800 to 0.800 |" in line
+
+
+def test_a_windows_growth_and_what_padding_gains_stand_below():
+    window = [dataclasses.replace(CASE, op="local", window=128, q_len=size, kv_len=size) for size in (4096, 16384)]
+    masked = dataclasses.replace(CASE, op="masked")
+    lines = against.markdown([
+        row(), row("sdpa", 3.0), row(case=masked, milliseconds=0.5), row("sdpa", 3.0, masked),
+        row(case=window[1], milliseconds=4.1), row(case=window[0], milliseconds=1.0),
+    ])  # fmt: skip
+    assert lines[-2].startswith("- local bf16  B1 H8 N16384 D64 W128 fwd: 4.10x the time of 4096 tokens (4.0")
+    assert lines[-2].endswith("for 4x as many")
+    assert lines[-1].startswith(
+        "- masked bf16  B1 H8 N1024 D64 fwd: 2.00x the ratio to sdpa without padding (2.00 to 2.00)"
+    )
+
+
+def test_a_document_shows_ratios_where_its_marker_says_so(tmp_path):
+    environment = {
+        "date": "2030-01-01T00:00:00", "gpu": None, "cpu": "Z80", "threads": 1, "torch": "9", "python": "3",
+        "fastattn": "1", "commit": None, "dirty": None, "busy": False,
+    }  # fmt: skip
+    records = [each.record() for each in (row(), row("sdpa", 3.0))]
+    (tmp_path / "one.json").write_text(
+        json.dumps({"schema": "fastattn-bench/2", "environment": environment, "rows": records})
+    )
+    text = f"<!-- table: one.json as=ratios only=self -->\n{tables.END}\n"
+    filled = tables.render(text, tmp_path)
+    assert "| 3.00x | 3.00 to 3.00 |" in filled and "Z80" in filled and tables.render(filled, tmp_path) == filled

@@ -1,0 +1,375 @@
+"""KVCache: what attention sees of it, against the same tokens laid end to end; every kind, in every room that runs."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastattn
+from fastattn import KVCache, attention, attention_weights, explain
+from fastattn.cache import CacheView
+from fastattn.masks import Causal, Chunked, Full, Lengths, Packed, Prefix, Segments, Window
+from fastattn.paged import Paged
+from fastattn.spec import AttnInputs, AttnSpec
+
+BATCH, HEADS, GROUP, DIM, DIM_V = 2, 2, 2, 16, 24
+WINDOW = 4
+ROOMS = ["reference", "cpu", "triton"]
+KINDS = {
+    "static": lambda **more: KVCache.static(BATCH, HEADS, 40, DIM, head_dim_v=DIM_V, **more),
+    "growing": lambda **more: KVCache.growing(BATCH, HEADS, DIM, head_dim_v=DIM_V, **more),
+    "sliding": lambda **more: KVCache.sliding(BATCH, HEADS, WINDOW, DIM, head_dim_v=DIM_V, **more),
+    "sliding-1": lambda **more: KVCache.sliding(BATCH, HEADS, 1, DIM, head_dim_v=DIM_V, **more),
+    "paged-1": lambda **more: KVCache.paged(BATCH, HEADS, DIM, blocks=80, block_size=1, head_dim_v=DIM_V, **more),
+    "paged-3": lambda **more: KVCache.paged(BATCH, HEADS, DIM, blocks=30, block_size=3, head_dim_v=DIM_V, **more),
+    "paged-64": lambda **more: KVCache.paged(BATCH, HEADS, DIM, blocks=2, block_size=64, head_dim_v=DIM_V, **more),
+}
+STEPS = (5, 1, 1, 7, 0, 2, 1)
+
+
+def tokens(n, dtype=torch.float32):
+    draw = lambda heads, dim: torch.randn(BATCH, heads, n, dim).to(dtype)
+    return draw(HEADS * GROUP, DIM), draw(HEADS, DIM), draw(HEADS, DIM_V)
+
+
+def runs(room):
+    """The room's name, or a skip with its reason."""
+    query, key, value = tokens(1)
+    reason = explain(query, key, value, backend="reference").reasons[room]
+    if reason is not None and room != "triton":
+        pytest.skip(reason)
+    try:
+        explain(query, key, value, backend=room)
+    except fastattn.BackendUnavailable as refusal:
+        pytest.skip(str(refusal))
+    return room
+
+
+class Beside:
+    """A cache, and the same tokens laid end to end."""
+
+    def __init__(self, cache, dtype=torch.float32):
+        self.cache, self.dtype = cache, dtype
+        self.keys = torch.empty(BATCH, HEADS, 0, DIM, dtype=dtype)
+        self.values = torch.empty(BATCH, HEADS, 0, DIM_V, dtype=dtype)
+
+    def add(self, n):
+        query, key, value = tokens(n, self.dtype)
+        self.keys, self.values = torch.cat([self.keys, key], 2), torch.cat([self.values, value], 2)
+        self.cache.update(key, value)
+        return query
+
+    def want(self, query, mask):
+        return attention(query, self.keys, self.values, mask=mask, backend="reference")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_sees_what_is_held(kind, room):
+    beside = Beside(KINDS[kind]())
+    for n in STEPS:
+        query = beside.add(n)
+        window = getattr(beside.cache, "window", None)
+        causal = Causal() if window is None else Window(window - 1, 0)
+        got = attention(query, beside.cache.key, beside.cache.value, mask=Causal(), backend=runs(room))
+        torch.testing.assert_close(got, beside.want(query, causal), atol=1e-5, rtol=1e-4)
+    assert beside.cache.held == [sum(STEPS)] * BATCH and beside.cache.lengths.tolist() == beside.cache.held
+
+
+MASKS = {
+    "none": None,
+    "full": Full(),
+    "window": Window(3, 0),
+    "and": Causal() & Window(6, 0),
+    "or": Window(2, 0) | Lengths(torch.tensor([2, 3])),
+    "top-left": Causal(align="top-left"),
+    "offset": Causal(offset=4),
+    "offsets": Causal(offset=torch.tensor([4, 9])),
+    "prefix": Prefix(torch.tensor([3, 0])),
+    "chunked": Chunked(3) & Causal(),
+}
+
+
+@pytest.mark.parametrize("kind", ["static", "growing", "paged-3"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_are_about_what_is_held(name, kind):
+    beside = Beside(KINDS[kind]())
+    for n in (8, 3):
+        query = beside.add(n)
+    got = attention(query, beside.cache.key, beside.cache.value, mask=MASKS[name])
+    torch.testing.assert_close(got, beside.want(query, MASKS[name]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "full", "window", "and", "top-left", "offset", "offsets"])
+def test_masks_of_a_sliding_cache_count_from_the_sequence(name):
+    beside = Beside(KINDS["sliding"]())
+    for n in (8, 1, 3):
+        query = beside.add(n)
+    mask = MASKS[name] or Full()
+    got = attention(query, beside.cache.key, beside.cache.value, mask=mask)
+    want = beside.want(query, mask & Window(WINDOW - 1, None))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_and_weights_fit_what_is_held(kind):
+    beside = Beside(KINDS[kind]())
+    for n in (6, 2):
+        query = beside.add(n)
+    cache, length = beside.cache, beside.cache.key.shape[2]
+    weights = attention_weights(query, cache.key, mask=Causal())
+    assert weights.shape == (BATCH, HEADS * GROUP, 2, length)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
+    table = torch.ones(2, length, dtype=torch.bool)
+    out = attention(query, cache.key, cache.value, mask=table)
+    torch.testing.assert_close(out, attention(query, cache.key, cache.value), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("kind", ["static", "paged-3", "paged-64"])
+def test_sequences_of_different_lengths(kind, room):
+    cache = KINDS[kind]()
+    rows = [([], []) for _ in range(BATCH)]
+    for counts, n in (([5, 2], 5), ([1, 1], 1), ([0, 3], 3), ([2, 1], 2)):
+        query, key, value = tokens(n)
+        cache.update(key, value, new_lengths=counts)
+        got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(room))
+        for item, count in enumerate(counts):
+            rows[item][0].append(key[item, :, :count])
+            rows[item][1].append(value[item, :, :count])
+            keys, values = (torch.cat(each, 1)[None] for each in rows[item])
+            want = attention(query[item : item + 1, :, :count], keys, values, mask=Causal(), backend="reference")
+            torch.testing.assert_close(got[item : item + 1, :, :count], want, atol=1e-5, rtol=1e-4)
+    assert cache.held == [8, 7]
+
+
+@pytest.mark.parametrize("kind", ["static", "growing", "sliding", "paged-3"])
+def test_left_padding(kind):
+    starts = torch.tensor([3, 0])
+    beside = Beside(KINDS[kind](starts=starts))
+    for n in (6, 1, 2):
+        query = beside.add(n)
+    window = getattr(beside.cache, "window", 100)
+    real = Lengths(torch.full((BATCH,), 9), kv_starts=starts)
+    got = attention(query, beside.cache.key, beside.cache.value, mask=Causal())
+    torch.testing.assert_close(got, beside.want(query, Window(window - 1, 0) & real), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [1, 5, 64, 128])
+def test_long_sequences_in_blocks(dtype, size):
+    """Several tiles, and both of the CPU room's ways through them."""
+    cache = KVCache.paged(BATCH, HEADS, DIM, blocks=2 * -(-300 // size), block_size=size, head_dim_v=DIM_V, dtype=dtype)
+    beside = Beside(cache, dtype)
+    for n in (150, 140, 1, 3):
+        query = beside.add(n)
+        got = attention(query, cache.key, cache.value, mask=Causal())
+        bound = 2e-2 if dtype.itemsize == 2 else 1e-5
+        torch.testing.assert_close(got, beside.want(query, Causal()), atol=bound, rtol=bound)
+        again = attention(query, cache.key, cache.value, mask=Causal())
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_somebody_elses_blocks(room):
+    """flash-attn's layout; entries past the end of a sequence may be anything."""
+    keys, values = torch.randn(7, 4, HEADS, DIM), torch.randn(7, 4, HEADS, DIM_V)
+    table = torch.tensor([[5, 0, 3, -9], [2, 6, 10**6, 10**6]], dtype=torch.int32)
+    cache = KVCache.from_blocks(keys, values, table, [11, 6])
+    query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)
+    got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(room))
+    for item, length in enumerate((11, 6)):
+        order = table[item, : -(-length // 4)].long()
+        key, value = (pool[order].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (keys, values))
+        want = attention(query[item : item + 1], key, value, backend="reference")
+        torch.testing.assert_close(got[item : item + 1], want, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_are_handed_back():
+    cache = KINDS["paged-3"]()
+    _, key, value = tokens(9)
+    cache.update(key, value)
+    first = cache.table[0, :3].tolist()
+    assert len(cache.free_blocks) == 24
+    cache.free(0)
+    assert cache.held == [0, 9] and len(cache.free_blocks) == 27
+    query, key, value = tokens(2)
+    cache.update(key, value)
+    assert cache.table[0, 0].item() in first
+    got = attention(query, cache.key, cache.value, mask=Causal())
+    want = attention(query[:1], key[:1], value[:1], mask=Causal())
+    torch.testing.assert_close(got[:1], want, atol=1e-5, rtol=1e-4)
+    cache.reset()
+    assert cache.held == [0, 0] and len(cache.free_blocks) == 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_forgets(kind):
+    beside = Beside(KINDS[kind]())
+    beside.add(9)
+    beside.cache.reset()
+    beside = Beside(beside.cache)
+    query = beside.add(3)
+    window = getattr(beside.cache, "window", 100)
+    got = attention(query, beside.cache.key, beside.cache.value, mask=Causal())
+    torch.testing.assert_close(got, beside.want(query, Window(window - 1, 0)), atol=1e-5, rtol=1e-4)
+
+
+def test_growing_copies_little_and_sliding_keeps_little():
+    growing, sliding = KINDS["growing"](), KINDS["sliding"]()
+    places = set()
+    for _ in range(200):
+        _, key, value = tokens(1)
+        growing.update(key, value)
+        sliding.update(key, value)
+        places.add(growing.keys.data_ptr())
+    assert len(places) <= 5 and growing.slots == 256
+    assert sliding.slots == 2 * WINDOW and sliding.kv_len == WINDOW
+
+
+@pytest.mark.parametrize("kind", ["static", "paged-3"])
+def test_nothing_is_copied(kind, monkeypatch):
+    """The room reads the cache's own memory."""
+    from fastattn import ops
+
+    beside = Beside(KINDS[kind]())
+    query = beside.add(5)
+    seen = []
+    inner = ops._run_forward
+    monkeypatch.setattr(
+        ops, "_run_forward", lambda spec, inputs, room: seen.append(inputs) or inner(spec, inputs, room)
+    )
+    attention(query, beside.cache.key, beside.cache.value, mask=Causal())
+    assert seen[0].key.data_ptr() == beside.cache.keys.data_ptr()
+    assert seen[0].value.data_ptr() == beside.cache.values.data_ptr()
+
+
+def test_a_spec_in_blocks_round_trips():
+    table = torch.tensor([[1, 0], [2, 2]], dtype=torch.int32)
+    key, value = torch.randn(3, HEADS, 5, DIM), torch.randn(3, HEADS, 5, DIM_V)
+    inputs = AttnInputs(torch.randn(BATCH, HEADS, 1, DIM), key, value)
+    spec = AttnSpec.of(inputs, mask=Paged(Causal(offset=torch.tensor([3, 4])), table, 5))
+    again = AttnSpec.from_flat(inputs, spec.flat())
+    assert (spec.batch, spec.kv_len, spec.num_kv_heads) == (BATCH, 10, HEADS) == (again.batch, again.kv_len, HEADS)
+    assert torch.equal(again.pages.table, table) and again.pages.block_size == 5
+    assert isinstance(again.mask, Causal) and isinstance(spec.mask, Causal)
+
+
+def test_compiled_in_blocks():
+    beside = Beside(KINDS["paged-3"]())
+    query = beside.add(7)
+    cache = beside.cache
+    call = lambda q: attention(q, cache.key, cache.value, mask=Causal())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(query)
+    torch.testing.assert_close(got, beside.want(query, Causal()), atol=1e-5, rtol=1e-4)
+
+
+def test_queries_may_want_gradients_in_the_reference():
+    beside = Beside(KINDS["paged-3"]())
+    query = beside.add(7).requires_grad_()
+    out = attention(query, beside.cache.key, beside.cache.value, mask=Causal())
+    (got,) = torch.autograd.grad(out.sum(), query)
+    (want,) = torch.autograd.grad(beside.want(query, Causal()).sum(), query)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(fastattn.BackendUnavailable, match="read forward only here"):
+        attention(query, beside.cache.key, beside.cache.value, backend="cpu")
+
+
+def test_a_view_looks_like_a_tensor():
+    cache = KINDS["sliding"]()
+    _, key, value = tokens(9)
+    keys, values = cache.update(key, value)
+    assert isinstance(keys, CacheView) and keys.shape == (BATCH, HEADS, 9, DIM) and values.shape[3] == DIM_V
+    assert keys.dtype == torch.float32 and keys.device.type == "cpu" and "key of SlidingCache" in repr(keys)
+
+
+def updated(kind, n=4, **more):
+    cache = KINDS[kind](**more)
+    query, key, value = tokens(n)
+    cache.update(key, value)
+    return cache, query, key, value
+
+
+def wrong_update(change, **keywords):
+    def attempt():
+        cache, _, key, value = updated("growing")
+        cache.update(*change(key, value), **keywords)
+
+    return attempt
+
+
+def wrong_call(arguments, **keywords):
+    def attempt():
+        cache, query, key, value = updated(keywords.pop("kind", "growing"), keywords.pop("n", 4))
+        attention(query, *arguments(cache, key, value), **keywords)
+
+    return attempt
+
+
+REFUSED = {
+    "heads": (wrong_update(lambda k, v: (k[:, :1], v)), ValueError, "key: .*= \\[2, 2, new, 16\\]"),
+    "dim": (wrong_update(lambda k, v: (k, k)), ValueError, "value: .*\\[2, 2, new, 24\\]"),
+    "dtype": (wrong_update(lambda k, v: (k.half(), v)), ValueError, "holds torch.float32 on cpu, got torch.float16"),
+    "grad": (wrong_update(lambda k, v: (k.requires_grad_(), v)), ValueError, "gives no gradients"),
+    "tokens": (wrong_update(lambda k, v: (k, v[:, :, :1])), ValueError, "same tokens are needed, got 4 and 1"),
+    "ragged": (wrong_update(lambda k, v: (k, v), new_lengths=[1, 4]), ValueError, "keeps sequences of one length"),
+    "too-long": (wrong_update(lambda k, v: (k, v), new_lengths=[5, 4]), ValueError, "2 numbers from 0 to 4"),
+    "one-view": (wrong_call(lambda c, k, v: (c.key, v)), TypeError, "needed together"),
+    "swapped": (wrong_call(lambda c, k, v: (c.value, c.key)), ValueError, "cache.key is needed, got cache.value"),
+    "packed": (
+        wrong_call(lambda c, k, v: (c.key, c.value), mask=Packed(torch.tensor([0, 4]), torch.tensor([0, 4]))),
+        ValueError, "packed sequences have no cache",
+    ),
+    "chunks": (
+        wrong_call(lambda c, k, v: c.update(k[:, :, :1], v[:, :, :1]), mask=Chunked(2), kind="sliding", n=9),
+        ValueError, "lost where chunks begin",
+    ),
+    "query": (lambda: attention(None, *updated("growing")[0].update(*tokens(1)[1:])), ValueError, "query: "),
+    "full": (lambda: updated("static", 41), ValueError, "41 more tokens do not fit, 0 of 40 are held"),
+    "no-blocks": (lambda: updated("paged-3", 50), ValueError, "34 more blocks are needed and 30 are free"),
+    "narrow-table": (lambda: updated("paged-3", 9, table_width=2), ValueError, "wider than table_width=2"),
+    "capacity": (lambda: KVCache.static(2, 2, 0, 8), ValueError, "capacity: an int of at least 1"),
+    "batch": (lambda: KVCache.growing(0, 2, 8), ValueError, "batch: an int of at least 1"),
+    "block-size": (lambda: KVCache.paged(1, 2, 8, blocks=3, block_size=0), ValueError, "block_size: an int"),
+    "starts": (lambda: KVCache.growing(2, 2, 8, starts=torch.zeros(3)), ValueError, "starts: int32 or int64 \\[2\\]"),
+    "written": (
+        lambda: KVCache.from_blocks(*[torch.zeros(2, 4, 2, 8)] * 2, torch.zeros(1, 1, dtype=torch.int32), [3]).update(
+            torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)),
+        ValueError, "read and never written",
+    ),
+    "table-dtype": (
+        lambda: attention(torch.zeros(1, 2, 1, 8), *two_views(torch.zeros(1, 1, dtype=torch.int64))),
+        ValueError, "block table: int32 \\[1, blocks of an item\\]",
+    ),
+}  # fmt: skip
+
+
+def two_views(table: Tensor):
+    cache = KVCache.from_blocks(*[torch.zeros(2, 4, 2, 8)] * 2, table, [3])
+    return cache.key, cache.value
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name):
+    attempt, kind, words = REFUSED[name]
+    with pytest.raises(kind, match=words):
+        attempt()
+
+
+def test_autocast_copies_no_cache():
+    cache, query, *_ = updated("growing")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"make it with dtype=torch\.bfloat16"):
+        attention(query, cache.key, cache.value)
+    cache = KINDS["growing"](dtype=torch.bfloat16)
+    query, key, value = tokens(3, torch.bfloat16)
+    cache.update(key, value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention(query.float(), cache.key, cache.value).dtype == torch.bfloat16
+
+
+def test_segments_are_the_callers_own():
+    cache, query, *_ = updated("static")
+    ids = torch.zeros(1, 40, dtype=torch.long)
+    out = attention(query, cache.key, cache.value, mask=Segments(torch.zeros(1, 4, dtype=torch.long), ids))
+    torch.testing.assert_close(out, attention(query, cache.key, cache.value), atol=1e-6, rtol=1e-5)

