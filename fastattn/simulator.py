@@ -104,7 +104,7 @@ def build_library(name: str, parts: Sequence[Part], flavour: str = "plain", link
     # The checks' hooks answer what -fsanitize=thread calls; linked with that flag, its own runtime would.
     sanitizer = FLAVOURS[flavour][1] if flavour == "addresses" else ()
     runtime = _runtime(found, flavour)
-    objects = [str(each) for each in runtime.iterdir() if flavour == "checked" or each.name != "hooks.o"]
+    objects = [str(each) for each in runtime.iterdir() if flavour == "checked" or not each.name.startswith("hooks")]
     command = (*found.command, *sanitizer, "-shared", *(step.output for step in steps), *sorted(objects), *link)
     library = Step("library.so", (*command, "-o", "library.so"))
     key = _key(found, [part.source for part in parts], *(step.command for step in steps), library.command)
