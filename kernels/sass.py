@@ -71,7 +71,9 @@ def read_all(library: Path) -> dict[str, Binary]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([str(tools / "cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, check=True)
+        subprocess.run(
+            [str(tools / "cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, check=True
+        )
         for cubin in sorted(Path(folder).glob("*.cubin")):
             usage = dict(USAGE.findall(_output(tools / "cuobjdump", "-res-usage", cubin)))
             sections = SECTION.split(_output(tools / "nvdisasm", "-c", cubin))[1:]

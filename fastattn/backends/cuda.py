@@ -1,4 +1,4 @@
-"""The door to the CUDA room: what it can do, and the way in. The library is built and loaded when it is about to run."""
+"""The door to the CUDA room: what it can do, and the way in. The library is built and loaded when it is to run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import leaves, native_cuda
-from fastattn.leaves import AND, BAND, INTERVAL, OR, Leaves
+from fastattn.leaves import BAND, INTERVAL, OR, Leaves
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -51,7 +51,9 @@ def notes(spec: AttnSpec) -> list[str]:
     if spec.head_dim % ALIGNMENT or spec.head_dim_v % ALIGNMENT:
         widths = f"{spec.head_dim} and {spec.head_dim_v}"
         said.append(f"TMA wants rows of whole {ALIGNMENT} elements: heads of {widths} may be copied first")
-    said.append("tensors whose strides TMA cannot take (rows apart by no multiple of 16 bytes, no side by side) are copied")
+    said.append(
+        "tensors whose strides TMA cannot take (rows apart by no multiple of 16 bytes, no side by side) are copied"
+    )
     return said
 
 
@@ -189,4 +191,6 @@ def _device_reason(device: torch.device) -> str | None:
     if capability == CAPABILITY:
         return None
     has = ".".join(map(str, capability))
-    return f"the device has compute capability {has}, and these kernels are for {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper)"
+    return (
+        f"the device has compute capability {has}, and these kernels are for {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper)"
+    )

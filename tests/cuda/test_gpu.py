@@ -1,4 +1,4 @@
-"""The CUDA room on a Hopper GPU: what the simulator has shown, once more on the hardware, and what only that can show."""
+"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show."""
 
 import dataclasses
 
@@ -87,7 +87,10 @@ def test_decoding_splits_the_keys(q_len):
 def test_a_graph_of_calls_can_be_captured_and_replayed():
     problem = make_inputs(Case("graph", 300, 500, 2, 4, 2, 64, mask=lambda *_: Causal()), DEVICE)
     query, key, value = (each.clone() for each in problem.inputs[:3])
-    call = lambda: attention(query, key, value, mask=Causal(), backend="cuda", return_lse=True)  # noqa: E731
+
+    def call():
+        return attention(query, key, value, mask=Causal(), backend="cuda", return_lse=True)
+
     with torch.no_grad():
         call()
         stream = torch.cuda.Stream()
