@@ -23,7 +23,7 @@ from fastattn.compiler import BuildError, Compiler, Step
 
 FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 AS_KERNEL = ("-DFASTATTN_SIM", "-Wno-unknown-pragmas", "-x", "c++")
-ADDRESSES = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+ADDRESSES = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 FLAVOURS = {
     "plain": ("as it is: the quickest, for results", ()),
     "checked": ("each access to shared memory is held against the barriers", ("-fsanitize=thread",)),

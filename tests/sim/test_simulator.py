@@ -1,12 +1,13 @@
 """fastattn.simulator: what is built once is found again, what has changed is built anew, what is refused says why."""
 
 import ctypes
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from fastattn import simulator
+from fastattn import compiler, simulator
 from fastattn.compiler import BuildError, sources
 
 KERNEL = """
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.skipif(simulator.why_not() is not None, reason=simulato
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
+    runtime = simulator._runtime(compiler.find_compiler(), "plain")  # not compiled once more
+    shutil.copytree(runtime, tmp_path / "cache" / "simulator" / runtime.name)
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "kernel.cu"
     path.write_text(EXPORT + KERNEL.format(arch=sources() / "cuda" / "arch"))
