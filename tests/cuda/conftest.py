@@ -32,9 +32,8 @@ class Room(NamedTuple):
 
     def splits(self, problem):
         """How many programs share a tile's keys."""
-        spec = problem.spec
-        sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
-        return self.library.tiles(sizes, cuda._problem(spec).kind, False).splits
+        known = cuda._problem(problem.spec)
+        return self.library.tiles(known.sizes, known.kind, known.by_head).splits
 
 
 def simulated(flavour):
