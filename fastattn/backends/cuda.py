@@ -200,6 +200,10 @@ def feature_reason(spec: AttnSpec) -> str | None:
 
 @functools.cache
 def _device_reason(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "this torch is for AMD GPUs, and this room runs on NVIDIA's"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU here"
     capability = torch.cuda.get_device_capability(device)
     if capability == CAPABILITY:
         return None
