@@ -196,9 +196,10 @@ def test_tma_load(execute, rank, swizzle, place):
     assert torch.equal(out[swizzled_order(count, dtype.itemsize, swizzle)], want)
 
 
+@pytest.mark.parametrize("place", ["inside", "outside"])  # one policy each
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_tma_load_with_a_policy(execute, element):
-    shape, tensor, sides, dtype = box_case(4, 3, element, "inside")
+def test_tma_load_with_a_policy(execute, element, place):
+    shape, tensor, sides, dtype = box_case(4, 3, element, place)
     out = torch.full((math.prod(sides),), math.nan, dtype=dtype)
     hinted = out.clone()
     assert execute("boxes", 4, 0, shape, tensor, out, outputs=[out]) is None
