@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.masks import And, Dense, Full, Lengths, Mask, Or, Packed, Window
+from fastattn.masks import And, Dense, Full, Lengths, Mask, Or, Packed, Prefix, Window
 from fastattn.masks import Placed as _Placed
 
 __all__ = ["CacheView", "KVCache", "placed"]
@@ -60,18 +60,18 @@ class CacheView:
 class KVCache:
     """Keys and values of a batch of sequences. Made by `static`, `growing`, `sliding`, `paged` and `from_blocks`.
 
-    `held` counts each sequence's tokens, on the host; `lengths` is the same as int32 [batch] on the device.
+    `held` counts each sequence's tokens, on the host; `lengths` is the same as int32 [batch] on the device. (A static
+    cache counts on the device alone: its `held` waits for it.)
     """
 
     def __init__(self, batch: int, device: torch.device | str | None, starts: Tensor | None) -> None:
         if not isinstance(batch, int) or batch < 1:
             raise ValueError(f"batch: an int of at least 1 is needed, got {batch!r}")
         self.batch = batch
-        self.held = [0] * batch
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.before = self.lengths.clone()
-        self.was = list(self.held)  # held before the last update
+        self.before = self.lengths.clone()  # the last update
         self.ragged = False  # whether that update brought padding along
+        self._forget()
         if starts is not None and (starts.shape != (batch,) or starts.dtype not in (torch.int32, torch.int64)):
             raise ValueError(f"starts: int32 or int64 [{batch}] is needed, got {starts.dtype} {list(starts.shape)}")
         self.starts = starts
@@ -154,8 +154,8 @@ class KVCache:
         """
         self._check(key, value)
         new = key.shape[2]
-        counts = [new] * self.batch if new_lengths is None else self._counts(new_lengths, new)
-        if len(set(counts)) > 1 and not self.takes_ragged:
+        counts = None if new_lengths is None else self._counts(new_lengths, new)
+        if counts is not None and len(set(counts)) > 1 and not self.takes_ragged:
             raise ValueError(
                 f"new_lengths: {type(self).__name__} keeps sequences of one length, got {counts}; "
                 "KVCache.static and KVCache.paged keep different ones"
@@ -163,13 +163,15 @@ class KVCache:
         with torch.no_grad():
             self._write(key, value, counts)
             self.before.copy_(self.lengths)
-            self.was = list(self.held)
-            self.held = [held + count for held, count in zip(self.held, counts, strict=True)]
-            self.ragged = any(count != new for count in counts)
-            self.lengths += (
-                torch.tensor(counts, dtype=torch.int32).to(self.lengths.device) if self.ragged else counts[0]
-            )
+            self.lengths.add_(new if counts is None else torch.tensor(counts, dtype=torch.int32, device=key.device))
+        self.ragged = counts is not None and any(count != new for count in counts)
+        self._count([new] * self.batch if counts is None else counts)
         return self.key, self.value
+
+    def _count(self, counts: list[int]) -> None:
+        """The host's part of an update."""
+        self.was = list(self.held)
+        self.held = [held + count for held, count in zip(self.held, counts, strict=True)]
 
     takes_ragged = False
     """Whether its sequences may differ in length."""
@@ -189,18 +191,37 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget every token and keep the memory."""
-        self.held = [0] * self.batch
         self.lengths.zero_()
         self.before.zero_()
-        self.was = list(self.held)
         self.ragged = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """The host's part of it."""
+        self.held = [0] * self.batch
+        self.was = list(self.held)
 
     def __repr__(self) -> str:
         held = self.held[0] if len(set(self.held)) == 1 else self.held
         return f"{type(self).__name__}(batch={self.batch}, held={held})"
 
-    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
+    held: list[int]
+    was: list[int]  # held before the last update
+
+    def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
         raise NotImplementedError
+
+    def _real(self, counts: list[int] | None, new: int) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Which of the new tokens to write: their items and numbers, and where in its sequence each goes. Items None:
+        all of them, [1, new] and [batch, new].
+        """
+        device = self.lengths.device
+        if counts is None:
+            token = torch.arange(new, device=device)[None]
+            return None, token, self.lengths.long()[:, None] + token
+        pairs = [(item, token) for item, count in enumerate(counts) for token in range(count)]
+        item, token = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+        return item, token, self.lengths.long()[item] + token
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         for name, new, kept in zip(("key", "value"), (key, value), self.tensors(), strict=True):
@@ -268,13 +289,19 @@ def move(mask: Mask, offset: int | Tensor, first: int = 0) -> Mask:
         return type(mask)(move(mask.left, offset, first), move(mask.right, offset, first))
     if isinstance(mask, Packed):
         raise ValueError("mask Packed: packed sequences have no cache; a cache's sequences are the batch")
-    if isinstance(mask, _Placed):
-        if mask.offset is None and mask.align == "bottom-right":
-            return dataclasses.replace(mask, offset=offset, validate=False)
-        if first:
-            at = 0 if mask.offset is None else mask.offset
-            return dataclasses.replace(mask, offset=at - first, validate=False)
-    return mask
+    changes: dict[str, Any] = {}
+    if isinstance(mask, _Placed) and mask.offset is None and mask.align == "bottom-right":
+        changes["offset"] = offset
+    elif isinstance(mask, _Placed) and first:
+        changes["offset"] = (0 if mask.offset is None else mask.offset) - first
+    for name in _COUNTS.get(type(mask), ()) if first else ():
+        if getattr(mask, name) is not None:
+            changes[name] = (getattr(mask, name) - first).clamp(min=0)
+    return dataclasses.replace(mask, validate=False, **changes) if changes else mask  # type: ignore[type-var]
+
+
+_COUNTS: dict[type, tuple[str, ...]] = {Lengths: ("kv_lengths", "kv_starts"), Prefix: ("lengths",)}
+"""Fields of a mask that count keys from the first."""
 
 
 def both(mask: Mask, more: Mask | None) -> Mask:

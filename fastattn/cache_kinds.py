@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastattn import tracing
 from fastattn.cache import FIRST, KVCache, both, move, padding_of, window_of
 from fastattn.masks import Chunked, Lengths, Mask
 
@@ -71,16 +72,32 @@ class StaticCache(_Slots):
         held = Lengths(self.lengths, kv_starts=self.starts, validate=False)
         return both(move(mask, offset), held)
 
-    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
+    @property
+    def held(self) -> list[int]:  # type: ignore[override]
+        return self.lengths.tolist()
+
+    def _count(self, counts: list[int]) -> None:
+        """Nothing: what the host counts would be another graph at every token, and stand still in a captured one."""
+
+    def _forget(self) -> None:
+        """Nothing, likewise."""
+
+    def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
+        """Past the end torch's own index check stops what runs on a GPU or compiled, where nobody waits for counts."""
         new = key.shape[2]
-        if max(self.held) + new > self.slots:
-            raise ValueError(
-                f"KVCache.static: {new} more tokens do not fit, {max(self.held)} of {self.slots} are held; "
-                "make it larger or take KVCache.growing"
-            )
-        slots = (self.lengths.long()[:, None] + torch.arange(new, device=key.device))[:, None, :, None]
+        if self.lengths.device.type == "cpu" and not tracing.being_traced():
+            most = max(held + count for held, count in zip(self.held, counts or [new] * self.batch, strict=True))
+            if most > self.slots:
+                raise ValueError(
+                    f"KVCache.static: {new} more tokens do not fit, {max(self.held)} of {self.slots} are held; "
+                    "make it larger or take KVCache.growing"
+                )
+        item, token, slot = self._real(counts, new)
         for kept, tokens in ((self.keys, key), (self.values, value)):
-            kept.scatter_(2, slots.expand_as(tokens), tokens)
+            if item is None:
+                kept.scatter_(2, slot[:, None, :, None].expand_as(tokens), tokens)
+            else:
+                kept[item, :, slot] = tokens[item, :, token]
 
 
 class GrowingCache(_Slots):
@@ -100,8 +117,8 @@ class GrowingCache(_Slots):
         offset = self.was[0] if self.ragged else self.kv_len - q_len
         return both(move(mask, offset), padding_of(self.starts, self.kv_len))
 
-    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
-        held, new = self.held[0], counts[0]
+    def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
+        held, new = self.held[0], key.shape[2] if counts is None else counts[0]
         if held + new > self.slots:
             self._move_to(max(2 * self.slots, held + new), 0, held)
         self.keys[:, :, held : held + new] = key[:, :, :new]
@@ -140,8 +157,8 @@ class SlidingCache(_Slots):
         super().reset()
         self.start = self.first = 0
 
-    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
-        new = counts[0]
+    def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
+        new = key.shape[2] if counts is None else counts[0]
         gone = max(self.kv_len - (self.window - 1), 0)
         self.start, self.first = self.start + gone, self.first + gone
         kept = self.kv_len

@@ -85,9 +85,10 @@ class PagedCache(_Blocks):
             self.free(item)
         super().reset()
 
-    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
+    def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
         new, size = key.shape[2], self.block_size
-        wanted = [-(-(held + new) // size) - len(own) for held, own in zip(self.held, self.owned, strict=True)]
+        after = [held + count for held, count in zip(self.held, counts or [new] * self.batch, strict=True)]
+        wanted = [-(-most // size) - len(own) for most, own in zip(after, self.owned, strict=True)]
         missing = sum(max(want, 0) for want in wanted)
         longest = max(len(own) + max(want, 0) for own, want in zip(self.owned, wanted, strict=True))
         if missing > len(self.free_blocks) or longest > self.table.shape[1]:
@@ -103,10 +104,15 @@ class PagedCache(_Blocks):
                 fresh = [self.free_blocks.pop() for _ in range(want)]
                 self.owned[item] += fresh
                 self.table[item, at : at + want] = torch.tensor(fresh, dtype=torch.int32)
-        place = self.lengths.long()[:, None] + torch.arange(new, device=key.device)  # [batch, new]
-        block = self.table.long().gather(1, place // size)
-        self.keys[block, :, place % size] = key.transpose(1, 2)
-        self.values[block, :, place % size] = value.transpose(1, 2)
+        items, token, place = self._real(counts, new)
+        if items is None:
+            block = self.table.long().gather(1, place // size)
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+        else:
+            block = self.table.long()[items, place // size]
+            key, value = key[items, :, token], value[items, :, token]
+        self.keys[block, :, place % size] = key
+        self.values[block, :, place % size] = value
 
 
 class ForeignBlocks(_Blocks):
@@ -124,7 +130,7 @@ class ForeignBlocks(_Blocks):
         if self.lengths.shape != (self.batch,):
             raise ValueError(f"lengths: [{self.batch}] is needed, got {list(self.lengths.shape)}")
 
-    def _write(self, key: Tensor, value: Tensor, counts: list[int]) -> None:
+    def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
         raise ValueError("KVCache.from_blocks: somebody else's blocks are read and never written")
 
     def reset(self) -> None:

@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from fastattn import building, inspection
     from fastattn.bench import options
+    from fastattn.models import command as models
 
     parser = argparse.ArgumentParser("fastattn", description="Every kind of attention as one fused call.")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
@@ -74,14 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--only", type=options.regex, metavar="REGEX", help="only the cases whose name it finds")
     check.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     check.add_argument("--json", type=Path, metavar="FILE", help="also write every figure")
-    check.add_argument(
-        "--lines", action="store_true", help=argparse.SUPPRESS
-    )  # a JSON row a line, for a parent process
+    check.add_argument("--lines", action="store_true", help=argparse.SUPPRESS)  # a JSON row a line, for a parent
     check.add_argument("--verbose", "-v", action="store_true", help="a line for each case, not only for each room")
     check.set_defaults(run=_check)
     inspected = commands.add_parser("inspect", help="compile the GPU kernels, without a GPU, and show what they became")
     inspection.add_arguments(inspected)
     inspected.set_defaults(run=inspection.run)
+    compared = commands.add_parser("models", help="hold real architectures against their library's eager attention")
+    models.add_arguments(compared)
+    compared.set_defaults(run=models.run)
     info = commands.add_parser("info", help="what this machine has, which rooms run, and why not the others")
     info.set_defaults(run=_info)
     return parser
@@ -133,9 +135,8 @@ def _machine(block: dict[str, Any]) -> dict[str, str]:
         "threads": f"torch uses {block['threads']}",
     }
     if block["load_average"]:
-        pairs["load"] = f"{block['load_average'][0]} running tasks in the last minute" + (
-            " (busy)" if block["busy"] else ""
-        )
+        busy = " (busy)" if block["busy"] else ""
+        pairs["load"] = f"{block['load_average'][0]} running tasks in the last minute{busy}"
     if block["gpu"]:
         memory = block["gpu_memory"] / 2**30
         pairs["GPU"] = f"{block['gpu']}, sm_{block['gpu_capability'].replace('.', '')}, {memory:.0f} GiB"
@@ -150,9 +151,7 @@ def _software(block: dict[str, Any]) -> dict[str, str]:
     from fastattn import native, native_cuda
 
     commit = f", commit {block['commit'][:9]}{' with changes' if block['dirty'] else ''}" if block["commit"] else ""
-    names = {"TRITON_INTERPRET", "CXX", *(name for name in os.environ if name.startswith("FASTATTN_"))} & set(
-        os.environ
-    )
+    names = {name for name in os.environ if name in ("TRITON_INTERPRET", "CXX") or name.startswith("FASTATTN_")}
     pairs = {
         "fastattn": f"{fastattn.__version__} in {Path(fastattn.__file__).parent}{commit}",
         "Python": f"{block['python']} on {block['platform']}",

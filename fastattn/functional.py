@@ -17,6 +17,9 @@ from fastattn.spec import AttnInputs, AttnSpec
 
 __all__ = ["attention", "attention_weights", "dropout_mask", "explain", "new_dropout_seed"]
 
+MOST_WEIGHTS = 2**32
+"""Bytes of weights that `attention_weights` gives out; assign another number to get more."""
+
 
 def attention(
     query: Tensor,
@@ -146,19 +149,63 @@ def attention_weights(
         float64). Rows that see no key are 0; with sinks a row sums to less than 1.
 
     Raises:
-        ValueError: arguments that do not fit.
+        ValueError: arguments that do not fit, or weights of more than MOST_WEIGHTS bytes.
     """
-    if heads not in ("all", "mean"):
-        raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
     if isinstance(key, CacheView):
         key, _, mask = placed(query, key, key.cache.value, mask)
+    return all_weights(
+        query, key, lse=lse, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, heads=heads, rows=rows,
+        most=MOST_WEIGHTS,
+    )  # fmt: skip
+
+
+def all_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    lse: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    heads: str = "all",
+    rows: Sequence[int] | Tensor | None = None,
+    most: int | None = None,
+) -> Tensor:
+    """`attention_weights` of as many bytes as there is memory for, or of `most`."""
+    if heads not in ("all", "mean"):
+        raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
     query, key, bias = _autocast(query, key, bias=bias)
-    inputs = AttnInputs(query, key, key, bias, sinks)  # type: ignore[arg-type]
+    inputs = AttnInputs(query, key, key, bias, sinks)
     spec = AttnSpec.of(inputs, mask=mask, scale=scale, softcap=softcap)
     if lse is not None:
         _check_lse(lse, query)
     index = None if rows is None else _row_index(rows, spec)
+    if most is not None:
+        _check_weights(spec, spec.q_len if index is None else len(index), heads, most)
     return ops.attention_weights(inputs, spec, dispatch.requested(None), lse, index, mean=heads == "mean")
+
+
+def _check_weights(spec: AttnSpec, count: int, heads: str, most: int) -> None:
+    """No more bytes than `most`, and what else there is to ask for."""
+    item = 8 if spec.dtype == torch.float64 else 4
+    mean = spec.batch * count * spec.kv_len * item
+    size = mean if heads == "mean" else mean * spec.num_heads
+    if size <= most:
+        return
+    averaged = f"heads='mean' takes {say_bytes(mean)}; " if heads == "all" else ""
+    fit = most * count // size
+    few = f"rows=[...] of up to {fit} queries fit" if fit else "fewer keys or sequences at a time fit"
+    raise ValueError(
+        f"attention_weights: {count} queries by {spec.kv_len} keys would take {say_bytes(size)}, and {say_bytes(most)} "
+        f"are allowed; {averaged}{few}; fastattn.functional.MOST_WEIGHTS = {size} allows it"
+    )
+
+
+def say_bytes(count: int) -> str:
+    """1536 is 1,536 bytes; with GiB where there are any."""
+    return f"{count:,} bytes" + (f" ({count / 2**30:.1f} GiB)" if count >= 2**30 else "")
 
 
 def _check_lse(lse: Tensor, query: Tensor) -> None:

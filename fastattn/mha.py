@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn import projections, sdpa
 from fastattn.dropout import dropout_mask, new_dropout_seed
-from fastattn.functional import attention, attention_weights
+from fastattn.functional import all_weights, attention
 from fastattn.masks import Causal, Dense, Lengths, Mask, Window
 
 __all__ = ["multi_head_attention_forward"]
@@ -213,7 +213,10 @@ def forward(
         one = (batch, 1, kv_dim) if batch_first else (1, batch, kv_dim)
         k, v = torch.cat([k, bias_k.expand(one)], length_dim), torch.cat([v, bias_v.expand(one)], length_dim)
     # As [batch, num_heads, length, head_dim]: views of the projections.
-    q, k, v = (t.unflatten(-1, (-1, head_dim)).permute(batch_dim, 2, length_dim, 3) for t in (q, k, v))
+    q, k, v = (
+        t.view(*t.shape[:2], heads, head_dim).permute(batch_dim, 2, length_dim, 3)
+        for t, heads in ((q, num_heads), (k, kv_heads), (v, kv_heads))
+    )
     k = k if static_k is None else static_k.unflatten(0, (batch, kv_heads))
     v = v if static_v is None else static_v.unflatten(0, (batch, kv_heads))
     if add_zero_attn:
@@ -243,7 +246,7 @@ def forward(
     if not need_weights:
         return out, None
     average_first = average_attn_weights and seed is None
-    weights = attention_weights(q, k, lse=lse, mask=mask, bias=bias, heads="mean" if average_first else "all")
+    weights = all_weights(q, k, lse=lse, mask=mask, bias=bias, heads="mean" if average_first else "all")
     if seed is not None:
         kept = dropout_mask(batch, num_heads, q_len, k.shape[2], p=dropout_p, seed=seed)
         weights = weights * kept / (1.0 - dropout_p) if dropout_p < 1 else torch.zeros_like(weights)

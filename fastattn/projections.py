@@ -28,7 +28,7 @@ def packed(
     embed_dim = query.shape[-1]
     sizes = [embed_dim, kv_dim, kv_dim]
     if query is key and key is value:
-        return F.linear(query, weight, bias).split(sizes, -1)
+        return F.linear(query, weight, bias).split_with_sizes(sizes, -1)
     if key is value:
         sizes = [embed_dim, 2 * kv_dim]
         w_q, w_kv = weight.split(sizes)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Prefix, Segments, Window
+from fastattn.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,6 +31,7 @@ class Form:
     sinks: bool = False
     softcap: float | None = None
     dropout_p: float = 0.0
+    block_size: int | None = None  # keys and values in blocks of so many tokens
     float32: str = "highest"  # as torch.set_float32_matmul_precision has it
 
 
@@ -67,25 +69,31 @@ FORMS = {
     "short-every-feature": replace(SHORT, **SHORT_EVERYTHING),
     "decode": DECODE,
     "decode-every-feature": replace(DECODE, **SHORT_EVERYTHING),
+    "decode-in-blocks": replace(DECODE, rows="sm90", mask=lambda: Lengths(_empty(2)), block_size=16),
     "causal": replace(BARE, kernels=WALKING, rows="sm90", mask=Causal),
     "spans": replace(BARE, kernels=WALKING, mask=_spans, sinks=True, softcap=30.0),
     "lists": replace(BARE, kernels=WALKING, rows="sm90", mask=_lists),
     "one-token": Form(rows="sm90", mask=Causal, batch=1, num_heads=1, num_kv_heads=1, q_len=1, kv_len=1),
     "tf32": replace(BARE, kernels=WALKING, rows="fp32", float32="high"),
 }
-"""Nothing hidden; all at once; a bias for its gradient alone; few queries; one; the commonest mask; all that takes no
-tables and no dropout; block lists; sizes of 1 (Triton makes constants of them, which its interpreter does not); float32
-multiplied the other way."""
+"""Nothing hidden; all at once; a bias for its gradient alone; few queries; one; one with a paged cache; the commonest
+mask; all that takes no tables and no dropout; block lists; sizes of 1 (Triton makes constants of them, which its
+interpreter does not); float32 multiplied the other way."""
 
 
 def call(form: Form, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:
     """The form as a spec and tensors, on the meta device."""
+    mask, keys = form.mask(), (form.batch, form.num_kv_heads, form.kv_len, head_dim)
+    if form.block_size is not None:
+        blocks = form.kv_len // form.block_size
+        mask = Paged(mask, _empty(form.batch, blocks), form.block_size)
+        keys = (form.batch * blocks, form.num_kv_heads, form.block_size, head_dim)
     inputs = AttnInputs(
         _empty(form.batch, form.num_heads, form.q_len, head_dim, of=dtype),
-        _empty(form.batch, form.num_kv_heads, form.kv_len, head_dim, of=dtype),
-        _empty(form.batch, form.num_kv_heads, form.kv_len, head_dim, of=dtype),
+        _empty(*keys, of=dtype),
+        _empty(*keys, of=dtype),
         _empty(form.batch, form.num_heads, form.q_len, form.kv_len, of=dtype) if form.bias else None,
         _empty(form.num_heads, of=torch.float32) if form.sinks else None,
         _empty(1, of=torch.int64) if form.dropout_p else None,
     )
-    return AttnSpec.of(inputs, mask=form.mask(), softcap=form.softcap, dropout_p=form.dropout_p), inputs
+    return AttnSpec.of(inputs, mask=mask, softcap=form.softcap, dropout_p=form.dropout_p), inputs

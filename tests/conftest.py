@@ -28,14 +28,15 @@ sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() !=
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
-if find_spec("torchvision") and not torch.cuda.is_available():
+TORCHVISION = find_spec("torchvision")
+if TORCHVISION and torch.version.cuda is None:
     # PyPI's torchvision is linked to CUDA; beside a CPU torch its operators never register, and importing it fails for
     # want of these two, that of timm, open_clip and transformers too.
-    for name in ("nms", "qnms"):
-        try:
-            torch._C._get_schema(f"torchvision::{name}", "")
-        except RuntimeError:
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    libraries = Path(TORCHVISION.origin or "").parent.glob("_C*.so")
+    if any(b"libtorch_cuda" in library.read_bytes() for library in libraries):
+        for name in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
 
 SEED = 0
 torch.manual_seed(SEED)  # processes that share the tests must draw the same names for them

@@ -179,13 +179,14 @@ def flash_attn_with_kvcache(
         query, k = cache.rotate(query, k, rotary_cos, rotary_sin, rotary_interleaved, ordered)
     if k is not None:
         cache.write(k, v)
-    key, value, mask = cache.read()
+    mask = cache.real
     if not (left is None and right is None):
         offset = cache.lengths - query.shape[2]
         mask = mask & (Causal(offset=offset) if (left, right) == (None, 0) else Window(left, right, offset=offset))
     alibi = None
     if alibi_slopes is not None:
-        alibi = Alibi.of_cache(alibi_slopes, cache.lengths, query.shape[2], key.shape[2], right == 0)
+        alibi = Alibi.of_cache(alibi_slopes, cache.lengths, query.shape[2], cache.capacity, right == 0)
+    key, value, mask = cache.read(mask)
     out, lse, _ = _attend(query, key, value, mask, alibi, 0.0, softmax_scale, softcap, False, False)
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import Lengths, Mask
+from fastattn.paged import Paged
 
 Rows = tuple[Tensor, Tensor]
 
@@ -99,16 +100,16 @@ class Cache:
             self.values[index] = value.to(self.values.dtype)
         self.lengths = self.held + new
 
-    def read(self) -> tuple[Tensor, Tensor, Mask]:
-        """Keys and values [batch, heads, capacity, dim] and which of them are real."""
-        found = []
-        for tensor in (self.keys, self.values):
-            if self.table is not None:
-                tensor = tensor[self.table.long().clamp(0, max(tensor.shape[0] - 1, 0))].flatten(1, 2)
-            elif self.rows is not None:
-                tensor = tensor[self.rows.long()]
-            found.append(tensor.transpose(1, 2))
-        return found[0], found[1], Lengths(self.lengths, kv_starts=self.starts, validate=False)
+    @property
+    def real(self) -> Mask:
+        """Which keys are there."""
+        return Lengths(self.lengths, kv_starts=self.starts, validate=False)
+
+    def read(self, mask: Mask) -> tuple[Tensor, Tensor, Mask]:
+        """Keys and values as `attention` takes them, in place, and a mask over them that knows where they lie."""
+        keys, values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
+        table = self.table if self.rows is None else self.rows[:, None]
+        return keys, values, mask if table is None else Paged(mask, table.int(), keys.shape[2])
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, mha, sdpa
-from fastattn.integrations import diffusers, unknown, vision
+from fastattn.integrations import diffusers, torchvision, unknown, vision
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -87,6 +87,8 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
                 report.add(*_replace_torchs(path, module, backend))
             elif diffusers.is_holder(module):
                 report.add(*diffusers.replace(path, module, patch, backend))
+            elif torchvision.is_known(module):
+                report.add(*torchvision.replace(path, module, backend))
             elif vision.is_known(module):
                 report.add(*vision.replace(path, module, patch, backend))
     except BaseException:
@@ -113,7 +115,7 @@ def _replace_transformers(
     from fastattn.integrations import transformers
 
     rows, undo = transformers.replace(model, backend=backend)
-    report.rows += [Replacement(*row[:4]) for row in rows]
+    report.rows += rows
     report._undo += undo
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattn import dispatch
+from fastattn import dispatch, functional
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations.report import Replacement
 from fastattn.integrations.transformers_mask import ModelMask, padding
@@ -31,7 +31,7 @@ __all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", 
 NAME = "fastattn"
 """What `attn_implementation` calls it."""
 
-TESTED = ((5, 16), (5, 23))
+TESTED = ((5, 20), (5, 23))
 """The first and the last version of transformers that the tests have run with."""
 
 NOT_DONE = ("indices", "block_indices", "head_mask")
@@ -110,6 +110,8 @@ def attention_forward(
         bias = bias.to(query.dtype)
     shared: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "softcap": softcap, "sinks": s_aux}
     wanted = _weights_wanted(module, kwargs)
+    if wanted:
+        _check_size(module, query, key)
     backend = getattr(module, "fastattn_backend", None)
     result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=wanted)
     out, lse = result if wanted else (result, None)
@@ -300,6 +302,18 @@ def _weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     if asked is not None:
         return bool(asked) or _collecting()
     return _collecting() or bool(getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+def _check_size(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    batch, num_heads, q_len, _ = query.shape
+    size, most = 4 * batch * num_heads * q_len * key.shape[2], functional.MOST_WEIGHTS
+    if size > most:
+        raise ValueError(
+            f"{type(module).__name__}: output_attentions=True would take {functional.say_bytes(size)} in this layer "
+            f"alone, and {functional.say_bytes(most)} are allowed; fastattn.attention_weights gives chosen queries "
+            "(rows=) or the mean of the heads (heads='mean') of a layer's query and key; "
+            f"fastattn.functional.MOST_WEIGHTS = {size} allows all"
+        )
 
 
 def _collecting() -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter, init
@@ -161,38 +159,42 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return torchs(self, "a nested tensor")(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        packed = self.in_proj_weight is not None
-        arguments: dict[str, Any] = {
-            "training": self.training,
-            "key_padding_mask": key_padding_mask,
-            "need_weights": need_weights,
-            "attn_mask": attn_mask,
-            "use_separate_proj_weight": not packed,
-            "q_proj_weight": None if packed else self.q_proj_weight,
-            "k_proj_weight": None if packed else self.k_proj_weight,
-            "v_proj_weight": None if packed else self.v_proj_weight,
-            "average_attn_weights": average_attn_weights,
-            "is_causal": is_causal,
-            "window": self.window,
-            "num_kv_heads": self.num_kv_heads,
-            "backend": self.backend,
-        }
+        # nn.Module looks for a parameter in three places, a microsecond each; one that is parametrized is not in here.
+        held = self._parameters
+        if "in_proj_weight" in held and "in_proj_bias" in held:
+            in_proj_weight, in_proj_bias = held["in_proj_weight"], held["in_proj_bias"]
+        else:
+            in_proj_weight, in_proj_bias = self.in_proj_weight, self.in_proj_bias
+        out_proj = self.out_proj
+        packed = in_proj_weight is not None
         return mha.route(
             query,
             key,
             value,
             self.embed_dim,
             self.num_heads,
-            self.in_proj_weight,
-            self.in_proj_bias,
+            in_proj_weight,
+            in_proj_bias,
             self.bias_k,
             self.bias_v,
             self.add_zero_attn,
             self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            **arguments,
+            out_proj.weight,
+            out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not packed,
+            q_proj_weight=None if packed else self.q_proj_weight,
+            k_proj_weight=None if packed else self.k_proj_weight,
+            v_proj_weight=None if packed else self.v_proj_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
             batch_first=self.batch_first,
+            window=self.window,
+            num_kv_heads=self.num_kv_heads,
+            backend=self.backend,
         )
 
 

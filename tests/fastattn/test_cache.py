@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 import fastattn
@@ -182,6 +183,56 @@ def test_somebody_elses_blocks(room):
         key, value = (pool[order].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (keys, values))
         want = attention(query[item : item + 1], key, value, backend="reference")
         torch.testing.assert_close(got[item : item + 1], want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["static", "paged-3", "paged-64"])
+def test_a_finished_sequence_takes_no_more_room(kind):
+    """40 slots, or 13 blocks of 3 in a row of the table, are full in one sequence; the other goes on."""
+    cache = KINDS[kind](**({"table_width": 13} if kind == "paged-3" else {}))
+    full = 39 if kind == "paged-3" else 40
+    rows = [[], []]
+    for counts, n in (([full, 2], full), ([0, 3], 3)):
+        query, key, value = tokens(n)
+        cache.update(key, value, new_lengths=counts)
+        for item, count in enumerate(counts):
+            rows[item].append((key[item, :, :count], value[item, :, :count]))
+    got = attention(query, cache.key, cache.value, mask=Causal())
+    keys, values = (torch.cat(each, 1)[None] for each in zip(*rows[1], strict=True))
+    want = attention(query[1:], keys, values, mask=Causal())
+    torch.testing.assert_close(got[1:], want, atol=1e-5, rtol=1e-4)
+    assert cache.held == [full, 5]
+
+
+@pytest.mark.parametrize("name", ["prefix", "lengths", "starts", "or"])
+def test_counts_of_a_sliding_cache_are_the_sequences(name):
+    ten = torch.tensor([10, 25])
+    mask = {
+        "prefix": Prefix(ten),
+        "lengths": Causal() & Lengths(ten + 15),
+        "starts": Causal() & Lengths(ten + 90, kv_starts=ten + 2),
+        "or": Causal() | Lengths(ten),
+    }[name]
+    beside = Beside(KVCache.sliding(BATCH, HEADS, 8, DIM, head_dim_v=DIM_V))
+    for n in (*[1] * 26, 4):
+        query = beside.add(n)
+    got = attention(query, beside.cache.key, beside.cache.value, mask=mask)
+    torch.testing.assert_close(got, beside.want(query, mask & Window(7, None)), atol=1e-5, rtol=1e-4)
+
+
+def test_a_static_cache_inside_a_compiled_step():
+    beside, other = Beside(KINDS["static"]()), Beside(KINDS["static"]())
+    cache = other.cache
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(
+        lambda q, k, v: attention(q, *cache.update(k, v), mask=Causal()), fullgraph=True, backend=counter
+    )
+    for _ in range(12):
+        query = beside.add(1)
+        with torch.no_grad():
+            got = step(query, beside.keys[:, :, -1:].clone(), beside.values[:, :, -1:].clone())
+        torch.testing.assert_close(got, beside.want(query, Causal()), atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 1 and cache.held == [12, 12]
 
 
 def test_blocks_are_handed_back():

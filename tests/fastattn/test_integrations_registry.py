@@ -1,5 +1,6 @@
 """fastattn as a flash-attention implementation of torch's registry: offered, activated, put back."""
 
+import inspect
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from torch.nn import attention as registry_of_torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from fastattn import ops, varlen_attention
+from fastattn import attention, ops, varlen_attention
 from fastattn.integrations import registry
 from fastattn.masks import Causal, Window
 
@@ -110,6 +111,9 @@ def test_compiled_graphs_go_there(active, backend, calls):
 
 
 CU = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+needs_blocks = pytest.mark.skipif(
+    "block_table" not in inspect.signature(varlen_attn).parameters, reason="this torch's varlen_attn has no block_table"
+)
 WINDOWS = {(-1, -1): None, (-1, 0): Causal(), (2, 0): Window(2, 0), (1, 3): Window(1, 3), (-1, 2): Window(None, 2)}
 
 
@@ -125,6 +129,7 @@ def test_torchs_varlen_attn_runs_on_a_cpu(active, window, calls):
     assert calls == ["forward", "forward", "backward", "backward"]
 
 
+@needs_blocks
 def test_varlen_attn_with_blocks(active):
     table, used = torch.tensor([[4, 1], [0, 3]], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
     pools = torch.randn(2, 5, 2, 4, 16)
@@ -135,10 +140,27 @@ def test_varlen_attn_with_blocks(active):
     same([out], [varlen_attention(query, k, v, cu_q, torch.tensor([0, 3, 7], dtype=torch.int32), mask=Causal())])
 
 
+@needs_blocks
 def test_what_it_does_not_take_is_refused(active):
     x = torch.randn(9, 4, 16)
     with pytest.raises(NotImplementedError, match="seqused_k: the flash-attention implementation 'fastattn' does not"):
         varlen_attn(x, x, x, CU, CU, 6, 6, seqused_k=CU[1:])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_the_operators_of_the_gpu_carry_their_state(dropout_p):
+    """What stands for CUDA's operators, on the CPU: nine results, of which the seed finds its way to the backward."""
+    given = tensors("cpu")
+    torch.manual_seed(0)
+    out, lse, _, _, q_len, kv_len, state, offset, table = registry._for_cuda(*given, dropout_p, True, scale=0.3)
+    assert (q_len, kv_len) == (9, 9) and state.dtype == offset.dtype == torch.uint64 and not table.numel()
+    assert out.stride() == given[0].stride() and not out.requires_grad
+    seed = state.view(torch.int64)[:1] if dropout_p else None
+    want = attention(*given, mask=Causal(), scale=0.3, dropout_p=dropout_p, dropout_seed=seed)
+    grads = registry._for_cuda_backward(
+        torch.ones_like(out), *given, out, lse, None, None, q_len, kv_len, dropout_p, True, state, offset, scale=0.3
+    )
+    same([out, *grads], [want, *torch.autograd.grad(want.sum(), given)])
 
 
 @pytest.mark.gpu

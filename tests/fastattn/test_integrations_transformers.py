@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers (pip install 'fastattn[models]')", allow_module_level=True)
@@ -38,6 +39,9 @@ FUNCTIONS = {
     "window": given.sliding_window_causal_mask_function(4),
     "window-1": given.sliding_window_causal_mask_function(1),
     "window-both-sides": given.sliding_window_bidirectional_mask_function(2),
+    "difference": lambda b, h, q, k: (q - k <= 3) & (k - q < 1),
+    "difference-from-below": lambda b, h, q, k: (k - q >= -2) & (q - k > -4),
+    "distance": lambda b, h, q, k: (q - k).abs() < 3,
     "chunks": given.chunked_causal_mask_function(3, NOTHING_LEFT),
     "chunks-from-the-first-real": given.chunked_causal_mask_function(3, LEFT),
     "packed": packed(given.causal_mask_function),

@@ -9,19 +9,20 @@ from torch import nn
 
 from fastattn import mha, patch, replace_attention, sdpa
 from fastattn.dispatch import BackendUnavailable
+from fastattn.integrations import torchvision as swin
 
-timm = pytest.importorskip("timm", reason="timm is not installed (extra vision)", exc_type=ImportError)
-torchvision = pytest.importorskip(
-    "torchvision", reason="torchvision is not installed (extra vision)", exc_type=ImportError
-)
-open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed (extra vision)", exc_type=ImportError)
-
-from open_clip.modified_resnet import AttentionPool2d  # noqa: E402
-from open_clip.transformer import Attention, AttentionalPooler, ResidualAttentionBlock  # noqa: E402
-from timm.models.eva import Eva  # noqa: E402
-from timm.models.swin_transformer import SwinTransformer  # noqa: E402
-from timm.models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+try:
+    import open_clip.model
+    import timm
+    import torchvision
+    from open_clip.modified_resnet import AttentionPool2d
+    from open_clip.transformer import Attention, AttentionalPooler, ResidualAttentionBlock
+    from timm.models.eva import Eva
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+    from timm.models.vision_transformer import VisionTransformer
+except (ImportError, RuntimeError) as failure:
+    pytest.skip(f"needs the extra vision: {failure}", allow_module_level=True)
 
 IMAGE, TOKENS, MAP = (2, 3, 32, 32), (2, 9, 32), (2, 32, 4, 4)
 VIT = {"img_size": 32, "patch_size": 8, "num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -39,12 +40,25 @@ MODELS = {
     "timm Swin": (lambda: SwinTransformer(**SWIN), IMAGE, 4),
     "timm attention pool": (lambda: timm.layers.AttentionPool2d(32, 4, out_features=16, num_heads=4), MAP, 1),
     "torchvision ViT": (lambda: torchvision.models.VisionTransformer(**TV_VIT), IMAGE, 2),
+    "torchvision Swin": (lambda: tv_swin(), IMAGE, 4),
+    "torchvision Swin, odd sizes": (lambda: tv_swin(window_size=[3, 5]), (2, 3, 36, 44), 4),
+    "torchvision Swin v2": (
+        lambda: tv_swin(block=torchvision.models.swin_transformer.SwinTransformerBlockV2),
+        IMAGE,
+        4,
+    ),
     "open_clip block": (lambda: ResidualAttentionBlock(32, 4), TOKENS, 1),
     "open_clip attention pool": (lambda: AttentionPool2d(4, 32, 4, 16), MAP, 1),
     "open_clip attentional pooler": (lambda: AttentionalPooler(32, 32, n_head=4, n_queries=5), TOKENS, 1),
     "open_clip attention": (lambda: Attention(32, 4, qk_norm=True, scale_heads=True), TOKENS, 1),
     "open_clip CLIP": (lambda: clip(), None, 4),
 }
+
+
+def tv_swin(**more):
+    """Its second stage is one window, which is not shifted."""
+    sizes = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "num_classes": 5}
+    return torchvision.models.swin_transformer.SwinTransformer(**sizes | {"window_size": [4, 4]} | more)
 
 
 def unfused(model):
@@ -69,11 +83,9 @@ class Towers(nn.Module):
 
 
 def clip():
-    from open_clip.model import CLIP
-
     vision = {"layers": 2, "width": 32, "head_width": 8, "patch_size": 8, "image_size": 32}
     text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 4, "layers": 2}
-    return Towers(CLIP(16, vision, text))
+    return Towers(open_clip.model.CLIP(16, vision, text))
 
 
 def made(name):
@@ -90,7 +102,7 @@ def made(name):
 def calls(monkeypatch):
     """The room asked for in each attention that fastattn computes."""
     found = []
-    for module in (mha, sdpa):
+    for module in (mha, sdpa, swin):
         attention = module.attention
         monkeypatch.setattr(
             module,
@@ -156,7 +168,7 @@ def replaced_again(name):
     return model
 
 
-@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "open_clip attention pool"])
+@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "torchvision Swin", "open_clip attention pool"])
 def test_a_backend_by_name(name, calls):
     model, given, _ = made(name)
     report = replace_attention(model, backend="reference")
@@ -259,3 +271,10 @@ def test_patch_reaches_clips_attention_pool(calls):
     with patch():
         same([model(*given)], [want])
     assert len(calls) == 1
+
+
+def test_a_torchvision_that_does_it_otherwise_is_left_alone(monkeypatch):
+    monkeypatch.setattr(torchvision.models.swin_transformer, "shifted_window_attention", lambda x, sizes: x)
+    report = replace_attention(tv_swin())
+    assert len(report) == 0 and len(report.rows) == 4
+    assert all("takes other arguments than the ones known here" in row.what for row in report.rows)

@@ -1,10 +1,13 @@
 """Real architectures with random weights: fastattn's distance from the exact formula beside eager attention's own."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastattn import cli
 from fastattn.models.compare import cases, compare
 from fastattn.models.zoo import ZOO
 
@@ -44,3 +47,26 @@ def test_a_wrong_scale_is_noticed(key):
 def test_two_runs_are_bit_equal(key):
     needs(ZOO[key])
     assert compare(ZOO[key], "train", torch.float32) == compare(ZOO[key], "train", torch.float32)
+
+
+def test_the_command_writes_its_page(tmp_path, capsys):
+    needs(ZOO["vit"])
+    page, figures = tmp_path / "models.md", tmp_path / "models.json"
+    assert cli.main(["models", "--only", "^vit$", "--write", str(page), "--json", str(figures)]) == 0
+    rows = json.loads(figures.read_text())["rows"]
+    assert [(row["case"], row["ok"]) for row in rows] == [("eval", True)] * 2 + [("train", True)] * 2
+    assert rows[0]["seen"] == {"calls": 2, "masks": ["Full"], "tables": 0, "biases": 0}
+    assert page.read_text().count("| ViT |") == 3 and "4 of 4 right" in capsys.readouterr().out
+
+
+def test_an_unknown_row_is_named(capsys):
+    assert cli.main(["models", "--only", "nothing"]) == 2
+    assert "no row that 'nothing' finds; there are vit, clip" in capsys.readouterr().err
+
+
+def test_the_committed_page_has_every_row_right():
+    page = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
+    for model in ZOO.values():
+        assert f"| {model.name} | {model.what} |" in page
+        assert all(f"| {model.name} | {case} |" in page for case in cases(model))
+    assert "**wrong**" not in page

@@ -390,11 +390,12 @@ def test_a_window_spares_the_keys_that_the_module_adds():
     arguments = {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True}
     windowed, plain = (ours.MultiheadAttention(WIDTH, HEADS, **arguments, **more) for more in ({"window": (1, 0)}, {}))
     plain.load_state_dict(windowed.state_dict())
-    x = torch.randn(3, 5, WIDTH)
-    place = torch.arange(5)
-    away = place[None] - place[:, None]
-    hidden = (away < -1) | (away > 0)
-    same(windowed(x, x, x), plain(x, x, x, attn_mask=hidden))
+    keys = torch.randn(3, 5, WIDTH)
+    for length in (5, 3, 7):  # the last query sits at the last key
+        queries = torch.randn(3, length, WIDTH)
+        away = torch.arange(5)[None] - (torch.arange(length)[:, None] + 5 - length)
+        hidden = (away < -1) | (away > 0)
+        same(windowed(queries, keys, keys), plain(queries, keys, keys, attn_mask=hidden))
 
 
 def test_separate_projections_with_fewer_key_heads():

@@ -98,7 +98,7 @@ ROOMS = (
     Room("fastattn.integrations.timm", may=("torch", "fastattn"), inside=("timm",), never=DOORS),
     Room("fastattn.integrations.diffusers", may=("torch", "fastattn"), inside=("diffusers",), never=DOORS),
     Room("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
-    Room("fastattn.kernels.forms", may=("torch", "fastattn.spec", "fastattn.masks")),
+    Room("fastattn.kernels.forms", may=("torch", "fastattn.spec", "fastattn.masks", "fastattn.paged")),
     Room("fastattn.kernels.tune", may=("torch", "triton", "fastattn.spec", "fastattn.masks", "fastattn.kernels")),
     Room(
         "fastattn.bench.peers",

@@ -108,7 +108,7 @@ def check(found, base):
     """`base` is where the rooms must lie; None: anywhere in the environment."""
     assert found["bare"] == []
     assert found["typed"] and found["sentences"]
-    assert set(found["extras"]) == {"triton", "test", "lint", "bench", "plot", "models", "all"}
+    assert set(found["extras"]) == {"triton", "test", "lint", "bench", "plot", "models", "vision", "all"}
     assert [line.replace(" ", "") for line in found["requires"]] == ["torch>=2.11"]
     assert len(set(found["version"])) == 1
     assert all(str(Path(file).resolve()).startswith(str(base.resolve())) for file in found["files"])
