@@ -49,8 +49,8 @@ class Softmax:
         return weights, torch.where(some, lse, -torch.inf).squeeze(-1)
 
     def from_lse(self, scores: Tensor, keep: Tensor, sinks: Tensor | None, lse: Tensor) -> Tensor:
-        """The same weights from a row's lse [..., num_heads, q_len], by one exponential each; where lse is large, and its
-        rounding would be seen in them, they are divided by their own sum.
+        """The same weights from a row's lse [..., num_heads, q_len], by one exponential each. Where lse is large its
+        rounding would be seen in them, and they are divided by their own sum.
         """
         known = torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
         weights = torch.where(keep, scores - known, -torch.inf).exp()
