@@ -152,7 +152,8 @@ struct Computer {
     const int local = group * 64 + thread / arch::kWarp * 16 + lane / 2, term = lane % 2;
     const int2 row = row_of(a, place, local);
     int2 seen = make_int2(0, 0);
-    if (term < a.terms && is_row(a, place, row)) seen = keys_of(a, a.interval[term], place.batch, place.head + row.x, row.y);
+    if (term < a.terms && is_row(a, place, row))
+      seen = keys_of(a, a.interval[term], place.batch, place.head + row.x, row.y);
     __syncwarp();
     reinterpret_cast<int2*>(&s.seen[local])[term] = seen;
     __syncwarp();
@@ -185,7 +186,8 @@ struct Computer {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const uint32_t of_keys = odd >> (k % 2 * 16 + e / 2 * 8 + key_of_thread);
-          const bool low = (of_keys & 1) && (weights[k][e] & 0x7fffu), high = (of_keys & 2) && (weights[k][e] & 0x7fff0000u);
+          const bool low = (of_keys & 1) && (weights[k][e] & 0x7fffu);
+          const bool high = (of_keys & 2) && (weights[k][e] & 0x7fff0000u);
           if (low || high) softmax.sum[e % 2] = NAN;
         }
     }
@@ -265,7 +267,10 @@ struct Computer {
       for (int m = 0; m < F::WIDTH_V / 32; ++m) {
         uint32_t pairs[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) pairs[e] = arch::pack<T>(out[4 * (4 * m + e) + 2 * r], out[4 * (4 * m + e) + 2 * r + 1]);
+        for (int e = 0; e < 4; ++e) {
+          const int n = 4 * (4 * m + e) + 2 * r;
+          pairs[e] = arch::pack<T>(out[n], out[n + 1]);
+        }
         transpose_quad(pairs);
         const int column = 32 * m + 8 * (lane % 4);
         if (!rows.there[r]) continue;
