@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import tracing
 from fastattn.masks import And, Dense, Full, Lengths, Mask, Or, Packed, Prefix, Window
 from fastattn.masks import Placed as _Placed
 
@@ -224,6 +225,12 @@ class KVCache:
         return item, token, self.lengths.long()[item] + token
 
     def _check(self, key: Tensor, value: Tensor) -> None:
+        traced = tracing.being_traced()
+        if not traced and self.lengths.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                "KVCache: it was made under torch.inference_mode, and torch lets nothing else write into it; update it "
+                "there, or make it outside"
+            )
         for name, new, kept in zip(("key", "value"), (key, value), self.tensors(), strict=True):
             want = (self.batch, kept.shape[1], kept.shape[3])
             if not isinstance(new, Tensor) or new.dim() != 4 or (new.shape[0], new.shape[1], new.shape[3]) != want:

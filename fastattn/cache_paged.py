@@ -123,12 +123,25 @@ class ForeignBlocks(_Blocks):
             if not isinstance(tensor, Tensor) or tensor.dim() != rank:
                 got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise ValueError(f"{name}: a tensor of {rank} dimensions is needed, got {got}")
+        if 0 in key_pool.shape[:2] or 0 in value_pool.shape[:2] or not table.shape[1]:
+            raise ValueError(
+                "key_pool, value_pool, table: at least one block of at least one token, and a column, are needed, got "
+                f"{list(key_pool.shape)}, {list(value_pool.shape)} and {list(table.shape)}"
+            )
         super().__init__(table.shape[0], key_pool.device, None)
         self.keys, self.values = key_pool.transpose(1, 2), value_pool.transpose(1, 2)
         self.table = table
-        self.lengths = torch.as_tensor(lengths, dtype=torch.int32, device=key_pool.device)
-        if self.lengths.shape != (self.batch,):
-            raise ValueError(f"lengths: [{self.batch}] is needed, got {list(self.lengths.shape)}")
+        lengths = torch.as_tensor(lengths, device=key_pool.device)
+        if lengths.shape != (self.batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise ValueError(f"lengths: ints [{self.batch}] are needed, got {lengths.dtype} {list(lengths.shape)}")
+        self.lengths = lengths.to(torch.int32)
+
+    @property
+    def held(self) -> list[int]:  # type: ignore[override]
+        return self.lengths.tolist()
+
+    def _forget(self) -> None:
+        """Nothing: others count."""
 
     def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
         raise ValueError("KVCache.from_blocks: somebody else's blocks are read and never written")

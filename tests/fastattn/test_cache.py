@@ -176,6 +176,7 @@ def test_somebody_elses_blocks(room):
     keys, values = torch.randn(7, 4, HEADS, DIM), torch.randn(7, 4, HEADS, DIM_V)
     table = torch.tensor([[5, 0, 3, -9], [2, 6, 10**6, 10**6]], dtype=torch.int32)
     cache = KVCache.from_blocks(keys, values, table, [11, 6])
+    assert cache.held == [11, 6]
     query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)
     got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(room))
     for item, length in enumerate((11, 6)):
@@ -389,11 +390,28 @@ REFUSED = {
             torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)),
         ValueError, "read and never written",
     ),
+    "no-block": (
+        lambda: KVCache.from_blocks(*[torch.zeros(0, 4, 2, 8)] * 2, torch.zeros(1, 1, dtype=torch.int32), [3]),
+        ValueError, "at least one block of at least one token",
+    ),
+    "no-column": (lambda: two_views(torch.zeros(1, 0, dtype=torch.int32)), ValueError, "and a column, are needed"),
+    "float-lengths": (
+        lambda: KVCache.from_blocks(*[torch.zeros(2, 4, 2, 8)] * 2, torch.zeros(1, 1, dtype=torch.int32), [1.5]),
+        ValueError, "lengths: ints \\[1\\] are needed, got torch.float32",
+    ),
+    "inference-mode": (lambda: made_under_inference().update(*tokens(1)[1:]), ValueError, "made under torch.inference"),
     "table-dtype": (
         lambda: attention(torch.zeros(1, 2, 1, 8), *two_views(torch.zeros(1, 1, dtype=torch.int64))),
         ValueError, "block table: int32 \\[1, blocks of an item\\]",
     ),
 }  # fmt: skip
+
+
+def made_under_inference():
+    with torch.inference_mode():
+        cache = KINDS["growing"]()
+        cache.update(*tokens(2)[1:])
+        return cache
 
 
 def two_views(table: Tensor):
