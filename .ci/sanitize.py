@@ -1,5 +1,6 @@
-"""The CPU room and the simulated CUDA room under sanitizers: their tests with addresses and undefined behaviour watched,
-the CPU room's threads with races watched. What `make sanitize` runs; needs a g++ or clang++ with its sanitizers, on Linux.
+"""The CPU room and the simulated CUDA room under sanitizers: their tests with addresses and undefined behaviour
+watched, the CPU room's threads with races watched. What `make sanitize` runs; needs a g++ or clang++ with its
+sanitizers, on Linux.
 
 Races between a kernel's threads are no matter of this: the simulator's own checks look for them in every test run.
 """

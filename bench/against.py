@@ -7,10 +7,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 from fastattn.bench.ratios import Interval, Samples, paired, quotient, unpaired
 from fastattn.bench.report import say_case
-from fastattn.bench.rows import Row, say_speedup, say_time, three
+from fastattn.bench.rows import Row, rate_unit, say_speedup, say_time, three
 from fastattn.bench_cases import WINDOWED
 
 OURS = "fastattn"
@@ -25,6 +26,22 @@ def markdown(rows: list[Row]) -> list[str]:
     lines = ["| " + " | ".join(HEAD) + " |", ALIGN, *map(_line, pairs(rows))]
     more = [*_growth(rows), *_half(rows)]
     return [*lines, "", *[f"- {each}" for each in more]] if more else lines
+
+
+def ceilings(environment: dict[str, Any]) -> list[str]:
+    """What the machine can do, where that was measured: its products, one thread's tiles, its copies."""
+    measured = environment.get("ceilings")
+    if not measured:
+        return []
+    unit, scale = rate_unit(environment["device"])
+    rates = [f"{dtype} {three(scale * rate)}" for dtype, rate in measured["tflops"].items()]
+    tiles = [f"{dtype} {three(scale * rate)}" for dtype, rate in measured.get("tile_tflops", {}).items()]
+    parts = [
+        f"torch's matrix product, all threads: {', '.join(rates)} {unit}" if rates else "",
+        f"its tile product (`brgemm`), one thread: {', '.join(tiles)} {unit}" if tiles else "",
+        f"copies: {three(measured['gb_per_s'])} GB/s",
+    ]
+    return ["", "Ceilings of the machine in the same run: " + "; ".join(filter(None, parts)) + "."]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastattn.bench import env, estimate, files, model, peers, report, store
+from fastattn.bench.brgemm import brgemm_tflops
 from fastattn.bench.clock import clock_for
 from fastattn.bench.options import Options
 from fastattn.bench.presets import PRESETS
@@ -85,6 +86,8 @@ def _measure(
     settings = _settings(rows, options, device)
     if rows and "ceilings" not in environment:
         environment["ceilings"] = ceilings(list(dict.fromkeys(row.case.dtype for row in rows)), device)
+        if any(SUITES[name].tiles for name in options.presets if name in SUITES):
+            environment["ceilings"]["tile_tflops"] = brgemm_tflops()
     result, stopped = None, False
     with progress_on(console, len(rows) + options.wants_model) as progress:
         try:
@@ -113,7 +116,9 @@ def _measure(
         found = None if result is None else result.record()
         files.write_json(path, done, environment, settings, found)
         folder = store.out_folder(options, environment)
-        plots = options.plot or [folder / "bench.svg", folder / "bench.png"]
+        # A suite is too many panels to look at, unless it is asked for.
+        unasked = [] if set(options.presets) & set(SUITES) else [folder / "bench.svg", folder / "bench.png"]
+        plots = options.plot or unasked
         _print_written(console, [path, *_write_named(console, done, options, environment, plots)])
     if options.repro:
         _print_commands(console, done)

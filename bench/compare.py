@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import env, files, store
+from fastattn.bench.options import Parser
 from fastattn.bench.ratios import Interval, unpaired
 from fastattn.bench.report import say_case
 from fastattn.bench.rows import Row, say_speedup, say_time
@@ -55,7 +56,7 @@ def changes(before: list[Row], after: list[Row], threshold: float) -> list[Chang
 
 def main(argv: list[str]) -> int:
     """`fastattn bench compare A B`: 0 well, 1 with --fail where a row is slower, 2 usage, 3 no row in common."""
-    parser = argparse.ArgumentParser("fastattn bench compare", description="Hold one run against an earlier one.")
+    parser = Parser("fastattn bench compare", description="Hold one run against an earlier one.")
     parser.add_argument("before", metavar="A", help="a name given to --save, or a JSON file")
     parser.add_argument("after", metavar="B", help="likewise; figures say how many times faster B is than A")
     parser.add_argument(

@@ -57,6 +57,14 @@ def headline(block: dict[str, Any]) -> str:
     return f"{where} · torch {block['torch']}{cuda} · Python {block['python']} · fastattn {block['fastattn']}{commit}"
 
 
+def say_busy(block: dict[str, Any]) -> str:
+    """A sentence where the machine had other work; empty where it had none."""
+    if not block.get("busy"):
+        return ""
+    load, cores = block["load_average"][0], block["cores"]
+    return f"The machine was busy (load {load} on {cores} cores): times are too long, ratios less so."
+
+
 def say_threads(block: dict[str, Any]) -> str:
     return "1 thread" if block["threads"] == 1 else f"{block['threads']} threads"
 

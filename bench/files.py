@@ -11,14 +11,23 @@ from typing import Any
 from fastattn.bench.env import headline
 from fastattn.bench.growth import growth
 from fastattn.bench.report import by_op, say_case
-from fastattn.bench.rows import Row, say_against, say_bytes, say_error, say_rate, say_speedup, say_time, three
+from fastattn.bench.rows import (
+    Row,
+    rate_unit,
+    say_against,
+    say_bytes,
+    say_error,
+    say_rate,
+    say_speedup,
+    say_time,
+    three,
+)
 from fastattn.bench_cases import OPS
 
 SCHEMA = "fastattn-bench/2"
 READS = (SCHEMA, "fastattn-gpu/1")
 """What is written here, and what `make gpu` writes: its rows are the same."""
 
-RATES = "useful TFLOP/s | dense-equivalent TFLOP/s"
 MORE = "memory | mask made in | first call | overhead"
 LONG = ("samples_ms", "errors", "gpu_state")
 """Fields of a row that are lists; a CSV leaves them out."""
@@ -62,7 +71,8 @@ def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
     for op, of_op in by_op(rows).items():
         against = f"vs {of_op[0].baseline}" if of_op[0].baseline else "speed-up"
         lines += [f"### {op}: {OPS[op].says}", ""]
-        lines += [f"| case | mode | provider | time | IQR | {against} | {RATES} | {MORE} | error |"]
+        rates = "useful {0} | dense-equivalent {0}".format(rate_unit(of_op[0].device)[0])
+        lines += [f"| case | mode | provider | time | IQR | {against} | {rates} | {MORE} | error |"]
         lines += ["|---|---|---|" + "--:|" * 9 + "---|"]
         lines += [_markdown_row(row) for row in of_op] + [""]
     return "\n".join(lines)
@@ -95,8 +105,8 @@ def _markdown_row(row: Row) -> str:
         say_time(row.median_ms),
         f"{100 * row.spread:.0f}%",
         _say_interval(row),
-        say_rate(row.tflops()),
-        say_rate(row.tflops(dense=True)),
+        say_rate(row),
+        say_rate(row, dense=True),
         say_bytes(row.peak_bytes),
         "" if row.mask_s is None else say_time(1e3 * row.mask_s),
         "" if row.first_call_s is None else say_time(1e3 * row.first_call_s),
@@ -122,6 +132,8 @@ def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
         schema = whole["schema"]
         if schema in READS:
             return [Row.of(record) for record in whole["rows"]], whole["environment"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
     except (OSError, KeyError, TypeError, ValueError) as failure:
         raise ValueError(f"{path} is not a run of fastattn bench ({failure!r})") from failure
     raise ValueError(

@@ -8,9 +8,40 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastattn.bench.rows import Row
+from fastattn.bench_cases import BenchCase
 
 AXES = ("kv_len", "q_len", "window")
-"""What may change along a line: all else of a case is equal. A default window, a share of the length, moves with it."""
+"""What may change along a line; all else of a case is equal."""
+
+SPLITS: tuple[tuple[str, ...], ...] = ((), ("window",), ("q_len",), ("window", "q_len"))
+"""What is held equal too, the first that gives each line one case a length: a default window, a share of the length,
+moves with it, while of several windows each has a line of its own."""
+
+
+def families(cases: Iterable[BenchCase]) -> dict[BenchCase, BenchCase]:
+    """For each case the line that it belongs to, named by its shortest case."""
+    alike: dict[tuple, list[BenchCase]] = {}
+    for case in dict.fromkeys(cases):
+        rest = tuple(value for name, value in dataclasses.asdict(case).items() if name not in AXES)
+        alike.setdefault(rest, []).append(case)
+    found = {}
+    for of_line in alike.values():
+        for held in SPLITS:
+            lines: dict[tuple, list[BenchCase]] = {}
+            for case in of_line:
+                lines.setdefault(tuple(getattr(case, name) for name in held), []).append(case)
+            if all(len({case.kv_len for case in line}) == len(line) for line in lines.values()):
+                break
+        for line in lines.values():
+            found |= dict.fromkeys(line, min(line, key=lambda case: case.kv_len))
+    return found
+
+
+def say_family(cases: Iterable[BenchCase]) -> str:
+    """Sizes that a line's cases share, such as `fp32  B1 H8 D64 W128`."""
+    words = [case.sizes.split("-") for case in cases]
+    shared = [word for word in words[0] if all(word in others for others in words)]
+    return f"{next(iter(cases)).dtype}  {' '.join(shared)}"
 
 
 @dataclass(frozen=True)
@@ -30,19 +61,18 @@ class Growth:
 
 def growth(rows: Iterable[Row]) -> list[Growth]:
     """A line for each provider, mode and family of cases that ran at two lengths or more."""
-    families: dict[tuple, dict[int, Row]] = {}
-    for row in rows:
-        if row.timed:
-            sizes = tuple((name, value) for name, value in dataclasses.asdict(row.case).items() if name not in AXES)
-            families.setdefault((sizes, row.mode, row.provider), {})[row.case.kv_len] = row
+    timed = [row for row in rows if row.timed]
+    line_of = families(row.case for row in timed)
+    lines: dict[tuple, dict[int, Row]] = {}
+    for row in timed:
+        lines.setdefault((line_of[row.case], row.mode, row.provider), {})[row.case.kv_len] = row
     found = []
-    for (sizes, mode, provider), by_length in families.items():
+    for (first, mode, provider), by_length in lines.items():
         if len(by_length) > 1:
             lengths = sorted(by_length)
-            case = by_length[lengths[0]].case
-            name = f"{case.op}/{case.dtype}/B{case.batch}-H{case.num_heads}-D{dict(sizes)['head_dim']}"
+            name = f"{first.op}/{say_family([row.case for row in by_length.values()]).replace('  ', '/')}"
             times = [by_length[length].median_ms for length in lengths]
-            found.append(Growth(name, mode, provider, lengths, _slope(lengths, times)))
+            found.append(Growth(name.replace(" ", "-"), mode, provider, lengths, _slope(lengths, times)))
     return found
 
 

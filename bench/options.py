@@ -6,6 +6,7 @@ import argparse
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 PROVIDERS = ("fastattn", "sdpa", "flex")
@@ -88,6 +89,13 @@ class Options:
         return self.model == "minilm" or (self.model is None and not self.narrowed)
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is one sentence, not a page of usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help has all flags\n")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     what = parser.add_argument_group("what to time")
@@ -145,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse(argv: list[str]) -> Options:
     """Options from the words behind `fastattn bench`; a mistake prints a sentence and exits with code 2."""
-    parser = argparse.ArgumentParser("fastattn bench", description="Time attention beside PyTorch's own.")
+    parser = Parser("fastattn bench", description="Time attention beside PyTorch's own.")
     add_arguments(parser)
     namespace = parser.parse_intermixed_args(argv)
     given = {name: value for name, value in vars(namespace).items() if name in Options.__dataclass_fields__}

@@ -6,10 +6,10 @@ is known is written into one JSON after every line that a child says, so that a 
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import difflib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from typing import Any
 from fastattn.bench import env
 from fastattn.bench.child import Child
 from fastattn.bench.files import plain
+from fastattn.bench.options import Parser
 from fastattn.bench.run import pick_device
 from fastattn.bench.steps import DOES
 
@@ -50,7 +51,7 @@ class Settings:
     out: Path = Path("bench/results")
     peers: Path | None = None
     resume: bool = False
-    jobs: int = 4
+    jobs: int = min(4, os.cpu_count() or 1)
 
 
 class Run:
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> int:
 
 
 def _settings(argv: list[str]) -> Settings:
-    parser = argparse.ArgumentParser("make gpu", description=__doc__.split("\n")[0])
+    parser = Parser("make gpu", description=__doc__.split("\n")[0])
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"{', '.join(DOES)}; none: {', '.join(STEPS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget", type=float, default=Settings.budget, metavar="SECONDS")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.env import headline, say_threads
+from fastattn.bench.growth import families, say_family
 from fastattn.bench.report import by_op, say_case
 from fastattn.bench.roofline import attainable
-from fastattn.bench.rows import Row, say_against, say_rate, say_time
+from fastattn.bench.rows import Row, rate_unit, say_against, say_rate, say_time
+from fastattn.bench_cases import BenchCase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +39,14 @@ NAME_HEIGHT = 0.075
 WIDE = 200
 """Of an axis: the last over the first rate from which powers of ten are ticks enough."""
 
-MOST_BARS = 2
-"""Panels with more cases than this are drawn as lines over the length."""
+LEAST_LINE = 3
+"""Lengths of a line; runs without one are drawn as bars."""
+
+FOOT = 0.17
+"""Inches at a figure's foot, for the line about the machine."""
+
+ROOM = 1.5
+"""Times the longest bar: as wide as a panel is, for what is written behind the bar."""
 
 
 def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> None:
@@ -51,53 +59,78 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    unit, scale = rate_unit(rows[0].device)
     providers = list(dict.fromkeys(row.provider for row in rows))
     colors = _colors(providers)
-    ops, modes = by_op(rows), list(dict.fromkeys(row.mode for row in rows))
-    cases = max(len({row.case for row in of_op}) for of_op in ops.values())
-    bars = cases <= MOST_BARS
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    line_of = families(row.case for row in timed)
+    bars = max(list(line_of.values()).count(line) for line in line_of.values()) < LEAST_LINE
+    panels = by_op(rows) if bars else _by_line(rows, line_of)
+    cases = max(len({row.case for row in of_panel}) for of_panel in panels.values())
     tall = 0.3 + (0.21 * len(providers) + 0.12) * cases if bars else 2.6
+    grid = [[[row for row in of_panel if row.mode == mode] for mode in modes] for of_panel in panels.values()]
+    if len(modes) == 1 and len(grid) > 1:  # two and two
+        alone = [shown for [shown] in grid] + [[]] * (len(grid) % 2)
+        grid = [alone[at : at + 2] for at in range(0, len(alone), 2)]
+    height = 1.15 + (tall + 0.42) * len(grid)
     settings = {"font.size": 9, "font.family": "sans-serif", "svg.fonttype": "none", "axes.titlesize": 10}
     with pyplot.rc_context(settings):
         figure, axes = pyplot.subplots(
-            len(ops),
-            len(modes),
-            figsize=(0.9 + 4.6 * len(modes), 1.15 + (tall + 0.42) * len(ops)),
+            len(grid),
+            len(grid[0]),
+            figsize=(0.9 + 4.6 * len(grid[0]), height),
             squeeze=False,
             sharex="col" if bars else False,
             layout="constrained",
         )
-        for line, (op, of_op) in zip(axes, ops.items(), strict=True):
-            for panel, mode in zip(line, modes, strict=True):
-                shown = [row for row in of_op if row.mode == mode]
+        for line, of_line in zip(axes, grid, strict=True):
+            for panel, shown in zip(line, of_line, strict=True):
+                if not shown:
+                    panel.set_axis_off()
+                    continue
                 if bars:
                     _bars(panel, shown, colors)
                 else:
                     _lines(panel, shown, colors, environment.get("ceilings"))
-                panel.set_title(f"{op}, {mode}", loc="left", fontweight="bold", pad=4)
+                panel.set_title(f"{shown[0].case.op}, {shown[0].mode}", loc="left", fontweight="bold", pad=4)
+                if not bars or len({row.case for row in shown}) == 1:
+                    sizes = say_family([row.case for row in shown])
+                    panel.set_title(sizes, loc="right", fontsize=7.5, color="#555555", pad=4)
                 if bars and panel is not line[0] and _labels(panel) == _labels(line[0]):
                     panel.set_yticklabels([])
         if bars:
-            for panel in axes[-1]:
-                panel.set_xlabel("useful TFLOP/s (median and quartiles), longer is faster")
-            for panel, mode in zip(axes[0], modes, strict=True):
-                most = max((row.tflops(row.quartiles_ms[0]) for row in timed if row.mode == mode), default=1.0)
-                panel.set_xlim(0, most * 1.42)
+            for column, of_column in zip(axes.T, zip(*grid, strict=True), strict=True):
+                last = [panel for panel, shown in zip(column, of_column, strict=True) if shown][-1]
+                last.set_xlabel(f"useful {unit} (median and quartiles), longer is faster")
+                last.tick_params(axis="x", labelbottom=True)
+                measured = timed if len(modes) == 1 else [row for shown in of_column for row in shown if row.timed]
+                rates = [row.tflops(row.quartiles_ms[0]) for row in measured]
+                last.set_xlim(0, max(rates, default=1.0) * scale * ROOM)
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
         where = environment["gpu"] or f"{environment['cpu']}, {say_threads(environment)}"
         baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""
         if bars:
-            figures = f"TFLOP/s, median time{baseline}"
+            figures = f"{unit}, median time{baseline}"
         else:
             figures = "median rate, quartiles shaded" + ("; dashed: its roofline" if "ceilings" in environment else "")
-        title = f"Attention on {where}, {dtypes}: {figures}"
+        wide = len(grid[0]) > 1
+        title = f"Attention on {where}, {dtypes}{': ' if wide else chr(10)}{figures}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        figure.text(0.99, 0.004, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
-        figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+        figure.text(0.99, 0.04 / height, headline(environment), ha="right", va="bottom", fontsize=6, color="#777777")
+        figure.get_layout_engine().set(rect=(0, FOOT / height, 1, 1 - FOOT / height))
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=160)
         pyplot.close(figure)
+
+
+def _by_line(rows: list[Row], line_of: dict[BenchCase, BenchCase]) -> dict[str, list[Row]]:
+    """A panel a line of cases that differ in length alone; what has no time goes with its own line."""
+    every = families(row.case for row in rows)
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(line_of.get(row.case, every[row.case]).name, []).append(row)
+    return panels
 
 
 def _bars(panel: Axes, rows: list[Row], colors: dict[str, str]) -> None:
@@ -106,7 +139,7 @@ def _bars(panel: Axes, rows: list[Row], colors: dict[str, str]) -> None:
     for case, group in groupby(rows, key=lambda row: row.case):
         of_case = list(group)
         if len({row.case for row in rows}) > 1:
-            panel.text(0, place - 0.62, say_case(case), fontsize=7, color="#555555", va="center")
+            panel.text(0, place - 0.62, f" {say_case(case)}", fontsize=7, color="#555555", va="center")
         for row in of_case:
             ticks.append((place, row.who))
             if row.timed:
@@ -128,12 +161,13 @@ def _bars(panel: Axes, rows: list[Row], colors: dict[str, str]) -> None:
 
 def _bar(panel: Axes, place: float, row: Row, color: str) -> None:
     low, high = row.quartiles_ms
-    rate, fast, slow = row.tflops(), row.tflops(low), row.tflops(high)
+    scale = rate_unit(row.device)[1]
+    rate, fast, slow = (scale * row.tflops(each) for each in (row.median_ms, low, high))
     panel.barh(place, rate, height=0.78, color=color)
     panel.errorbar(rate, place, xerr=[[rate - slow], [fast - rate]], color="#222222", linewidth=0.9, capsize=2)
     speedup = f"  {say_against(row)}"
     panel.annotate(
-        f"{say_rate(rate)}   {say_time(row.median_ms)}{speedup}",
+        f"{say_rate(row)}   {say_time(row.median_ms)}{speedup}",
         (fast, place),
         xytext=(5, 0),
         textcoords="offset points",
@@ -172,9 +206,6 @@ def _lines(panel: Axes, rows: list[Row], colors: dict[str, str], measured: dict[
     if ceiling is not None:
         ends.append((ceiling, "roofline", ROOF, "normal"))
     lengths = sorted({row.case.kv_len for row in rows})
-    if not lengths:
-        panel.set_axis_off()
-        return
     panel.set_xscale("log", base=2)
     panel.set_xticks(lengths, [f"{each // 1024}k" if each % 1024 == 0 else str(each) for each in lengths])
     panel.set_xlim(lengths[0] * 0.92, lengths[-1] * 1.08)
@@ -183,11 +214,11 @@ def _lines(panel: Axes, rows: list[Row], colors: dict[str, str], measured: dict[
     # Between powers of ten too, where there are few of them.
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < WIDE else (1,)))
     panel.yaxis.set_minor_locator(NullLocator())
-    small = high < 1
-    panel.yaxis.set_major_formatter(lambda rate, _: f"{1e3 * rate if small else rate:g}")
+    unit, scale = rate_unit(rows[0].device)
+    panel.yaxis.set_major_formatter(lambda rate, _: f"{scale * rate:g}")
     _name_ends(panel, ends)
     panel.set_xlabel("keys")
-    panel.set_ylabel("useful GFLOP/s" if small else "useful TFLOP/s")
+    panel.set_ylabel(f"useful {unit}")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#E4E4E4", linewidth=0.7)
     panel.set_axisbelow(True)

@@ -28,6 +28,12 @@ class Provider:
             return f"no {op.form} call"
         if op.form == "3-D" and case.batch > 1:
             return f"3-D tensors have no batch, and {case.batch} were asked for"
+        if op.form == "module" and (case.num_heads, case.q_len, case.head_dim) != (
+            case.num_kv_heads,
+            case.kv_len,
+            case.value_dim,
+        ):
+            return "a module looks at itself: one length, one head dim, no shared key heads"
         if op.bias and not self.bias:
             return "no learned bias"
         if op.dropout_p and not self.dropout:

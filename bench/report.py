@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import env
 from fastattn.bench.growth import growth
-from fastattn.bench.rows import Row, say_bytes, say_error, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, rate_unit, say_bytes, say_error, say_rate, say_speedup, say_time
 from fastattn.bench_cases import OPS, BenchCase
 
 if TYPE_CHECKING:
@@ -25,11 +25,9 @@ NOISY = 0.1
 
 def table_header(console: Console, environment: dict[str, Any]) -> None:
     console.print(env.headline(environment), style="bold")
-    if environment["busy"]:
-        load, cores = environment["load_average"][0], environment["cores"]
-        console.print(
-            f"The machine is busy: load {load} on {cores} cores. Times below may be too long.", style="yellow"
-        )
+    busy = env.say_busy(environment)
+    if busy:
+        console.print(busy, style="yellow")
 
 
 def print_case(console: Console, rows: list[Row], *, first_of_op: bool) -> None:
@@ -37,7 +35,7 @@ def print_case(console: Console, rows: list[Row], *, first_of_op: bool) -> None:
     from rich.text import Text
 
     case, baseline = rows[0].case, rows[0].baseline
-    columns = _columns(console.width, baseline)
+    columns = _columns(console.width, baseline, rate_unit(rows[0].device)[0])
     if first_of_op:
         console.print()
         console.rule(Text.assemble((f" {case.op} ", "bold cyan"), (f"{OPS[case.op].says} ", "dim")), align="left")
@@ -55,14 +53,15 @@ def print_legend(console: Console, rows: list[Row]) -> None:
     baseline = rows[0].baseline
     against = f"vs {baseline}: how many times faster than {baseline}; ≈ a tie, its 95% interval spans 1. "
     against = against if baseline else ""
+    unit, _ = rate_unit(rows[0].device)
     console.print()
     _print_growth(console, rows)
     _print_tiny(console, rows)
     _print_overhead(console, rows)
     console.print(
-        f"Time: median. {against}TFLOP/s: on visible pairs alone. Memory: a call's peak beyond its inputs, "
+        f"Time: median. {against}{unit}: on visible pairs alone. Memory: a call's peak beyond its inputs, "
         "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick"
-        + (", coarse: beyond them, but near." if any(row.coarse for row in rows) else "."),
+        + (", ~ beyond them, but near." if any(row.coarse for row in rows) else "."),
         style="dim",
     )
     slow = [row for row in rows if row.provider == "fastattn" and row.label == "reference" and row.timed]
@@ -107,7 +106,7 @@ def say_case(case: BenchCase) -> str:
     return f"{case.dtype}  {case.sizes.replace('-', ' ')}"
 
 
-def _columns(width: int, baseline: str | None) -> list[tuple[str, int, str]]:
+def _columns(width: int, baseline: str | None, unit: str) -> list[tuple[str, int, str]]:
     """Name, width and meaning of each column; the last takes what is left."""
     columns = [
         ("mode", 10, "mode"),
@@ -115,7 +114,7 @@ def _columns(width: int, baseline: str | None) -> list[tuple[str, int, str]]:
         ("time", 8, "time"),
         ("IQR", 5, "spread"),
         (f"vs {baseline}" if baseline else "speed-up", 8, "speedup"),
-        ("TFLOP/s", 8, "rate"),
+        (unit, 8, "rate"),
         ("memory", 9, "memory"),
         ("error", 0, "error"),
     ]
@@ -151,7 +150,7 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
         tie = "≈" if row.tie else ""
         return ("-", "dim") if row.speedup is None else (tie + say_speedup(row.speedup), _speed_style(row))
     if what == "rate":
-        return say_rate(row.tflops()), ""
+        return say_rate(row), ""
     if what == "memory":
         return say_bytes(row.peak_bytes), ""
     style = "green" if row.correct else "dim" if row.correct is None else "yellow" if row.coarse else "bold red"

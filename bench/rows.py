@@ -176,8 +176,9 @@ def say_time(milliseconds: float) -> str:
 def say_bytes(count: int | None) -> str:
     if count is None:
         return "-"
-    unit, shift = ("KiB", 10) if count < 1 << 20 else ("MiB", 20) if count < 1 << 30 else ("GiB", 30)
-    return f"{three(count / (1 << shift))} {unit}"
+    units = ("KiB", "MiB", "GiB", "TiB")
+    step = min(max(0, (count.bit_length() - 1) // 10 - 1), len(units) - 1)
+    return f"{three(count / (1 << 10 * (step + 1)))} {units[step]}"
 
 
 def three(number: float) -> str:
@@ -190,8 +191,14 @@ def three(number: float) -> str:
     return f"{number:.{decimals}f}"
 
 
-def say_rate(tflops: float) -> str:
-    return three(tflops) if tflops >= 1 else f"{tflops:.4f}"
+def rate_unit(device: str) -> tuple[str, float]:
+    """The unit of rates on a device, and how many of it are a TFLOP/s."""
+    return ("GFLOP/s", 1e3) if device == "cpu" else ("TFLOP/s", 1.0)
+
+
+def say_rate(row: Row, *, dense: bool = False) -> str:
+    """In its device's unit."""
+    return three(rate_unit(row.device)[1] * row.tflops(dense=dense))
 
 
 def say_speedup(ratio: float) -> str:
@@ -207,6 +214,6 @@ def say_against(row: Row) -> str:
 
 def say_error(row: Row) -> str:
     if row.correct is None:
-        return "not checked" if row.timed else ""
+        return "unchecked" if row.timed else ""
     shown = "" if row.max_error is None or row.max_error != row.max_error else f" {row.max_error:.1e}"
-    return ("✓" if row.correct else "coarse" if row.coarse else "✗") + shown
+    return ("✓" if row.correct else "~" if row.coarse else "✗") + shown

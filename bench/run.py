@@ -20,7 +20,7 @@ from fastattn.bench.presets import PRESETS, preset_cases
 from fastattn.bench.problem import Made, NoBackward, Problem
 from fastattn.bench.progress import Progress
 from fastattn.bench.provider import Provider
-from fastattn.bench.providers import provider
+from fastattn.bench.providers import known_providers, provider
 from fastattn.bench.ratios import paired
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench.suite import SUITES, Cell
@@ -50,8 +50,9 @@ def pick_device(name: str) -> torch.device:
 
 def plan(options: Options, device: torch.device) -> list[Row]:
     """The rows that would run, in order. ValueError for a name that is not known."""
-    for name in [*(options.providers or ()), *([options.baseline] if options.baseline else ())]:
-        provider(name)
+    every = known_providers()
+    known("providers", options.providers or (), every)
+    known("baseline", [options.baseline] if options.baseline else (), every)
     rows = []
     for cell in _cells(options, device):
         default = flags.QUICK_PROVIDERS if options.quick else flags.PROVIDERS
@@ -272,7 +273,7 @@ def too_large(row: Row, device: torch.device) -> str | None:
     free = estimate.free_bytes(device)
     if free is None or row.estimated_bytes <= free:
         return None
-    return f"does not fit: needs about {say_bytes(row.estimated_bytes)}, {say_bytes(free)} are free"
+    return f"does not fit: about {say_bytes(row.estimated_bytes)}, free {say_bytes(free)}"
 
 
 def _refuse(row: Row, failure: Exception) -> None:

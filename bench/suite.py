@@ -74,14 +74,20 @@ def _decode(kv_len: int) -> BenchCase:
 
 def _cpu() -> Iterable[Cell]:
     """What a laptop does in a minute or two."""
-    for length, head_dim in ((512, 64), (1024, 64), (2048, 64), (1024, 128)):
-        for dtype in ("fp32", "bf16"):
-            for op, window in (("self", None), ("causal", None), ("truncated", 128)):
-                for mode in ("fwd", "bwd"):
-                    yield Cell(BenchCase(op, dtype, 1, 8, 8, length, length, head_dim, window), mode)
+    masks = (("self", None), ("causal", None), ("truncated", 128))
+    yield from _cpu_sizes(1024, 64, "fp32", masks)
     yield Cell(BenchCase("decode", "bf16", 1, 32, 8, 1, 4096, 128), "fwd")
     yield Cell(BenchCase("masked", "fp32", 2, 8, 8, 1024, 1024, 64), "fwd")
     yield Cell(BenchCase("documents", "fp32", 1, 8, 8, 1024, 1024, 64), "fwd")
+    for length, head_dim in ((1024, 64), (2048, 64), (1024, 128), (512, 64)):
+        for dtype in ("bf16", "fp32"):
+            yield from _cpu_sizes(length, head_dim, dtype, masks)
+
+
+def _cpu_sizes(length: int, head_dim: int, dtype: str, masks: Iterable[tuple[str, int | None]]) -> Iterable[Cell]:
+    for op, window in masks:
+        for mode in ("fwd", "bwd"):
+            yield Cell(BenchCase(op, dtype, 1, 8, 8, length, length, head_dim, window), mode)
 
 
 WIDTHS, FLOATS = (64, 128), ("bf16", "fp32")
@@ -143,8 +149,12 @@ class Suite:
     device: str
     cells: Callable[[], list[Cell]]
     providers: tuple[str, ...]
+    tiles: bool = False
+    """Whether torch's own tile product is measured beside it."""
 
 
 SUITES = {
-    "cpu-table": Suite("the CPU room's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"]),
+    "cpu-table": Suite(
+        "the CPU room's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"], tiles=True
+    ),
 }

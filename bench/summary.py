@@ -6,9 +6,10 @@ import statistics
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fastattn.bench.env import headline
+from fastattn.bench.env import headline, say_busy
+from fastattn.bench.ratios import paired
 from fastattn.bench.report import say_case
-from fastattn.bench.rows import Row, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, rate_unit, say_rate, say_speedup, say_time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,9 @@ MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("-", "yellow
 def print_summary(console: Console, record: dict[str, Any]) -> None:
     console.print()
     console.print(headline(record["environment"]), style="bold")
+    busy = say_busy(record["environment"])
+    if busy:
+        console.print(busy, style="yellow")
     for name, step in record["steps"].items():
         mark, style = MARKS[step["ok"]]
         console.print(f"{mark} {name:<6} {step['seconds']:>5.0f} s  {step['words']}", style=style)
@@ -74,7 +78,7 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="dim")
     table.add_column("cell", no_wrap=True)
-    for title in ("room", "time", "TFLOP/s", "best other", "its time", "ratio"):
+    for title in ("room", "time", rate_unit(rows[0].device)[0], "best other", "its time", "ratio"):
         table.add_column(title, justify="right" if title != "best other" else "left", no_wrap=True)
     ratios = []
     for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
@@ -83,11 +87,15 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
         if ours is None:
             cells += ["", "-", "", "", "", ""]
         else:
-            cells += [ours.label, say_time(ours.median_ms), say_rate(ours.tflops())]
+            cells += [ours.label, say_time(ours.median_ms), say_rate(ours)]
         if ours is not None and best is not None:
             ratio = best.median_ms / ours.median_ms
             ratios.append(ratio)
-            shown = Text(say_speedup(ratio), style="green" if ratio >= 1 else "red")
+            interval = paired(best.samples, ours.samples)
+            if interval is not None and interval.tie:
+                shown = Text(f"≈{say_speedup(ratio)}", style="dim")
+            else:
+                shown = Text(say_speedup(ratio), style="green" if ratio >= 1 else "red")
             table.add_row(*cells, best.provider, say_time(best.median_ms), shown)
         else:
             table.add_row(*cells)
@@ -97,7 +105,7 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
         least, most = say_speedup(min(ratios)), say_speedup(max(ratios))
         console.print(
             f"against the best other: {say_speedup(middle)} on average (geometric), {least} to {most}, "
-            f"{len(ratios)} cells",
+            f"{len(ratios)} cells; ≈ a tie",
             style="bold",
         )
 

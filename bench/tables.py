@@ -10,14 +10,14 @@ A name may be followed by `as=ratios`, for fastattn against each of the others w
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
 from fastattn.bench import against
-from fastattn.bench.env import headline
+from fastattn.bench.env import headline, say_busy
 from fastattn.bench.files import read_json, summary
+from fastattn.bench.options import Parser
 
 OK, DIFFERENT, USAGE = 0, 1, 2
 
@@ -54,10 +54,12 @@ def table(path: Path, only: str | None = None, kind: str | None = None) -> str:
         raise ValueError(f"{path} has no row that {only!r} finds")
     date = environment["date"][:10]
     lines = [f"{headline(environment)} · {date}", ""]
-    if environment["busy"]:
-        load, cores = environment["load_average"][0], environment["cores"]
-        lines += [f"The machine was busy (load {load} on {cores} cores): times are too long, ratios less so.", ""]
-    return "\n".join([*lines, *(against.markdown(shown) if kind == "ratios" else summary(shown))])
+    busy = say_busy(environment)
+    if busy:
+        lines += [busy, ""]
+    if kind == "ratios":
+        return "\n".join([*lines, *against.markdown(shown), *against.ceilings(environment)])
+    return "\n".join([*lines, *summary(shown)])
 
 
 def documents(root: Path) -> list[Path]:
@@ -69,7 +71,7 @@ def documents(root: Path) -> list[Path]:
 
 def main(argv: list[str]) -> int:
     """Write the tables, or with --check only say which differ: exit code 1."""
-    parser = argparse.ArgumentParser("fastattn bench report", description="Render the documents' tables anew.")
+    parser = Parser("fastattn bench report", description="Render the documents' tables anew.")
     parser.add_argument("root", nargs="?", type=Path, default=Path(), metavar="DIR", help="a checkout (default: here)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a table differs")
     given = parser.parse_args(argv)

@@ -143,8 +143,8 @@ def _documents(case: BenchCase, device: torch.device | str) -> Mask:
     while end < case.kv_len:
         end, share = end + max(1, round(share)), 1.5 * share
         ids[:, end:] += 1
-    ids = ids.to(device)
-    return Segments(ids[:, -case.q_len :], ids, sorted=True) & Causal()
+    queries = torch.arange(case.kv_len - case.q_len, case.kv_len).clamp(min=0)
+    return Segments(ids[:, queries].to(device), ids.to(device), sorted=True) & Causal()
 
 
 def _scattered(case: BenchCase, device: torch.device | str) -> Mask:
@@ -276,6 +276,8 @@ def bench_cases(
         "window": window,
     }
     named = frozenset(name for name, values in given.items() if values)
+    if window and not set(ops) & set(WINDOWED):
+        raise ValueError(f"window: {', '.join(ops)} has none; {' and '.join(WINDOWED)} have")
     axes = itertools.product(
         ops,
         dtypes or (sizes.dtype,),

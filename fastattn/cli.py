@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -264,12 +263,14 @@ def _check(namespace: argparse.Namespace, argv: list[str]) -> int:
 
 def _in_here(room: str, cases: list[Case], device: str) -> Iterator[Checked]:
     import fastattn
+    from fastattn import dispatch
     from fastattn.testing import agreement, make_inputs, run
 
+    grads = hasattr(dispatch.room(room), "backward")
     for case in cases:
         problem = make_inputs(case, device)
         try:
-            agreements = agreement(problem, run(problem, room))
+            agreements = agreement(problem, run(problem, room, grads=grads))
         except fastattn.BackendUnavailable as refusal:
             yield Checked(room, case.id, None, words=_reason(str(refusal)))
             continue

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,22 @@ HIDING: dict[str, Callable[[int, int], Mask]] = {
 """By (q_len, kv_len), for 8 queries and 50 keys or more."""
 
 
-def hidden_pair(name: str, q_len: int, kv_len: int, device: torch.device | str) -> tuple[Problem, Problem]:
+FEATURES: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 2.0}, "sinks": {"sinks": True}, "dropout": {"dropout_p": 0.3},
+    "bias": {"bias": (BATCH, NUM_HEADS, 1, 1)},
+}  # fmt: skip
+"""What junk may pass through besides the mask: arguments of `Case`."""
+
+
+def hidden_pair(
+    name: str, q_len: int, kv_len: int, device: torch.device | str, **features: Any
+) -> tuple[Problem, Problem]:
     """A problem under a mask of HIDING, and the same with junk in every query, key, value and gradient that no partner
-    sees.
+    sees. `features` go to the `Case`.
     """
     batch = 1 if name == "packed" else BATCH
     mask = torch.utils._pytree.tree_map(lambda each: each.to(device), HIDING[name](q_len, kv_len))
-    case = Case(name, q_len, kv_len, batch, NUM_HEADS, NUM_KV_HEADS, mask=lambda *_: mask)
+    case = Case(name, q_len, kv_len, batch, NUM_HEADS, NUM_KV_HEADS, mask=lambda *_: mask, **features)
     clean = make_inputs(case, device)
     seen = mask.dense(q_len, kv_len, device=torch.device(device)).expand(batch, NUM_HEADS, q_len, kv_len)
     return clean, with_junk(clean, seen)

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastattn import nvcc
+
 if TYPE_CHECKING:
     import argparse
 
@@ -20,6 +22,7 @@ OK, BROKEN, USAGE = 0, 1, 2
 
 KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_4KindE(\d)")
 KINDS = ("plain", "masked", "everything")
+BLOCK = re.compile(r"(?<=<!-- inspect cuda -->\n).*?(?=<!-- /inspect cuda -->)", re.DOTALL)
 REGISTER_CAPS = {2: 168, 3: 128}
 """A thread, by computing warpgroups: of the 65,536 of an SM, in eights, a block's share. setmaxnreg hands them on."""
 
@@ -104,13 +107,23 @@ def run(namespace: argparse.Namespace) -> int:
             print(text, end="")
         else:
             Path(namespace.json).write_text(text)
+    if namespace.md is not None:
+        page = Path(namespace.md)
+        text = page.read_text(encoding="utf-8")
+        if not BLOCK.search(text):
+            print(
+                f"fastattn inspect: {page} has no lines <!-- inspect cuda --> and <!-- /inspect cuda -->",
+                file=sys.stderr,
+            )
+            return USAGE
+        page.write_text(BLOCK.sub(lambda _: markdown(found), text), encoding="utf-8")
     if namespace.json != "-":
         _show(found, verbose=namespace.verbose)
     return BROKEN if any(row.broken for row in found) else OK
 
 
 def table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: clocks of each unit for one tile of keys, and the share of the peak that the busiest allows."""
+    """Headings and cells: clocks of each unit for one tile of keys, the share of the peak that the busiest allows."""
     units = ("tensor", "special", "fp32", "alu", "shared", "issue")
     cells = []
     for row in found:
@@ -119,6 +132,21 @@ def table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
         words = ", ".join(row.broken) or "holds"
         cells.append([row.name, f"{row.block_m}x{row.block_n}", str(row.registers), *clocks, share, words])
     return ["kernel", "tile", "registers", *units, "of peak", "gates"], cells
+
+
+def markdown(found: list[Row]) -> str:
+    """The table of the bfloat16 kernels (float16's are the same but for the type of the product), and two budgets."""
+    found = [row for row in found if row.dtype == "bf16"]
+    headings, cells = table(found)
+    lines = [f"Compiled with {nvcc.find_nvcc().version}.", ""]
+    lines += ["| " + " | ".join(headings[:-1]) + " |", "|---|" + "---:|" * (len(headings) - 2)]
+    lines += ["| " + " | ".join(cell[:-1]) + " |" for cell in cells]
+    for row in found:
+        if row.name in ("bf16 64 plain", "bf16 128 plain"):
+            count = sum(row.loop.values())
+            lines += ["", f"{row.name}, {count} instructions by each of {row.block_m // 16} warps:", "", "```"]
+            lines += [*row.spelled_out, "```"]
+    return "\n".join(lines) + "\n"
 
 
 def _show(found: list[Row], *, verbose: bool) -> None:

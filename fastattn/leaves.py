@@ -13,7 +13,7 @@ are kept for the next call.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ def why_not(mask: Mask) -> str | None:
     return None
 
 
-def make_leaves(
-    mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False
-) -> Leaves:
+def make_leaves(mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False) -> Leaves:
     """The leaves of a mask that `why_not` lets pass, on the device. `bands`: Causal and Window in closed form."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
@@ -98,15 +96,15 @@ def stack_of(words: list[int]) -> int:
 
 def band(mask: Mask, q_len: int, kv_len: int) -> tuple[int, int] | None:
     """low, high of a mask that shows query i the keys i + low <= j < i + high; None of any other."""
-    if type(mask) is And:
-        left, right = band(mask.left, q_len, kv_len), band(mask.right, q_len, kv_len)
-        return None if left is None or right is None else (max(left[0], right[0]), min(left[1], right[1]))
-    if type(mask) is Full:
+    if isinstance(mask, And):
+        one, other = band(mask.left, q_len, kv_len), band(mask.right, q_len, kv_len)
+        return None if one is None or other is None else (max(one[0], other[0]), min(one[1], other[1]))
+    if isinstance(mask, Full):
         return -OPEN, OPEN
-    if type(mask) not in (Causal, Window) or isinstance(mask.offset, Tensor):
+    if not isinstance(mask, (Causal, Window)) or isinstance(mask.offset, Tensor):
         return None
-    left, right = (None, 0) if type(mask) is Causal else (mask.left, mask.right)
-    place = mask.position(0, q_len, kv_len)
+    left, right = (None, 0) if isinstance(mask, Causal) else (mask.left, mask.right)
+    place: Any = mask.position(0, q_len, kv_len)  # type: ignore[arg-type]
     low, high = -OPEN if left is None else place - left, OPEN if right is None else place + right + 1
     return max(-OPEN, min(OPEN, low)), max(-OPEN, min(OPEN, high))
 

@@ -22,7 +22,7 @@ FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 NO_NVCC = "no nvcc is found (looked at CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda); it comes with the CUDA toolkit"
 TOO_OLD = "nvcc {0}.{1} is too old for Hopper's instructions; 12.3 or newer is needed"
 OLDEST = (12, 3)
-RELEASE = re.compile(r"release (\d+)\.(\d+)")
+RELEASE = re.compile(r"release (\d+)\.(\d+)(?:, V([\d.]+))?")
 
 
 def find_nvcc() -> compiler.Compiler:
@@ -43,7 +43,7 @@ def _find_nvcc(home: str | None, other_home: str | None, path: str | None) -> co
             number = int(release[1]), int(release[2])
             if number < OLDEST:
                 raise BuildError(TOO_OLD.format(*number))
-            return compiler.Compiler((found,), f"nvcc {said.stdout.strip().splitlines()[-1]}")
+            return compiler.Compiler((found,), f"nvcc {release[3] or release[0].split()[-1]}")
     raise BuildError(NO_NVCC)
 
 
@@ -53,7 +53,7 @@ def kernel_flags(dtype: str, width: int, width_v: int) -> tuple[str, ...]:
 
 
 def parts() -> dict[str, tuple[Path, tuple[str, ...]]]:
-    """By the object's name, every translation unit: its file and its own flags. The simulator compiles the same ones."""
+    """By the object's name, every translation unit: its file and its own flags. The simulator compiles the same."""
     root = compiler.sources()
     kernels = {
         f"forward_{dtype}_{width}_{width_v}": (root / "cuda" / "forward.cu", kernel_flags(dtype, width, width_v))

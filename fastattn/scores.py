@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastattn.visible import visible_scores
 
+LARGE_LSE = 1024.0
+"""From here on a float32 lse is too coarse for exp(score - lse) to be the weight."""
+
 
 @dataclass(frozen=True)
 class DotProduct:
@@ -38,13 +41,22 @@ class Softmax:
         # A row that sees nothing is computed as if it held zeros and overwritten after: its gradients are 0, not NaN.
         visible = torch.where(keep, scores, torch.where(some, -torch.inf, 0.0).to(scores.dtype))
         lse = visible.logsumexp(-1, keepdim=True)
-        total = lse if sinks is None else torch.logaddexp(lse, sinks.to(scores.dtype)[:, None, None])
-        weights = torch.where(keep, (visible - total).exp(), 0.0)
+        # Not exp(visible - lse): beside a huge score lse loses the logarithm of how many keys share it.
+        weights = torch.where(keep, visible.softmax(-1), 0.0)
+        if sinks is not None:
+            total = torch.logaddexp(lse, sinks.to(scores.dtype)[:, None, None])
+            weights = weights * (lse - total).exp()
         return weights, torch.where(some, lse, -torch.inf).squeeze(-1)
 
     def from_lse(self, scores: Tensor, keep: Tensor, sinks: Tensor | None, lse: Tensor) -> Tensor:
-        """The same weights from a row's lse [..., num_heads, q_len], by one exponential each."""
-        total = torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
+        """The same weights from a row's lse [..., num_heads, q_len], by one exponential each. Where lse is large its
+        rounding would be seen in them, and they are divided by their own sum.
+        """
+        known = torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
+        weights = torch.where(keep, scores - known, -torch.inf).exp()
+        whole = weights.sum(-1, keepdim=True)
+        weights = weights / torch.where((known.abs() >= LARGE_LSE) & (whole > 0), whole, 1.0)
         if sinks is not None:
-            total = torch.logaddexp(total, sinks.to(scores.dtype)[:, None, None])
-        return torch.where(keep, scores - total, -torch.inf).exp()
+            total = torch.logaddexp(known, sinks.to(scores.dtype)[:, None, None])
+            weights = weights * (known - total).exp()
+        return weights

@@ -23,7 +23,7 @@ from fastattn.compiler import BuildError, Compiler, Step
 
 FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 AS_KERNEL = ("-DFASTATTN_SIM", "-Wno-unknown-pragmas", "-x", "c++")
-ADDRESSES = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+ADDRESSES = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 FLAVOURS = {
     "plain": ("as it is: the quickest, for results", ()),
     "checked": ("each access to shared memory is held against the barriers", ("-fsanitize=thread",)),
@@ -31,14 +31,14 @@ FLAVOURS = {
 }
 """What each is for, and what its kernels are compiled with."""
 
-MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+MACHINES = ("x86_64", "amd64")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def why_not() -> str | None:
     """Why no kernel can be simulated here; None where one can."""
     if sys.platform != "linux" or platform.machine().lower() not in MACHINES:
-        return f"the simulator runs on Linux, on x86-64 and AArch64, and this is {sys.platform} on {platform.machine()}"
+        return f"the simulator runs on Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
     try:
         compiler.find_compiler()
     except BuildError as refusal:
@@ -59,8 +59,10 @@ def usual_flavour() -> str:
 
 
 def sanitized() -> dict[str, str]:
-    """The environment of a process that may load libraries of the flavour `addresses`. BuildError where the compiler has
-    no sanitizers.
+    """The environment of a process that may load libraries of the flavour `addresses`.
+
+    Raises:
+        BuildError: no compiler, or one without sanitizers.
     """
     found = compiler.find_compiler()
     # Loaded before Python, which was not compiled with them; the last one so that they find what throws.
@@ -102,7 +104,7 @@ def build_library(name: str, parts: Sequence[Part], flavour: str = "plain", link
     # The checks' hooks answer what -fsanitize=thread calls; linked with that flag, its own runtime would.
     sanitizer = FLAVOURS[flavour][1] if flavour == "addresses" else ()
     runtime = _runtime(found, flavour)
-    objects = [str(each) for each in runtime.iterdir() if flavour == "checked" or each.name != "hooks.o"]
+    objects = [str(each) for each in runtime.iterdir() if flavour == "checked" or not each.name.startswith("hooks")]
     command = (*found.command, *sanitizer, "-shared", *(step.output for step in steps), *sorted(objects), *link)
     library = Step("library.so", (*command, "-o", "library.so"))
     key = _key(found, [part.source for part in parts], *(step.command for step in steps), library.command)

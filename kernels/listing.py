@@ -35,7 +35,9 @@ def innermost(code: Code, marks: Callable[[Instruction], bool]) -> list[list[Ins
     What waits in a small loop of its own (for a barrier, say) counts as one round of that.
     """
     blocks, after = _blocks(code)
-    bodies = [body for body in _natural_loops(after).values() if any(marks(code[n]) for block in body for n in blocks[block])]
+    bodies = [
+        body for body in _natural_loops(after).values() if any(marks(code[n]) for block in body for n in blocks[block])
+    ]
     smallest = [body for body in bodies if not any(other < body for other in bodies)]
     return [[code[n] for block in sorted(body) for n in blocks[block]] for body in sorted(smallest, key=min)]
 
@@ -44,7 +46,9 @@ def leanest(code: Code, marks: Callable[[Instruction], bool]) -> list[list[Instr
     """Of each of the same loops, the shortest way around: what an iteration costs at least, rare paths left out."""
     blocks, after = _blocks(code)
     loops = _natural_loops(after)
-    holding = {head: body for head, body in loops.items() if any(marks(code[n]) for block in body for n in blocks[block])}
+    holding = {
+        head: body for head, body in loops.items() if any(marks(code[n]) for block in body for n in blocks[block])
+    }
     smallest = {head: body for head, body in holding.items() if not any(other < body for other in holding.values())}
     ways = []
     for head, body in sorted(smallest.items()):

@@ -25,7 +25,7 @@ LABEL = re.compile(r"(\.L_\w+):$")
 GUARD = re.compile(r"\*/\s+@")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
 
-SECTION = re.compile(r"^\.section\s+\.text\.(\w+),.*$", re.MULTILINE)
+SECTION = re.compile(r"^\s*\.section\s+\.text\.(\w+),.*$", re.MULTILINE)
 USAGE = re.compile(r"Function (\w+):\n(.*)")
 
 HGMMA = re.compile(r"([HQ])GMMA\.(\d+)x(\d+)x(\d+)")
@@ -71,7 +71,9 @@ def read_all(library: Path) -> dict[str, Binary]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([str(tools / "cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, check=True)
+        subprocess.run(
+            [str(tools / "cuobjdump"), "-xelf", "all", str(library)], cwd=folder, capture_output=True, check=True
+        )
         for cubin in sorted(Path(folder).glob("*.cubin")):
             usage = dict(USAGE.findall(_output(tools / "cuobjdump", "-res-usage", cubin)))
             sections = SECTION.split(_output(tools / "nvdisasm", "-c", cubin))[1:]

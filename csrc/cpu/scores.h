@@ -97,7 +97,7 @@ INLINE vi visible_lanes(const Meeting& at, int j, int n) {
 }
 
 // From products to what tiles hold, in place, hidden pairs -inf. `slope`, where given, gets the soft cap's derivative,
-// d score / d (scale * product).
+// d score / d (scale * product), 0 where hidden: what nobody sees may hold anything.
 static void finish_scores(const Params& p, const QueryTile& tile, const Meeting& at, float* s, float* slope) {
   const bool has_bias = p.bias.data != nullptr;
   if (has_bias) read_bias(p, tile, at);
@@ -107,11 +107,10 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
     vi word = vi{};
     for (int j = at.low; j < at.high; ++j) {
       float* pair = s + j * BLOCK_M + n;
-      vf t = load(pair) * scale;
+      vf t = load(pair) * scale, bent = vf{};
       if (p.softcap != 0.0f) {
-        const vf bent = hyperbolic_tangent(t * over_cap);
+        bent = hyperbolic_tangent(t * over_cap);
         t = cap * bent;
-        if (slope) store(slope + j * BLOCK_M + n, 1.0f - bent * bent);
       }
       vi hidden = vi{};
       if (has_bias) {
@@ -124,6 +123,7 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
         hidden |= ~(word << (31 - j % 32) >> 31);
       }
       store(pair, hidden ? splat(-kInfinity) : t);
+      if (slope) store(slope + j * BLOCK_M + n, hidden ? vf{} : 1.0f - bent * bent);
     }
   }
 }

@@ -50,6 +50,28 @@ static void write_weights(const Params& p, const QueryTile& tile, int64_t first_
   }
 }
 
+// exp(score - lse) of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
+template <class Dot>
+static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float* lse, WeightsWork<Dot>& work) {
+  const QueryTile& tile = *work.tile;
+  if (!work.at.meet(p, tile, kv_tile)) return false;
+  work.at.look_at_all();
+  work.keys.read_keys(p, tile.b, kv_head, kv_tile);
+  lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
+                           words_of<Dot>(padded(p.head_dim)), 1, work.rows.across, work.s);
+  if (!work.at.plain) finish_scores(p, tile, work.at, work.s, nullptr);
+  const vf unit = splat(to_score(p));
+  for (int n = 0; n < tile.vectors * VL; n += VL)
+    for (int at = n; at < TILE; at += BLOCK_M) {
+      const vf power = (load(work.s + at) * unit - load(lse + n)) * kLog2E;
+      store(work.s + at, exp2(at_most_zero(power)));
+    }
+  return true;
+}
+
+// Beside a larger lse, what rounding takes from it is seen in the weights, and they are summed once more.
+constexpr float kSmallLse = 1024.0f;
+
 template <class Dot>
 static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first_row, int64_t rows, bool add,
                             WeightsWork<Dot>& work) {
@@ -57,30 +79,33 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
   tile.pick(p, b, h, p.rows, first_row, rows);
   work.rows.read(p.query, tile, p.head_dim, nullptr);
   alignas(64) float lse[BLOCK_M], share[BLOCK_M];
+  bool large = false;
   for (int lane = 0; lane < BLOCK_M; ++lane) {
     const float given = p.lse[(b * p.num_heads + h) * p.q_len + tile.q_idx[lane]];
     const bool none = given == -kInfinity;
     lse[lane] = none ? kInfinity : given;
     share[lane] = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - given)) : 1.0f;
+    large |= !none && !(fabsf(given) < kSmallLse);
   }
   const float factor = p.mean_heads ? 1.0f / static_cast<float>(p.num_heads) : 1.0f;
-  const int64_t kv_tiles = (p.kv_len + BLOCK_N - 1) / BLOCK_N;
+  const int64_t kv_tiles = (p.kv_len + BLOCK_N - 1) / BLOCK_N, lanes = tile.vectors * VL;
+  if (large) {
+    alignas(64) float sum[BLOCK_M] = {};
+    for (int64_t kv_tile = 0; kv_tile < kv_tiles; ++kv_tile) {
+      if (!weigh(p, h / p.group, kv_tile, lse, work)) continue;
+      for (int n = 0; n < lanes; n += VL)
+        for (int at = n; at < TILE; at += BLOCK_M) store(sum + n, load(sum + n) + load(work.s + at));
+    }
+    for (int lane = 0; lane < lanes; ++lane)
+      if (!(fabsf(lse[lane]) < kSmallLse) && sum[lane] > 0.0f) share[lane] /= sum[lane];
+  }
   for (int64_t kv_tile = 0; kv_tile < kv_tiles; ++kv_tile) {
-    if (!work.at.meet(p, tile, kv_tile)) {
+    if (!weigh(p, h / p.group, kv_tile, lse, work)) {
       if (!add) write_weights(p, tile, first_row, kv_tile * BLOCK_N, factor, false, nullptr);
       continue;
     }
-    work.at.look_at_all();
-    work.keys.read_keys(p, b, h / p.group, kv_tile);
-    lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
-                             words_of<Dot>(padded(p.head_dim)), 1, work.rows.across, work.s);
-    if (!work.at.plain) finish_scores(p, tile, work.at, work.s, nullptr);
-    const vf unit = splat(to_score(p));
-    for (int n = 0; n < tile.vectors * VL; n += VL)
-      for (int at = n; at < TILE; at += BLOCK_M) {
-        const vf power = (load(work.s + at) * unit - load(lse + n)) * kLog2E;
-        store(work.s + at, exp2(at_most_zero(power)) * load(share + n));
-      }
+    for (int n = 0; n < lanes; n += VL)
+      for (int at = n; at < TILE; at += BLOCK_M) store(work.s + at, load(work.s + at) * load(share + n));
     write_weights(p, tile, first_row, work.at.first, factor, add, work.s);
   }
 }

@@ -30,11 +30,11 @@ struct Computer {
   DEVICE void run() {
     if (F::TURNS && group == F::CONSUMERS - 1) pass_turn();
     for (;;) {
-      arch::mbarrier_wait(&s.job_full[jobs.place], jobs.round);
-      const Job& job = s.job[jobs.place];
+      arch::mbarrier_wait(&s.job_full[jobs.place()], jobs.round());
+      const Job& job = s.job[jobs.place()];
       if (!job.there) break;
       compute(job.place, job.steps);
-      arrive_warp(&s.job_empty[jobs.place]);
+      arrive_warp(&s.job_empty[jobs.place()]);
       jobs.next();
     }
     if (F::TURNS && group == 0) take_turn();  // the last one passed on
@@ -50,7 +50,7 @@ struct Computer {
   // Scores of a tile of keys, not waited for.
   DEVICE void issue_scores(float (&x)[F::SCORES]) {
     const uint64_t query = arch::descriptor_128(s.query + group * 64 * 64);
-    const uint64_t key = arch::descriptor_128(s.key[keys.place]);
+    const uint64_t key = arch::descriptor_128(s.key[keys.place()]);
     constexpr int QUERY_PIECE = F::BLOCK_M * 128 / 16, KEY_PIECE = F::BLOCK_N * 128 / 16;
     arch::settle_registers(x);
     arch::wgmma_fence();
@@ -63,7 +63,7 @@ struct Computer {
 
   // Weights by values, onto what is there, not waited for.
   DEVICE void issue_values(float (&out)[F::OUT], uint32_t (&weights)[F::BLOCK_N / 16][4]) {
-    const uint64_t value = arch::descriptor_128(s.value[values.place], 1024, F::BLOCK_N * 128);
+    const uint64_t value = arch::descriptor_128(s.value[values.place()], 1024, F::BLOCK_N * 128);
     arch::settle_registers(out);
     for (auto& each : weights) arch::settle_registers(each);
     arch::wgmma_fence();
@@ -77,52 +77,57 @@ struct Computer {
 
   DEVICE void compute(const Place& place, int32_t steps) {
     float out[F::OUT];
-#pragma unroll
-    for (int n = 0; n < F::OUT; ++n) out[n] = 0.0f;
     Softmax softmax;
     softmax.clear();
     if (steps > 0) {
       note_intervals(place);
       attend(place, steps, softmax, out);
+    } else {
+      clear(out);
     }
     finish(place, softmax, out);
   }
 
+  static DEVICE void clear(float (&out)[F::OUT]) {
+#pragma unroll
+    for (int n = 0; n < F::OUT; ++n) out[n] = 0.0f;
+  }
+
   DEVICE void attend(const Place& place, int32_t steps, Softmax& softmax, float (&out)[F::OUT]) {
-    const Rows rows(a, place, first_row());  // read by kEverything alone
     uint32_t weights[F::BLOCK_N / 16][4];
     float rescale[2];
-    arch::mbarrier_wait(&s.query_full, queries.round);
+    arch::mbarrier_wait(&s.query_full, queries.round());
     queries.next();
     {
       float x[F::SCORES];
-      arch::mbarrier_wait(&s.key_full[keys.place], keys.round);
+      arch::mbarrier_wait(&s.key_full[keys.place()], keys.round());
       take_turn();
       issue_scores(x);
       pass_turn();
-      const int32_t note = s.note[keys.place];
+      const int32_t note = s.note[keys.place()];
       arch::wgmma_wait<0>();
       arch::settle_registers(x);
       release_keys(steps == 1);
-      soften(note, rows, softmax, x, rescale);
-      drop_some(note, rows, x);
+      soften(note, place, softmax, x, rescale);
+      drop_some(note, place, x);
       pack_weights(x, weights);
     }
+    clear(out);
 #pragma unroll 1
     while (--steps > 0) {
       float x[F::SCORES];
-      arch::mbarrier_wait(&s.key_full[keys.place], keys.round);
+      arch::mbarrier_wait(&s.key_full[keys.place()], keys.round());
       take_turn();
       issue_scores(x);
       wait_for_values(weights, softmax);
       issue_values(out, weights);
       pass_turn();
-      const int32_t note = s.note[keys.place];
+      const int32_t note = s.note[keys.place()];
       arch::wgmma_wait<1>();
       arch::settle_registers(x);
       release_keys(steps == 1);
-      const bool grows = soften(note, rows, softmax, x, rescale);
-      drop_some(note, rows, x);
+      const bool grows = soften(note, place, softmax, x, rescale);
+      drop_some(note, place, x);
       arch::wgmma_wait<0>();
       arch::settle_registers(out);
       release_values();
@@ -147,25 +152,26 @@ struct Computer {
     const int local = group * 64 + thread / arch::kWarp * 16 + lane / 2, term = lane % 2;
     const int2 row = row_of(a, place, local);
     int2 seen = make_int2(0, 0);
-    if (term < a.terms && is_row(a, place, row)) seen = keys_of(a, a.interval[term], place.batch, place.head + row.x, row.y);
+    if (term < a.terms && is_row(a, place, row))
+      seen = keys_of(a, a.interval[term], place.batch, place.head + row.x, row.y);
     __syncwarp();
     reinterpret_cast<int2*>(&s.seen[local])[term] = seen;
     __syncwarp();
   }
 
   DEVICE void release_keys(bool last) {
-    arrive_warp(&s.key_empty[keys.place]);
+    arrive_warp(&s.key_empty[keys.place()]);
     if (last) arrive_warp(&s.query_empty);
     keys.next();
   }
 
   DEVICE void wait_for_values(const uint32_t (&weights)[F::BLOCK_N / 16][4], Softmax& softmax) {
-    arch::mbarrier_wait(&s.value_full[values.place], values.round);
+    arch::mbarrier_wait(&s.value_full[values.place()], values.round());
     if (F::KIND != kPlain && a.hides) spread_odd(weights, softmax);
   }
 
   DEVICE void release_values() {
-    arrive_warp(&s.value_empty[values.place]);
+    arrive_warp(&s.value_empty[values.place()]);
     values.next();
   }
 
@@ -173,33 +179,34 @@ struct Computer {
   DEVICE void spread_odd(const uint32_t (&weights)[F::BLOCK_N / 16][4], Softmax& softmax) {
 #pragma unroll
     for (int word = 0; word < (F::BLOCK_N + 31) / 32; ++word) {
-      const uint32_t odd = s.odd[values.place][word];
+      const uint32_t odd = s.odd[values.place()][word];
       if (odd == 0) continue;
 #pragma unroll
       for (int k = 2 * word; k < 2 * word + 2 && k < F::BLOCK_N / 16; ++k)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const uint32_t of_keys = odd >> (k % 2 * 16 + e / 2 * 8 + key_of_thread);
-          const bool low = (of_keys & 1) && (weights[k][e] & 0x7fffu), high = (of_keys & 2) && (weights[k][e] & 0x7fff0000u);
+          const bool low = (of_keys & 1) && (weights[k][e] & 0x7fffu);
+          const bool high = (of_keys & 2) && (weights[k][e] & 0x7fff0000u);
           if (low || high) softmax.sum[e % 2] = NAN;
         }
     }
   }
 
-  DEVICE bool soften(int32_t note, const Rows& rows, Softmax& softmax, float (&x)[F::SCORES], float (&rescale)[2]) {
+  DEVICE bool soften(int32_t note, const Place& place, Softmax& softmax, float (&x)[F::SCORES], float (&rescale)[2]) {
     const int32_t first = tile_of(note) * F::BLOCK_N + key_of_thread;
-    if constexpr (NATURAL) finish_scores(x, a, rows, first);
-    if (checks(note)) hide(rows, first, x);
+    if constexpr (NATURAL) finish_scores(x, a, Rows(a, place, first_row()), first);
+    if (checks(note)) hide(place, first, x);
     return softmax.template step<F::TILE.poly_every, NATURAL>(x, a.factor, rescale);
   }
 
-  DEVICE void hide(const Rows& rows, int32_t first, float (&x)[F::SCORES]) {
+  DEVICE void hide(const Place& place, int32_t first, float (&x)[F::SCORES]) {
     if constexpr (F::KIND == kPlain) {
       hide_beyond(x, a.kv_len - first);
       return;
     } else if constexpr (F::KIND == kEverything) {
       if (a.listed) {
-        hide_by_program(x, a, rows, first);
+        hide_by_program(x, a, Rows(a, place, first_row()), first);
         return;
       }
     }
@@ -207,9 +214,9 @@ struct Computer {
     hide_outside(x, seen, a.terms == 2, first);
   }
 
-  DEVICE void drop_some(int32_t note, const Rows& rows, float (&x)[F::SCORES]) {
+  DEVICE void drop_some(int32_t note, const Place& place, float (&x)[F::SCORES]) {
     if constexpr (F::KIND == kEverything) {
-      if (a.drops) drop(x, a, rows, tile_of(note) * F::BLOCK_N + key_of_thread);
+      if (a.drops) drop(x, a, Rows(a, place, first_row()), tile_of(note) * F::BLOCK_N + key_of_thread);
     }
   }
 
@@ -260,7 +267,10 @@ struct Computer {
       for (int m = 0; m < F::WIDTH_V / 32; ++m) {
         uint32_t pairs[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) pairs[e] = arch::pack<T>(out[4 * (4 * m + e) + 2 * r], out[4 * (4 * m + e) + 2 * r + 1]);
+        for (int e = 0; e < 4; ++e) {
+          const int n = 4 * (4 * m + e) + 2 * r;
+          pairs[e] = arch::pack<T>(out[n], out[n + 1]);
+        }
         transpose_quad(pairs);
         const int column = 32 * m + 8 * (lane % 4);
         if (!rows.there[r]) continue;

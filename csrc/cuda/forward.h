@@ -1,6 +1,7 @@
 // The forward kernel for Hopper: out and lse of attention, tile by tile.
 //
-//   t_ij = scale * q_i . k_j (+ soft cap, bias);  out_i = sum_j exp(t_ij - m_i) v_j / (sum_j exp(t_ij - m_i) + exp(sink - m_i))
+//   t_ij = scale * q_i . k_j (+ soft cap, bias)
+//   out_i = sum_j exp(t_ij - m_i) v_j / (sum_j exp(t_ij - m_i) + exp(sink - m_i))
 //   lse_i = ln sum_j exp(t_ij); -inf, and out 0, where nothing is visible
 //
 // Blocks stay on their SM and take tile after tile: one warpgroup loads by TMA, the others compute with wgmma.
@@ -32,8 +33,9 @@ __global__ void __launch_bounds__(F::THREADS, 1) forward_kernel(const __grid_con
     arch::mbarrier_init_fence();
   }
   if (a.tile_heads * a.tile_rows < F::BLOCK_M) {  // rows that no box of queries covers
+    constexpr int COUNT = sizeof s.query / sizeof(uint4);
     uint4* const rows = reinterpret_cast<uint4*>(s.query);
-    for (int n = threadIdx.x; n < static_cast<int>(sizeof s.query / 16); n += F::THREADS) rows[n] = make_uint4(0, 0, 0, 0);
+    for (int n = threadIdx.x; n < COUNT; n += F::THREADS) rows[n] = make_uint4(0, 0, 0, 0);
     arch::fence_proxy_async();
   }
   __syncthreads();

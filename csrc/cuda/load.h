@@ -66,6 +66,7 @@ struct Loader {
     if (leads()) {
       // Rows that no box covers were zeroed once, and stay so.
       arch::mbarrier_arrive_expect(&s.query_full, F::PIECES * a.tile_heads * a.tile_rows * 128);
+#pragma unroll 1
       for (int piece = 0; piece < F::PIECES; ++piece)
         arch::tma_load(s.query + piece * F::BLOCK_M * 64, &a.query, &s.query_full, piece * 64, at.q_first,
                        at.head - at.kv_head * a.group, at.kv_head, at.batch * a.query_step);
@@ -74,35 +75,37 @@ struct Loader {
   }
 
   DEVICE void load_keys(const Place& at, int32_t note) {
-    arch::Mbarrier* full = &s.key_full[ring.place];
-    arch::mbarrier_wait(&s.key_empty[ring.place], ring.round ^ 1);
+    arch::Mbarrier* full = &s.key_full[ring.place()];
+    arch::mbarrier_wait(&s.key_empty[ring.place()], ring.round() ^ 1);
     if (leads()) {
-      s.note[ring.place] = note;
+      s.note[ring.place()] = note;
       arch::mbarrier_arrive_expect(full, sizeof s.key[0]);
+#pragma unroll 1
       for (int piece = 0; piece < F::PIECES; ++piece)
-        arch::tma_load(s.key[ring.place] + piece * F::BLOCK_N * 64, &a.key, full, piece * 64,
+        arch::tma_load(s.key[ring.place()] + piece * F::BLOCK_N * 64, &a.key, full, piece * 64,
                        tile_of(note) * F::BLOCK_N, at.kv_head * a.key_step[1], at.batch * a.key_step[0]);
     }
   }
 
   DEVICE void load_values(const Place& at, int32_t note, const Ring<F::STAGES>& values) {
     const bool looks = F::KIND != kPlain && a.hides && (F::KIND == kEverything || checks(note));
-    arch::Mbarrier* full = looks ? &s.value_landed : &s.value_full[values.place];
-    arch::mbarrier_wait(&s.value_empty[values.place], values.round ^ 1);
+    arch::Mbarrier* full = looks ? &s.value_landed : &s.value_full[values.place()];
+    arch::mbarrier_wait(&s.value_empty[values.place()], values.round() ^ 1);
     if (leads()) {
       if (F::KIND != kPlain && !looks && a.hides)
-        for (uint32_t& word : s.odd[values.place]) word = 0;
+        for (uint32_t& word : s.odd[values.place()]) word = 0;
       arch::mbarrier_arrive_expect(full, sizeof s.value[0]);
+#pragma unroll 1
       for (int piece = 0; piece < F::PIECES_V; ++piece)
-        arch::tma_load(s.value[values.place] + piece * F::BLOCK_N * 64, &a.value, full, piece * 64,
+        arch::tma_load(s.value[values.place()] + piece * F::BLOCK_N * 64, &a.value, full, piece * 64,
                        tile_of(note) * F::BLOCK_N, at.kv_head * a.value_step[1], at.batch * a.value_step[0]);
     }
     if (looks) {
       arch::mbarrier_wait(&s.value_landed, parities >> 1);
       parities ^= 2;
-      zero_odd_values(values.place);
+      zero_odd_values(values.place());
       arch::fence_proxy_async();
-      arrive_warp(&s.value_full[values.place]);
+      arrive_warp(&s.value_full[values.place()]);
     }
   }
 

@@ -113,7 +113,8 @@ const char* take_mask(ForwardArgs& a, const Request& request) {
     return nullptr;
   }
   a.terms = mask.leaves;
-  if (mask.leaves > 2 || (mask.leaves == 2 && mask.word[2] != kOr)) return "the mask is not one or two intervals a query";
+  if (mask.leaves > 2 || (mask.leaves == 2 && mask.word[2] != kOr))
+    return "the mask is not one or two intervals a query";
   for (int n = 0; n < mask.leaves; ++n) {
     if (mask.leaf[n].kind != kInterval && mask.leaf[n].kind != kBand) return "the mask has no intervals";
     a.interval[n] = interval_of(mask.leaf[n]);
@@ -170,9 +171,9 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   a.lse = request.splits > 1 ? request.part_lse : p.lse;
   if (const char* why = take_mask(a, request)) return why;
   if (const char* why = describe_queries(a, p)) return why;
-  if (const char* why = describe(&a.key, p.key, p.head_dim, p.kv_len, p.num_kv_heads, p.batch, cut.tile.block_n, a.key_step))
-    return why;
-  return describe(&a.value, p.value, p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, cut.tile.block_n, a.value_step);
+  const int32_t rows = cut.tile.block_n;
+  const char* why = describe(&a.key, p.key, p.head_dim, p.kv_len, p.num_kv_heads, p.batch, rows, a.key_step);
+  return why ? why : describe(&a.value, p.value, p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, rows, a.value_step);
 }
 
 // Launches go to the current device: a call's own, and the one before afterwards.

@@ -174,15 +174,23 @@ DEVICE uint4 philox(uint4 c, uint64_t seed) {
 // Weights that dropout takes are 0 afterwards; the others keep their size until the end.
 template <int N>
 DEVICE void drop(float (&x)[N], const ForwardArgs& a, const Rows& rows, int32_t first) {
+  static_assert(N / 2 <= 32, "what a row keeps of a thread's keys is one word");
   const uint64_t seed = static_cast<uint64_t>(*a.seed);
+#pragma unroll 1
+  for (int r = 0; r < 2; ++r) {
+    const int32_t head = r ? rows.head[1] : rows.head[0], q_idx = r ? rows.q_idx[1] : rows.q_idx[0];
+    uint32_t dropped = a.drops_all ? ~0u : 0u;
+#pragma unroll 1
+    for (int pair = 0; pair < N / 4; ++pair) {  // of neighbouring keys, which have one counter
+      const int32_t kv_idx = first + 8 * pair;
+      const uint4 words = philox(make_uint4(kv_idx / 4, q_idx, head, rows.batch), seed);
+      const bool upper = kv_idx & 2;
+      dropped |= static_cast<uint32_t>((upper ? words.z : words.x) < a.drop_below) << (2 * pair);
+      dropped |= static_cast<uint32_t>((upper ? words.w : words.y) < a.drop_below) << (2 * pair + 1);
+    }
 #pragma unroll
-  for (int n = 0; n < N; n += 2) {
-    const int r = n / 2 % 2;
-    const int32_t kv_idx = first + 8 * (n / 4);  // even, and the next one has the same counter
-    const uint4 words = philox(make_uint4(kv_idx / 4, rows.q_idx[r], rows.head[r], rows.batch), seed);
-    const bool upper = kv_idx & 2;
-    if (a.drops_all || (upper ? words.z : words.x) < a.drop_below) x[n] = 0.0f;
-    if (a.drops_all || (upper ? words.w : words.y) < a.drop_below) x[n + 1] = 0.0f;
+    for (int n = 0; n < N; ++n)
+      if (row_of(n) == r && (dropped >> (n / 4 * 2 + n % 2) & 1)) x[n] = 0.0f;
   }
 }
 

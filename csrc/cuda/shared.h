@@ -41,17 +41,16 @@ struct alignas(1024) Shared {
   arch::Mbarrier value_landed;  // before they are looked through
 };
 
-// Where a ring of COUNT places stands: the place, and the parity of its round.
+// Where a ring of COUNT places stands: the place, and the parity of its round. One register.
 template <int COUNT>
 struct Ring {
-  int place = 0;
-  uint32_t round = 0;
+  uint32_t state = 0;
 
+  DEVICE int place() const { return static_cast<int>(state & 0xff); }
+  DEVICE uint32_t round() const { return state >> 8; }
   DEVICE void next() {
-    if (++place == COUNT) {
-      place = 0;
-      round ^= 1;
-    }
+    ++state;
+    if (place() == COUNT) state = (state & 0x100) ^ 0x100;
   }
 };
 

@@ -7,6 +7,7 @@ namespace fastattn::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
 // Element n of a thread's scores: which of its two rows, and which key, counted from the thread's own first one.
 __host__ __device__ constexpr int row_of(int n) { return n / 2 % 2; }
 __host__ __device__ constexpr int key_of(int n) { return 8 * (n / 4) + n % 2; }
@@ -36,8 +37,9 @@ struct Softmax {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. `rescale` gets what was accumulated before has to be multiplied by; false: by 1, in
-  // every row of the warp. The maximum stays behind while it rises by little: that saves the multiplication.
+  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. `rescale` gets what was
+  // accumulated before has to be multiplied by; false: by 1, in every row of the warp. The maximum stays behind while it
+  // rises by little: that saves the multiplication.
   template <int POLY_EVERY, bool NATURAL, int N>
   DEVICE bool step(float (&x)[N], float factor, float (&rescale)[2]) {
     bool grows = false;

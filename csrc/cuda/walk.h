@@ -102,8 +102,8 @@ DEVICE SpanOf<int32_t> tile_span(const ForwardArgs& a, const Interval& of, const
 #pragma unroll 1
   for (int32_t head = 0; head < heads; ++head) {
 #pragma unroll 1
-    for (int32_t q_idx = place.q_first + threadIdx.x % arch::kWarp; q_idx < place.q_first + queries; q_idx += arch::kWarp) {
-      const int2 keys = keys_of(a, of, place.batch, place.head + head, q_idx);
+    for (int32_t n = threadIdx.x % arch::kWarp; n < queries; n += arch::kWarp) {
+      const int2 keys = keys_of(a, of, place.batch, place.head + head, place.q_first + n);
       add_interval(span, keys.x, keys.y);
     }
   }
@@ -117,14 +117,16 @@ DEVICE SpanOf<int32_t> tile_span(const ForwardArgs& a, const Interval& of, const
   return span;
 }
 
-// The steps of a tile, written to shared memory piece by piece: the loading warp, all of which calls, has few registers.
+// The steps of a tile, written to shared memory piece by piece: the loading warp, all of which calls, has few
+// registers.
 template <int BLOCK_N, Kind KIND>
 DEVICE void note_steps(const ForwardArgs& a, const Place& place, Steps& steps) {
   const bool leads = threadIdx.x % arch::kWarp == 0;
   if (leads) steps.listed = nullptr;
   if (KIND == kEverything && a.listed) {
     const int64_t tile = place.q_first / a.tile_rows;
-    const int32_t* counts = a.lists.counts + place.batch * a.lists.count_stride[0] + place.head * a.lists.count_stride[1];
+    const int64_t row = place.batch * a.lists.count_stride[0] + place.head * a.lists.count_stride[1];
+    const int32_t* counts = a.lists.counts + row;
     if (leads) {
       steps.checked = counts[tile];
       steps.end = steps.checked + counts[tile + a.lists.to_full];
@@ -146,7 +148,8 @@ DEVICE void note_steps(const ForwardArgs& a, const Place& place, Steps& steps) {
       }
     }
     if (leads) {
-      const int later = steps.cut[1][0] >= steps.cut[0][0];  // of the later interval, what it has beyond the earlier one
+      const int later = steps.cut[1][0] >= steps.cut[0][0];
+      // Of the later interval, what it has beyond the earlier one.
       const int32_t high = steps.cut[1 - later][1], beyond = max(steps.cut[later][0], high);
       const int32_t last = max(steps.cut[later][1], beyond);
       steps.count = last - beyond;

@@ -35,9 +35,9 @@ std::shared_ptr<Copy> new_copy(const char* instruction) {
 
 void announced(uint32_t barrier) {
   Block& block = *self().block;
-  const auto found = block.mbarriers.find(barrier);
-  if (found == block.mbarriers.end()) fail("no mbarrier was initialised at shared address " + std::to_string(barrier));
-  if (!found->second.announced) fail("missing mbarrier_init_fence: the copy engine does not know the mbarrier yet");
+  if (!known_mbarrier(block, barrier).announced) {
+    fail("missing mbarrier_init_fence: the copy engine does not know the mbarrier yet");
+  }
   own_access(barrier, 8, kWrite | kAtomic);
 }
 
@@ -76,9 +76,8 @@ void copy_async_wait(int pending) {
 void copy_async_arrive(uint32_t barrier) {
   Thread& thread = enter("cp.async.mbarrier.arrive");
   Block& block = *thread.block;
-  if (block.mbarriers.count(barrier) == 0) {
-    fail("no mbarrier was initialised at shared address " + std::to_string(barrier));
-  }
+  Mbarrier& counted = known_mbarrier(block, barrier);
+  counted.loaded = counted.phase + 1;
   CopyGroup before = thread.open_copies;
   for (const auto& group : thread.copies) before.insert(before.end(), group.begin(), group.end());
   std::vector<Stamp> stamps;
@@ -87,9 +86,9 @@ void copy_async_arrive(uint32_t barrier) {
   thread.open_copies.clear();
   thread.copies.clear();
   auto arrival = new_copy("cp.async.mbarrier.arrive");
-  arrival->steps.push_back([before, stamps, barrier, &block] {
+  arrival->steps.push_back([before, stamps, barrier, own = arrival.get()] {
     finish(before, 1);
-    copies_arrive(block, barrier, stamps);
+    copies_arrive(*own, barrier, stamps);
   });
   machine->issue(arrival);
 }

@@ -38,43 +38,8 @@ fastattn_sim_switch:
   ret
 .size fastattn_sim_switch, .-fastattn_sim_switch
 )");
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.hidden fastattn_sim_switch
-.globl fastattn_sim_switch
-.type fastattn_sim_switch, %function
-fastattn_sim_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size fastattn_sim_switch, .-fastattn_sim_switch
-)");
 #else
-#error "the simulator switches stacks on x86-64 and AArch64 alone"
+#error "the simulator switches stacks on x86-64 alone"
 #endif
 
 namespace fastattn::sim {
@@ -107,16 +72,10 @@ void Fiber::start(void (*entry)()) {
   __asan_unpoison_memory_region(stack_, stack_bytes_);  // the frames of the kernel before never returned
 #endif
   char* top = stack_ + stack_bytes_ - 64;
-#if defined(__x86_64__)
   void** frame = reinterpret_cast<void**>(top);
   *--frame = nullptr;  // the entry's return address
   *--frame = reinterpret_cast<void*>(entry);
   for (int saved = 0; saved < 6; ++saved) *--frame = nullptr;
-#else
-  void** frame = reinterpret_cast<void**>(top - 160);
-  for (int saved = 0; saved < 20; ++saved) frame[saved] = nullptr;
-  frame[11] = reinterpret_cast<void*>(entry);  // x30
-#endif
   stack_pointer_ = frame;
 }
 

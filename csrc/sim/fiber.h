@@ -1,4 +1,4 @@
-// A fiber: a stack of its own, and the one switch between two of them (x86-64 and AArch64, System V).
+// A fiber: a stack of its own, and the one switch between two of them (x86-64, System V).
 #pragma once
 
 #include <cstddef>

@@ -12,15 +12,14 @@ constexpr int kMostArrivals = (1 << 20) - 1;
 Mbarrier& mbarrier_at(uint32_t address) {
   Block& block = *self().block;
   shared_bytes_at(block, address, kBytes, kBytes);
-  const auto found = block.mbarriers.find(address);
-  if (found == block.mbarriers.end()) fail("no mbarrier was initialised at shared address " + std::to_string(address));
-  const Stamp made = found->second.made;
+  Mbarrier& barrier = known_mbarrier(block, address);
+  const Stamp made = barrier.made;
   if (machine->options.checks && self().knows.seen[made.actor] < made.tick) {
     fail("race: the mbarrier was initialised by " + name_of(block.threads[made.actor]) +
          ", and nothing orders the two");
   }
   own_access(address, kBytes, kWrite | kAtomic);
-  return found->second;
+  return barrier;
 }
 
 // Ends the phase if all it waits for has come.
@@ -34,10 +33,20 @@ void settle(Mbarrier& barrier) {
   barrier.waiters.clear();
 }
 
+std::string too_many(const Mbarrier& barrier) {
+  return "more arrivals than the " + std::to_string(barrier.count) + " that its phase counts";
+}
+
+// Who waits for the phase comes after this operation of a copy engine.
+void publish(Mbarrier& barrier, Stamp stamp) {
+  if (!machine->options.checks) return;
+  Clock& seen = barrier.gathered.seen;
+  if (seen.size() <= stamp.actor) seen.resize(stamp.actor + 1);
+  seen[stamp.actor] = std::max(seen[stamp.actor], stamp.tick);
+}
+
 void arrive(Mbarrier& barrier) {
-  if (barrier.pending == 0) {
-    fail("more arrivals than the " + std::to_string(barrier.count) + " that its phase counts");
-  }
+  if (barrier.pending == 0) fail(too_many(barrier));
   if (machine->options.checks) {
     Thread& thread = self();
     barrier.gathered.take(thread.knows);
@@ -60,6 +69,12 @@ bool ended(Mbarrier& barrier, uint32_t parity) {
 }
 
 }  // namespace
+
+Mbarrier& known_mbarrier(Block& block, uint32_t address) {
+  const auto found = block.mbarriers.find(address);
+  if (found == block.mbarriers.end()) fail("no mbarrier was initialised at shared address " + std::to_string(address));
+  return found->second;
+}
 
 void mbarrier_init(uint32_t address, int count) {
   enter("mbarrier.init");
@@ -141,24 +156,20 @@ std::string unobserved(const Block& block) {
 void land_bytes(Block& block, uint32_t address, uint32_t bytes, Stamp stamp) {
   const auto found = block.mbarriers.find(address);
   if (found == block.mbarriers.end()) return;  // it was there when the copy was issued, and has been invalidated since
-  Mbarrier& barrier = found->second;
-  if (machine->options.checks) {
-    if (barrier.gathered.seen.size() <= stamp.actor) barrier.gathered.seen.resize(stamp.actor + 1);
-    barrier.gathered.seen[stamp.actor] = std::max(barrier.gathered.seen[stamp.actor], stamp.tick);
-  }
-  barrier.bytes -= bytes;
-  settle(barrier);
+  publish(found->second, stamp);
+  found->second.bytes -= bytes;
+  settle(found->second);
 }
 
-void copies_arrive(Block& block, uint32_t address, const std::vector<Stamp>& stamps) {
-  const auto found = block.mbarriers.find(address);
-  if (found == block.mbarriers.end()) return;
+void copies_arrive(const Copy& arrival, uint32_t address, const std::vector<Stamp>& stamps) {
+  const auto found = arrival.block->mbarriers.find(address);
+  if (found == arrival.block->mbarriers.end()) return;
   Mbarrier& barrier = found->second;
-  for (const Stamp stamp : stamps) {
-    if (!machine->options.checks) break;
-    if (barrier.gathered.seen.size() <= stamp.actor) barrier.gathered.seen.resize(stamp.actor + 1);
-    barrier.gathered.seen[stamp.actor] = std::max(barrier.gathered.seen[stamp.actor], stamp.tick);
+  if (barrier.pending == 0) {
+    machine->blame(arrival.block->threads[static_cast<size_t>(arrival.issuer)], arrival.instruction, too_many(barrier));
+    return;
   }
+  for (const Stamp stamp : stamps) publish(barrier, stamp);
   --barrier.pending;
   settle(barrier);
 }

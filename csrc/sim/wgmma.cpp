@@ -93,7 +93,8 @@ void perform(const Block& block, Product& product) {
     for (int thread = 0; thread < kWarpgroupSize; ++thread) {
       for (int i = 0; i < 8; ++i) {
         const Place at = a_fragment(thread, i);
-        a[at.row * kK + at.column] = from_half(static_cast<uint16_t>(product.a[thread][i / 2] >> (16 * (i % 2))), product.bf16);
+        const auto half = static_cast<uint16_t>(product.a[thread][i / 2] >> (16 * (i % 2)));
+        a[at.row * kK + at.column] = from_half(half, product.bf16);
       }
     }
   } else {

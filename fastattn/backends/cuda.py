@@ -1,15 +1,16 @@
-"""The door to the CUDA room: what it can do, and the way in. The library is built and loaded when it is about to run."""
+"""The door to the CUDA room: what it can do, and the way in. The library is built and loaded when it is to run."""
 
 from __future__ import annotations
 
 import functools
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fastattn import leaves, native_cuda
-from fastattn.leaves import AND, BAND, INTERVAL, OR, Leaves
+from fastattn.leaves import BAND, INTERVAL, OR, Leaves
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -31,6 +32,12 @@ class Problem(NamedTuple):
     hides: bool
     leaves: Leaves
     listed: bool
+    by_head: bool  # heads see different keys
+    sizes: tuple[int, ...]
+
+
+_KNOWN: WeakKeyDictionary[AttnSpec, Problem] = WeakKeyDictionary()
+"""Of specs whose masks need no tensors: plain calls meet their spec again, and a graph would keep no table alive."""
 
 
 def why_not(spec: AttnSpec) -> str | None:
@@ -51,7 +58,9 @@ def notes(spec: AttnSpec) -> list[str]:
     if spec.head_dim % ALIGNMENT or spec.head_dim_v % ALIGNMENT:
         widths = f"{spec.head_dim} and {spec.head_dim_v}"
         said.append(f"TMA wants rows of whole {ALIGNMENT} elements: heads of {widths} may be copied first")
-    said.append("tensors whose strides TMA cannot take (rows apart by no multiple of 16 bytes, no side by side) are copied")
+    said.append(
+        "tensors whose strides TMA cannot take (rows apart by no multiple of 16 bytes, no side by side) are copied"
+    )
     return said
 
 
@@ -73,10 +82,8 @@ def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tup
     if lse.numel() == 0:
         return out, lse
     inputs = _loadable(inputs)
-    problem = _problem(spec)
-    by_head = problem.listed or any(_varies_by_head(each) for each in problem.leaves.tensors)
-    sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
-    tiles = library.tiles(sizes, problem.kind, by_head)
+    problem = _KNOWN.get(spec) or _problem(spec)
+    tiles = library.tiles(problem.sizes, problem.kind, problem.by_head)
     counts = listed = parts = part_lse = None
     if problem.listed:
         lists = spec.block_list(tiles.block_m, tiles.block_n)
@@ -94,7 +101,12 @@ def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tup
 def _problem(spec: AttnSpec) -> Problem:
     found = leaves.make_leaves(spec.mask, spec.q_len, spec.kv_len, spec.device, bands=True)
     listed = not _is_intervals(found.words)
-    return Problem(_kind(spec, listed), _hides(spec), found, listed)
+    by_head = listed or any(_varies_by_head(each) for each in found.tensors)
+    sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
+    problem = Problem(_kind(spec, listed), _hides(spec), found, listed, by_head, sizes)
+    if not found.tensors:
+        _KNOWN[spec] = problem
+    return problem
 
 
 def _is_intervals(words: list[int]) -> bool:
@@ -111,7 +123,7 @@ def _is_intervals(words: list[int]) -> bool:
 
 def _listed(spec: AttnSpec) -> bool:
     """The same from the mask alone, for who has no tensors."""
-    return spec.mask.intervals is None or not _has_intervals(spec)
+    return not _has_intervals(spec)
 
 
 def _has_intervals(spec: AttnSpec) -> bool:
@@ -142,8 +154,9 @@ def _varies_by_head(table: Tensor) -> bool:
 
 def _loadable(inputs: AttnInputs) -> AttnInputs:
     """As the kernels read memory: no negated views, strides that TMA takes, sinks float32 and side by side."""
-    inputs = inputs.resolved()
     query, key, value, bias, sinks, seed = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
+        query, key, value, bias, sinks, seed = inputs.resolved()
     if sinks is not None:
         sinks = sinks.float().contiguous()
     return AttnInputs(_aligned(query, True), _aligned(key, False), _aligned(value, False), bias, sinks, seed)
@@ -151,13 +164,15 @@ def _loadable(inputs: AttnInputs) -> AttnInputs:
 
 def _aligned(tensor: Tensor, is_query: bool) -> Tensor:
     """The tensor, or a copy of it. All of a batch, and of the keys' heads, may be one and the same (stride 0)."""
-    batch, heads, rows, step = tensor.stride()
-    steps = (batch, heads, rows)
-    fits = (step == 1 or tensor.shape[3] == 1) and tensor.data_ptr() % (2 * ALIGNMENT) == 0
-    fits = fits and all(size == 1 or each % ALIGNMENT == 0 for size, each in zip(tensor.shape, steps, strict=False))
-    fits = fits and (tensor.shape[2] == 1 or rows != 0) and not (is_query and tensor.shape[1] > 1 and heads == 0)
-    if fits:
-        return tensor
+    sizes, strides = tensor.shape, tensor.stride()
+    batch, heads, rows, step = strides
+    if step == 1 and tensor.data_ptr() % (2 * ALIGNMENT) == 0:
+        apart = rows and not (batch % ALIGNMENT or heads % ALIGNMENT or rows % ALIGNMENT)
+        if apart and not (is_query and heads == 0):
+            return tensor
+        fits = all(size == 1 or each % ALIGNMENT == 0 for size, each in zip(sizes[:3], strides[:3], strict=True))
+        if fits and (sizes[2] == 1 or rows) and not (is_query and sizes[1] > 1 and heads == 0):
+            return tensor
     width = -(-tensor.shape[3] // ALIGNMENT) * ALIGNMENT
     return tensor.new_empty(*tensor.shape[:3], width)[..., : tensor.shape[3]].copy_(tensor)
 
@@ -185,8 +200,14 @@ def feature_reason(spec: AttnSpec) -> str | None:
 
 @functools.cache
 def _device_reason(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "this torch is for AMD GPUs, and this room runs on NVIDIA's"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU here"
     capability = torch.cuda.get_device_capability(device)
     if capability == CAPABILITY:
         return None
     has = ".".join(map(str, capability))
-    return f"the device has compute capability {has}, and these kernels are for {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper)"
+    return (
+        f"the device has compute capability {has}, and these kernels are for {CAPABILITY[0]}.{CAPABILITY[1]} (Hopper)"
+    )

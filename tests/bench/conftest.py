@@ -23,11 +23,9 @@ def bench(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags, plot=False):
+        monkeypatch.setattr("fastattn.bench.command.ceilings", lambda dtypes, device: {"tflops": {}, "gb_per_s": 1.0})
         if not plot:
             # matplotlib takes a second; the tests that look at pictures ask for them.
-            monkeypatch.setattr(
-                "fastattn.bench.command.ceilings", lambda dtypes, device: {"tflops": {}, "gb_per_s": 1.0}
-            )
             monkeypatch.setattr("fastattn.bench.plot.draw", lambda paths, rows, environment: None)
         code = main(["bench", *SMALL, *SHORT, "--out", "out", *flags])
         path = tmp_path / "out" / "bench.json"

@@ -39,14 +39,14 @@ def test_a_bad_end_says_how(code, ending, words):
 )
 def test_what_does_not_end_is_stopped_with_all_that_it_started(limits, words, tmp_path):
     sign = tmp_path / "alive"
-    inner = f"import time, pathlib; time.sleep(3); pathlib.Path({str(sign)!r}).touch()"
+    inner = f"import time, pathlib; time.sleep(2); pathlib.Path({str(sign)!r}).touch()"
     code = f"import subprocess, sys; print(1, flush=True); subprocess.run([sys.executable, '-c', {inner!r}])"
     start = time.monotonic()
     child = python(code, **limits)
     assert list(child.lines()) == ["1"]
     assert child.ending.code is None and child.ending.words == words
-    assert time.monotonic() - start < 3
-    time.sleep(max(0.0, 3.5 - (time.monotonic() - start)))
+    assert time.monotonic() - start < 2
+    time.sleep(max(0.0, 2.5 - (time.monotonic() - start)))
     assert not sign.exists()
 
 

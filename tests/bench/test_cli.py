@@ -30,7 +30,7 @@ def test_the_table_names_operation_provider_time_speedup_and_check(bench):
         f"fastattn ({fastattn.explain(QUERY, QUERY, QUERY).backend})",
         "sdpa",
         "vs sdpa",
-        "TFLOP/s",
+        "GFLOP/s",
         "1.00x",
         "✓",
         "KiB",
@@ -173,7 +173,7 @@ def test_a_wrong_provider_is_flagged_and_not_timed_and_only_ours_fails_the_run(b
 
 def test_no_check_times_without_the_reference(bench):
     code, text, report = bench("--op", "self", "--providers", "sdpa", "--mode", "fwd", "--no-check")
-    assert code == 0 and report["rows"][0]["correct"] is None and "not checked" in text.out
+    assert code == 0 and report["rows"][0]["correct"] is None and "unchecked" in text.out
 
 
 def test_a_crash_of_fastattn_is_a_failure_of_others_a_cell(bench, monkeypatch):
@@ -199,6 +199,25 @@ def test_usage_errors_are_exit_code_2_with_a_sentence(bench):
     assert text.err.startswith("fastattn bench: providers: 'tpu' is not known; there are fastattn,")
 
 
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["-N", "4x"], "a size is a positive whole number such as 512, 4k or 1m, got '4x'; fastattn bench --help has"),
+        (["--baseline", "sdpa-fash"], "baseline: 'sdpa-fash' is not known; there are fastattn,"),
+        (["--op", "self,causal", "-W", "8"], "window: self, causal has none; truncated and local have"),
+        (["--from", "none.json"], "none.json: there is no such file"),
+        (["--op", "slef"], "did you mean 'self'?"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags, sentence, capsys):
+    try:
+        code = main(["bench", *flags, "--device", "cpu"])
+    except SystemExit as exit_code:
+        code = exit_code.code
+    said = capsys.readouterr().err
+    assert code == 2 and sentence in said and len(said.splitlines()) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is needed")
 def test_cuda_without_a_gpu_is_refused(capsys):
     assert main(["bench", "--device", "cuda"]) == 2
@@ -218,7 +237,7 @@ def test_plots_are_written_and_not_blank(bench, tmp_path):
     pixels = image.imread(tmp_path / "out" / "bench.png")
     assert len({tuple(pixel) for pixel in pixels[::7, ::7, :3].reshape(-1, 3).tolist()}) > 5
     drawing = (tmp_path / "out" / "bench.svg").read_text()
-    for words in ("self, fwd", "cross, fwd", "fastattn", "sdpa", "TFLOP/s"):
+    for words in ("self, fwd", "cross, fwd", "fastattn", "sdpa", "GFLOP/s", "fp32  B2 H2 N32 D16"):
         assert words in drawing
 
 
@@ -271,9 +290,9 @@ def test_check_runs_triton_in_a_child_with_the_interpreter(tmp_path, monkeypatch
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "check.json"
-    main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^(odd|bias)$", "--json", str(path)])
+    main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^(kv0|one-by-one)$", "--json", str(path)])
     rows = json.loads(path.read_text())
-    assert [row["case"] for row in rows] == ["odd", "bias"]
+    assert [row["case"] for row in rows] == ["kv0", "one-by-one"]
     assert all(row["ok"] is not False for row in rows), rows
 
 

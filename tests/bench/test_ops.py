@@ -111,6 +111,22 @@ def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch):
     assert row.reason == reason and not row.crashed
 
 
+@pytest.mark.parametrize("name", ["kv_len", "num_kv_heads", "head_dim_v"])
+def test_a_module_refuses_sizes_that_it_would_not_use(name, cpu):
+    for row in timed(small("module", **{name: [2]}), "fwd", ["fastattn", "mha"]):
+        assert row.reason == "a module looks at itself: one length, one head dim, no shared key heads"
+
+
+@pytest.mark.parametrize("kv_len", [1, 9, 40, 100])
+def test_documents_are_packed_whatever_the_lengths(kv_len, cpu):
+    [row] = timed(small("documents", kv_len=[kv_len]), "fwd", ["fastattn"])
+    assert row.correct, row.reason
+    case = small("documents", q_len=[160])
+    ids = OPS["documents"].mask(case, "cpu").left.q_ids[0]
+    sizes = ids.unique(return_counts=True)[1].tolist()
+    assert sizes[:4] == [10, 15, 22, 34] and sum(sizes) == 160
+
+
 def test_evaluation_has_no_backward(cpu):
     assert {row.reason for row in timed(small("module"), "bwd", ["fastattn", "mha"])} == {"evaluation has no backward"}
 

@@ -214,6 +214,17 @@ def test_what_another_library_does_wrong_is_noted_and_no_failure(go, capsys):
     assert "· causal/fp32/B1-H1-N8-D8/fwd/flex: wrong: dq" in capsys.readouterr().out
 
 
+def test_ties_are_called_ties_and_a_busy_machine_is_said(go, capsys):
+    script = worker("self", "causal", "gqa")
+    even = [row_of(CELLS[2]) | {"samples_ms": [1.0, 1.1, 0.9, 1.0]}, row_of(CELLS[2], "sdpa", 1.0)]
+    script.lines.insert(0, {"cell": CELLS[2].name, "rows": even})
+    run, *_ = go({"fastattn.bench.worker": script})
+    run.record["environment"] |= {"busy": True, "load_average": [7.5, 1, 1], "cores": 2}
+    print_summary(Console(width=110, highlight=False, markup=False), run.record)
+    said = capsys.readouterr().out
+    assert "≈1.00x" in said and said.count("1.50x") == 4 and "busy (load 7.5 on 2 cores)" in said
+
+
 def test_the_best_other_is_the_fastest_that_is_not_ours():
     rows = [Row.of(row_of(CELLS[0], name, time)) for name, time in (("fastattn", 2.0), ("sdpa", 3.0), ("flex", 1.0))]
     rows.append(Row.of(row_of(CELLS[0], "fastattn-triton", 0.1)))

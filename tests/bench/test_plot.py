@@ -1,5 +1,7 @@
 """Pictures over length: logarithms, shaded quartiles, the measured roofline dashed."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,13 +20,14 @@ MACHINE = {
 }  # fmt: skip
 
 
-def row(length, provider, rate, q_len=None):
+def row(length, provider, rate, q_len=None, device="cuda", mode="fwd", **sizes):
     """One that reaches `rate` useful TFLOP/s."""
     case = BenchCase("causal", "bf16", 1, 16, 16, q_len or length, length, 128)
+    case = dataclasses.replace(case, **sizes)
     flops = 2 * 2 * 16 * 128 * case.q_len * length
     milliseconds = flops / rate / 1e9
     samples = [milliseconds * factor for factor in (0.9, 1.0, 1.2)]
-    return Row(case, "fwd", provider, "cuda", samples_ms=samples, useful_flops=flops, least_bytes=8 * length * 128 * 16)
+    return Row(case, mode, provider, device, samples_ms=samples, useful_flops=flops, least_bytes=8 * length * 128 * 16)
 
 
 @pytest.fixture
@@ -67,9 +70,35 @@ def test_the_roofline_is_dashed_and_above_all_lines(drawn):
     assert "roofline" in {text.get_text() for text in panel.texts}
 
 
+def test_each_line_has_its_own_panel_that_says_its_sizes(drawn):
+    windows = [
+        row(length, "sdpa", 1.0, op="truncated", window=window) for window in (32, 64) for length in (128, 256, 512)
+    ]
+    share = [row(length, "sdpa", 1.0, op="truncated", dtype="fp32", window=length // 4) for length in (128, 256)]
+    panels = [panel for panel in drawn(windows + share) if panel.axison]
+    assert [panel.get_title(loc="left") for panel in panels] == ["truncated, fwd"] * 3
+    assert [panel.get_title(loc="right") for panel in panels] == [
+        "bf16  B1 H16 D128 W32", "bf16  B1 H16 D128 W64", "fp32  B1 H16 D128"
+    ]  # fmt: skip
+    assert [len(panel.lines[0].get_xdata()) for panel in panels] == [3, 3, 2]
+
+
+def test_a_mode_that_an_operation_did_not_run_in_is_no_panel(drawn):
+    bars = [row(128, "sdpa", 1.0), row(128, "sdpa", 1.0, mode="bwd"), row(128, "sdpa", 1.0, op="decode")]
+    panels = drawn(bars)
+    assert [panel.axison for panel in panels] == [True, True, True, False]
+    assert (
+        panels[1].get_xlabel()
+        and panels[2].get_xlabel()
+        and panels[0].get_title(loc="right") == "bf16  B1 H16 N128 D128"
+    )
+
+
 def test_slow_machines_are_drawn_in_gflops_and_ticks_are_never_lonely(drawn):
-    [panel] = drawn([row(length, "fastattn", rate) for length, rate in ((128, 0.02), (256, 0.03), (512, 0.05))])
+    rates = ((128, 0.02), (256, 0.03), (512, 0.05))
+    [panel] = drawn([row(length, "fastattn", rate, device="cpu") for length, rate in rates])
     assert panel.get_ylabel() == "useful GFLOP/s"
+    assert {tick.get_text() for tick in panel.get_yticklabels()} >= {"20", "50"}
     low, high = panel.get_ylim()
     assert sum(low <= tick <= high for tick in panel.get_yticks()) >= 2
 

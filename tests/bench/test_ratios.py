@@ -87,6 +87,21 @@ def test_growth_is_the_power_of_the_length(power):
     assert lines[0].exponent == pytest.approx(power)
 
 
+def test_growth_has_a_line_for_each_window_and_one_for_a_share_of_the_length():
+    def windowed(length, window, milliseconds):
+        case = dataclasses.replace(CASE, op="truncated", q_len=length, kv_len=length, window=window)
+        return dataclasses.replace(row(milliseconds=milliseconds), case=case)
+
+    fixed = [windowed(length, window, length * window) for window in (4, 8) for length in (64, 128, 256)]
+    lines = growth(fixed)
+    assert [(each.case, each.lengths) for each in lines] == [
+        ("truncated/fp32/B1-H1-D8-W4", [64, 128, 256]), ("truncated/fp32/B1-H1-D8-W8", [64, 128, 256])
+    ]  # fmt: skip
+    assert all(each.exponent == pytest.approx(1.0) for each in lines)
+    [share] = growth([windowed(length, length // 4, length**2) for length in (64, 128)])
+    assert share.exponent == pytest.approx(2.0) and share.case == "truncated/fp32/B1-H1-D8"
+
+
 def test_growth_keeps_other_sizes_apart_and_leaves_out_what_was_not_timed():
     other = dataclasses.replace(row(kv_len=64), case=dataclasses.replace(CASE, head_dim=16, kv_len=64))
     untimed = Row(dataclasses.replace(CASE, kv_len=32), "fwd", "fastattn", "cpu", reason="no")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from fastattn.bench import against, tables
+from fastattn.bench import against, brgemm, tables
 from fastattn.bench.options import parse
 from fastattn.bench.providers import known_providers
 from fastattn.bench.rows import Row
@@ -149,3 +149,19 @@ def test_a_document_shows_ratios_where_its_marker_says_so(tmp_path):
     text = f"<!-- table: one.json as=ratios only=self -->\n{tables.END}\n"
     filled = tables.render(text, tmp_path)
     assert "| 3.00x | 3.00 to 3.00 |" in filled and "Z80" in filled and tables.render(filled, tmp_path) == filled
+
+
+def test_ceilings_of_the_machine_stand_below_the_ratios():
+    measured = {"tflops": {"fp32": 0.2, "bf16": 1.7}, "gb_per_s": 31.0, "tile_tflops": {"bf16": 0.9}}
+    [_, line] = against.ceilings({"device": "cpu", "ceilings": measured})
+    assert "all threads: fp32 200, bf16 1700 GFLOP/s" in line and "one thread: bf16 900 GFLOP/s" in line
+    assert "copies: 31.0 GB/s" in line
+    assert "brgemm" not in against.ceilings({"device": "cpu", "ceilings": measured | {"tile_tflops": {}}})[1]
+    assert against.ceilings({"device": "cpu"}) == []
+
+
+def test_torchs_tile_product_is_measured_or_left_out(monkeypatch):
+    found = brgemm.brgemm_tflops()
+    assert all(1e-4 < rate < 100 for rate in found.values()) and set(found) <= set(brgemm.SYMBOLS)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert brgemm.brgemm_tflops() == {}

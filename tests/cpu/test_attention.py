@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.fuzz import cases
-from fastattn.hiding import HIDING, hidden_pair, with_junk
+from fastattn.hiding import FEATURES, HIDING, hidden_pair, with_junk
 from fastattn.mask import Mask
 from fastattn.masks import Causal, Lengths, Segments, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
@@ -71,6 +71,15 @@ def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case, isa):
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, isa):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")
+    want = run(clean, "cpu")
+    same(want, run(dirty, "cpu"))
+    check_close(clean, want)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("mask", ["lengths", "segments-scattered", "causal-unseen-keys"])
+def test_what_nobody_sees_may_hold_anything_with_features(mask, feature, isa):
+    clean, dirty = hidden_pair(mask, 20, 50, "cpu", **FEATURES[feature])
     want = run(clean, "cpu")
     same(want, run(dirty, "cpu"))
     check_close(clean, want)

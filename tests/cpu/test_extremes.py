@@ -39,7 +39,7 @@ def test_a_bias_that_swallows_a_rows_scores_gives_the_mean(shift, q_len, isa):
     assert all(each.isfinite().all() for each in grads)
     torch.testing.assert_close(out[:, :, 1:], plain[:, :, 1:])
     weights = attention_weights(*leaves[:2], bias=bias, lse=lse)
-    assert weights.isfinite().all() and (weights <= 1).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), atol=1e-5, rtol=0)
     torch.testing.assert_close(out[:, :, 0], leaves[2].mean(2))
 
 

@@ -1,28 +1,60 @@
 """The CUDA room's library for the simulator: the same translation units, compiled by the C++ compiler."""
 
+import dataclasses
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from fastattn import compiler, native_cuda, nvcc, simulator
+from fastattn.backends import cuda
+from fastattn.testing import poison
 
 MULTIPROCESSORS = 4  # of the simulated GPU: small problems meet persistent blocks and splits
 QUIET = ("-Wno-psabi", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-missing-field-initializers")
 
 
+class Room(NamedTuple):
+    """The simulator's library in place of the room's. Its operator works on CPU tensors."""
+
+    library: native_cuda.Library
+
+    def forward(self, problem, seed=0, fixed_order=False):
+        """out and lse, on poisoned memory, under a schedule drawn from the seed."""
+        spec = dataclasses.replace(problem.spec, needs_grad=False)
+        refused = cuda.feature_reason(spec)
+        if refused is not None:
+            raise ValueError(refused)
+        simulator.schedule(self.library.handle, seed=seed, fixed_order=fixed_order)
+        with poison():
+            out, lse = cuda.run(self.library, spec, problem.inputs)
+        return {"out": out, "lse": lse}
+
+    def splits(self, problem):
+        """How many programs share a tile's keys."""
+        known = cuda._problem(problem.spec)
+        return self.library.tiles(known.sizes, known.kind, known.by_head).splits
+
+
 def simulated(flavour):
-    """The library, loaded. Its operator works on CPU tensors."""
+    refused = simulator.why_not()
+    if refused is not None:
+        pytest.skip(refused)
     parts = [simulator.Part(source, (*flags, *QUIET)) for source, flags in nvcc.parts().values()]
     link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
     path = simulator.build_library("cuda", parts, flavour, link)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return native_cuda.Library(torch.ops.fastattn.simulated_forward.default, path, handle)
+    return Room(native_cuda.Library(torch.ops.fastattn.simulated_forward.default, path, handle))
 
 
 @pytest.fixture(scope="session")
 def room():
-    """The simulator's library in place of the room's."""
-    refused = simulator.why_not()
-    if refused is not None:
-        pytest.skip(refused)
+    """For results: the quickest."""
     return simulated("plain")
+
+
+@pytest.fixture(scope="session")
+def checked():
+    """For races: every access to shared memory is held against the barriers."""
+    return simulated("checked")

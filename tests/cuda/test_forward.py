@@ -7,30 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn import simulator
-from fastattn.backends import cuda
 from fastattn.hiding import HIDING, hidden_pair, with_junk
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
-from fastattn.testing import CASES, Case, check_close, make_inputs, poison, with_dtype
+from fastattn.testing import CASES, Case, check_close, make_inputs, with_dtype
 
 HALVES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-
-
-def without_grad(spec):
-    return dataclasses.replace(spec, needs_grad=False)
-
-
-def forward(room, problem, seed=0, fixed_order=False):
-    """out and lse of a problem, on poisoned memory, under a schedule drawn from the seed."""
-    spec = without_grad(problem.spec)
-    refused = cuda.feature_reason(spec)
-    if refused is not None:
-        raise ValueError(refused)
-    simulator.schedule(room.handle, seed=seed, fixed_order=fixed_order)
-    with poison():
-        out, lse = cuda.run(room, spec, problem.inputs)
-    return {"out": out, "lse": lse}
 
 
 def same(left, right):
@@ -39,22 +21,15 @@ def same(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
-def tiles(room, problem):
-    """How the library cuts a problem."""
-    spec = without_grad(problem.spec)
-    sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
-    return room.tiles(sizes, cuda._problem(spec).kind, False)
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_row_is_within_the_yardstick_and_keeps_its_bits_under_any_schedule(case, dtype, room):
     bias_dtype = torch.float32 if case.bias_dtype == torch.float32 else dtype
     problem = make_inputs(dataclasses.replace(with_dtype(case, dtype), bias_dtype=bias_dtype))
-    results = forward(room, problem)
+    results = room.forward(problem)
     check_close(problem, results)
-    same(results, forward(room, problem, seed=1))
-    same(results, forward(room, problem, fixed_order=True))
+    same(results, room.forward(problem, seed=1))
+    same(results, room.forward(problem, fixed_order=True))
 
 
 MASKS = {
@@ -83,9 +58,9 @@ def test_every_mask_at_every_width(width, mask, room):
     q_len, kv_len = 203, 391
     case = Case(mask, q_len, kv_len, 1, 2, 1, head_dim, head_dim_v, dtype, lambda *_: MASKS[mask](q_len, kv_len))
     problem = make_inputs(case)
-    results = forward(room, problem)
+    results = room.forward(problem)
     check_close(problem, results)
-    same(results, forward(room, problem, seed=1))
+    same(results, room.forward(problem, seed=1))
 
 
 FEATURES = Case("features", 150, 330, 1, 4, 2, bias=(1, 4, 150, 330), softcap=9.0, sinks=True, dropout_p=0.2)
@@ -97,7 +72,7 @@ def test_every_feature_at_every_width(width, dtype, room):
     mask = Causal() & Lengths(torch.tensor([300]))
     case = dataclasses.replace(FEATURES, head_dim=width[0], head_dim_v=width[1], dtype=dtype, mask=lambda *_: mask)
     problem = make_inputs(case)
-    check_close(problem, forward(room, problem, seed=2))
+    check_close(problem, room.forward(problem, seed=2))
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(20, 50), (8, 50), (150, 170), (200, 300)], ids=str)
@@ -105,8 +80,8 @@ def test_every_feature_at_every_width(width, dtype, room):
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, room):
     """Keys, values and queries that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")
-    want = forward(room, clean)
-    same(want, forward(room, dirty, seed=1))
+    want = room.forward(clean)
+    same(want, room.forward(dirty, seed=1))
     check_close(clean, want)
 
 
@@ -120,8 +95,8 @@ def test_what_a_bias_hides_from_all_may_hold_anything(shape, room):
     clean = make_inputs(Case("bias", 33, 40, 2, 4, 2, bias=shape))
     clean = dataclasses.replace(clean, inputs=clean.inputs._replace(bias=bias))
     dirty = with_junk(clean, (bias > -torch.inf).expand(2, 4, 33, 40))
-    want = forward(room, clean)
-    same(want, forward(room, dirty))
+    want = room.forward(clean)
+    same(want, room.forward(dirty))
     check_close(clean, want)
 
 
@@ -129,7 +104,7 @@ def test_a_value_that_is_seen_spreads(room):
     """Not only to whom it is visible, maybe, but at least to them."""
     problem = make_inputs(Case("seen", 40, 50, mask=lambda *_: Causal() & Lengths(torch.tensor([30, 45]))))
     problem.inputs.value[0, 0, 7] = torch.nan
-    out = forward(room, problem)["out"]
+    out = room.forward(problem)["out"]
     table = problem.mask.dense(40, 50)[0, 0, :, 7]
     assert out[0, 0][table].isnan().all()
     assert out[1].isfinite().all()
@@ -151,10 +126,10 @@ DECODE = (
 @pytest.mark.parametrize("case", DECODE, ids=lambda case: case.id)
 def test_a_split_walk_is_put_together(case, dtype, room):
     problem = make_inputs(with_dtype(case, dtype))
-    assert tiles(room, problem).splits > 1
-    results = forward(room, problem)
+    assert room.splits(problem) > 1
+    results = room.forward(problem)
     check_close(problem, results)
-    same(results, forward(room, problem, seed=1))
+    same(results, room.forward(problem, seed=1))
 
 
 STRIDES = {
@@ -174,13 +149,15 @@ STRIDES = {
 @pytest.mark.parametrize("dim", [64, 20], ids=["64", "20"])
 def test_any_strides(strides, dim, room):
     problem = make_inputs(Case(strides, 37, 60, 2, 2, 2, dim))
-    inputs = problem.inputs._replace(**{name: STRIDES[strides](getattr(problem.inputs, name)) for name in ("query", "key", "value")})
+    inputs = problem.inputs._replace(
+        **{name: STRIDES[strides](getattr(problem.inputs, name)) for name in ("query", "key", "value")}
+    )
     problem = dataclasses.replace(problem, inputs=inputs)
-    check_close(problem, forward(room, problem))
+    check_close(problem, room.forward(problem))
 
 
 def test_scores_of_any_size(room):
     """The maximum is subtracted before the factor, and a bias of -1e30 is padding."""
     problem = make_inputs(Case("large", 40, 70, 1, scale=300.0, bias=(40, 70)))
     problem.inputs.bias[:, 50:] = -1e30
-    check_close(problem, forward(room, problem))
+    check_close(problem, room.forward(problem))

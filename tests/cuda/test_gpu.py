@@ -1,6 +1,11 @@
-"""The CUDA room on a Hopper GPU: what the simulator has shown, once more on the hardware, and what only that can show."""
+"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show."""
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +92,10 @@ def test_decoding_splits_the_keys(q_len):
 def test_a_graph_of_calls_can_be_captured_and_replayed():
     problem = make_inputs(Case("graph", 300, 500, 2, 4, 2, 64, mask=lambda *_: Causal()), DEVICE)
     query, key, value = (each.clone() for each in problem.inputs[:3])
-    call = lambda: attention(query, key, value, mask=Causal(), backend="cuda", return_lse=True)  # noqa: E731
+
+    def call():
+        return attention(query, key, value, mask=Causal(), backend="cuda", return_lse=True)
+
     with torch.no_grad():
         call()
         stream = torch.cuda.Stream()
@@ -129,3 +137,31 @@ def test_more_tiles_than_an_axis_of_a_grid_has():
         out = attention(tensor, tensor, tensor, backend="cuda")
         few = attention(tensor[-100:], tensor[-100:], tensor[-100:], backend="reference")
     assert (out[-100:].float() - few.float()).abs().max() < 0.05
+
+
+CHECKED = ("one-by-one", "odd", "dim40", "causal-cross", "gqa", "lengths", "table", "everything", "strided")
+CHILD = """
+import sys
+from fastattn.testing import CASES, HALF, check_close, make_inputs, run, with_dtype
+for name in sys.argv[1:]:
+    problem = make_inputs(with_dtype(CASES[name], HALF), "cuda")
+    check_close(problem, run(problem, "cuda", grads=False))
+print("all", len(sys.argv) - 1)
+"""
+TIMEOUT = 140
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool):
+    """memcheck: each tensor is an allocation of its own, so that one byte beyond it is an error."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    program = shutil.which("compute-sanitizer") or (str(toolkit) if toolkit.exists() else None)
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed")
+    done = subprocess.run(
+        [program, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9",
+         sys.executable, "-c", CHILD, *CHECKED],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert (done.returncode, f"all {len(CHECKED)}" in done.stdout) == (0, True), (done.stdout + done.stderr)[-4000:]

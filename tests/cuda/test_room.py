@@ -24,6 +24,7 @@ def chip(monkeypatch):
     """A GPU of a compute capability, as far as the room can see, and a library that could be built."""
 
     def put(*capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         cuda._device_reason.cache_clear()
 
@@ -49,6 +50,16 @@ def test_a_hopper_chip_is_taken_first(chip):
     chip(9, 0)
     assert cuda.why_not(spec_of(device="cuda:0")) is None
     assert dispatch.BACKENDS.index("cuda") < dispatch.BACKENDS.index("triton")
+
+
+def test_no_gpu_and_another_makers_are_said(monkeypatch, chip):
+    chip(9, 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD" in cuda.why_not(spec_of(device="cuda:0"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda._device_reason.cache_clear()
+    assert cuda.why_not(spec_of(device="cuda:0")) == "torch sees no NVIDIA GPU here"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)

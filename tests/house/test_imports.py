@@ -39,7 +39,14 @@ DEFINITIONS = tuple(
     )
 )
 AT_RUN_TIME = "a name made at run time"
-DOORS = ("fastattn.backends", "fastattn.kernels", "fastattn.bench", "fastattn.native", "fastattn.native_cuda", "fastattn._C")
+DOORS = (
+    "fastattn.backends",
+    "fastattn.kernels",
+    "fastattn.bench",
+    "fastattn.native",
+    "fastattn.native_cuda",
+    "fastattn._C",
+)
 
 # The row with the longest name that a module lies under is its row.
 ROOMS = (

@@ -119,7 +119,7 @@ def test_the_wheel_holds_every_file_of_the_rooms_and_no_other(wheel):
         f"{package}/{path.relative_to(ROOT / folder)}"
         for folder, package in ROOMS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".h", ".cpp")
+        if path.suffix in (".py", ".h", ".cpp", ".cu")
         or path.name == "py.typed"
         or (folder == "bench" and path.parent.name == "data")
         if "__pycache__" not in path.parts and "out" not in path.relative_to(ROOT).parts

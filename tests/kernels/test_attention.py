@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.fuzz import cases
-from fastattn.hiding import HIDING, hidden_pair, with_junk
+from fastattn.hiding import FEATURES, HIDING, hidden_pair, with_junk
 from fastattn.mask import Mask
 from fastattn.masks import Causal
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
@@ -60,6 +60,15 @@ def test_what_nobody_sees_may_hold_anything(mask, q_len):
     clean, dirty = hidden_pair(mask, q_len, 50, DEVICE)
     grads = q_len > 8
     want, got = run(clean, "triton", grads=grads), run(dirty, "triton", grads=grads)
+    for name in want:
+        assert torch.equal(want[name], got[name]), name
+    check_close(clean, want)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_nobody_sees_may_hold_anything_with_features(feature):
+    clean, dirty = hidden_pair("lengths", 20, 50, DEVICE, **FEATURES[feature])
+    want, got = run(clean, "triton"), run(dirty, "triton")
     for name in want:
         assert torch.equal(want[name], got[name]), name
     check_close(clean, want)

@@ -64,8 +64,8 @@ def simulate():
     if refused is not None:
         pytest.skip(refused)
 
-    def run(name, *arguments, flavour=simulator.usual_flavour(), seed=0, fixed_order=False, resident=2):
-        library = simulated(name, flavour)
+    def run(name, *arguments, flavour=None, seed=0, fixed_order=False, resident=2):
+        library = simulated(name, flavour or simulator.usual_flavour())
         simulator.schedule(library, seed=seed, fixed_order=fixed_order, resident=resident)
         return call(library, name, arguments)
 

@@ -1,4 +1,4 @@
-"""Global memory: kernels compiled with AddressSanitizer and UBSan, on buffers of the exact size, in a process of their own."""
+"""Global memory: kernels with AddressSanitizer and UBSan, on buffers of the exact size, in a process of their own."""
 
 import subprocess
 import sys

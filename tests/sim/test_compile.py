@@ -12,9 +12,12 @@ from fastattn import compiler
 
 ARCH = compiler.sources() / "cuda" / "arch"
 SIMULATED = ("mistakes", "addresses")  # whose mistakes are for the simulator alone
-FILES = [path.stem for path in sorted((Path(__file__).parent / "kernels").glob("*.cu")) if path.stem not in SIMULATED]
+KERNELS = Path(__file__).parent / "kernels"
+FILES = [path.stem for path in sorted(KERNELS.glob("*.cu")) if path.stem not in SIMULATED]
+MOST_OF_THEM = 50
 SPILL = re.compile(r"[1-9]\d* bytes spill")
 SERIAL = re.compile(r"C75(?:10|14|17|18|19)\b")
+WRAPPER = re.compile(r"((?:^//[^\n]*\n)*)^(?:template <[^\n]*>\n)?DEVICE (.*?)^}$", re.MULTILINE | re.DOTALL)
 SECTION = re.compile(r"PTX ISA: \w")
 
 
@@ -43,9 +46,24 @@ def test_the_wgmma_variants_are_what_the_generator_writes():
 
 def functions(text):
     """The comment and the body of each wrapper with a PTX half."""
-    for block in re.findall(r"((?:^//.*\n)*)^(?:template <.*>\n)?DEVICE (.*?)^}$", text, re.MULTILINE | re.DOTALL):
-        if "asm" in block[1]:
-            yield block
+    for comment, body in WRAPPER.findall(text):
+        if "asm" in body:
+            yield comment, body
+
+
+def test_the_wrappers_are_found():
+    assert sum(len(list(functions(path.read_text()))) for path in ARCH.glob("*.h")) >= MOST_OF_THEM
+
+
+def name_of(body):
+    return re.match(r"[\w ]*?(\w+)\(", body)[1]
+
+
+def test_a_kernel_executes_each_wrapper():
+    """On a GPU its PTX half, in the tests marked gpu."""
+    kernels = "".join((KERNELS / f"{name}.cu").read_text() for name in FILES)
+    names = {name_of(body) for path in ARCH.glob("*.h") for _, body in functions(path.read_text())}
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", kernels)) == []
 
 
 @pytest.mark.parametrize("path", sorted(ARCH.glob("*.h")), ids=lambda path: path.name)
@@ -53,7 +71,7 @@ def test_each_wrapper_has_both_halves_and_names_its_instruction(path):
     text = path.read_text()
     named = False
     for comment, body in functions(text):
-        name = re.match(r"[\w ]*?(\w+)\(", body)[1]
+        name = name_of(body)
         assert "FASTATTN_SIM" in body, f"{name} has no simulator half"
         # Overloads follow the one whose comment names the instruction.
         named = named or bool(SECTION.search(comment))

@@ -1,7 +1,8 @@
-"""Each wrapper of csrc/cuda/arch: the simulator's half against the definition in NVIDIA's PTX ISA, written out here anew;
-on a GPU the PTX half of the same kernel against the simulator's.
+"""Each wrapper of csrc/cuda/arch: the simulator's half against the definition in NVIDIA's PTX ISA, written out here
+anew; on a GPU the PTX half of the same kernel against the simulator's.
 """
 
+import ctypes
 import math
 import runpy
 
@@ -153,11 +154,16 @@ PLACES = {
 ELEMENTS = {"bf16": (0, torch.bfloat16), "f16": (1, torch.float16), "float32": (2, torch.float32)}
 
 
+def numbers(*values):
+    """An array of ints that the host reads."""
+    return (ctypes.c_int * len(values))(*values)
+
+
 def box_case(rank, swizzle, element, place):
     code, dtype = ELEMENTS[element]
     inner = (16 << swizzle) // dtype.itemsize if swizzle else 16
     sides = (inner, *SIDES[: rank - 1])
-    shape = torch.tensor([code, swizzle, *EXTENTS[:rank], *sides, *PLACES[place][:rank]], dtype=torch.int32)
+    shape = numbers(code, swizzle, *EXTENTS[:rank], *sides, *PLACES[place][:rank])
     tensor = torch.randn(*reversed(EXTENTS[:rank])).to(dtype)
     return shape, tensor, sides, dtype
 
@@ -190,9 +196,10 @@ def test_tma_load(execute, rank, swizzle, place):
     assert torch.equal(out[swizzled_order(count, dtype.itemsize, swizzle)], want)
 
 
+@pytest.mark.parametrize("place", ["inside", "outside"])  # one policy each
 @pytest.mark.parametrize("element", ELEMENTS)
-def test_tma_load_with_a_policy(execute, element):
-    shape, tensor, sides, dtype = box_case(4, 3, element, "inside")
+def test_tma_load_with_a_policy(execute, element, place):
+    shape, tensor, sides, dtype = box_case(4, 3, element, place)
     out = torch.full((math.prod(sides),), math.nan, dtype=dtype)
     hinted = out.clone()
     assert execute("boxes", 4, 0, shape, tensor, out, outputs=[out]) is None
@@ -230,7 +237,7 @@ REFUSED = {
 def test_a_tensor_map_that_cuda_refuses_is_refused(simulate, case):
     shape, words_of_it = REFUSED[case]
     tensor = torch.zeros(4096)
-    said = simulate("boxes", 2, 0, torch.tensor([*shape, 0, 0], dtype=torch.int32), tensor, tensor)
+    said = simulate("boxes", 2, 0, numbers(*shape, 0, 0), tensor, tensor)
     assert said is not None and words_of_it in said
 
 

@@ -47,11 +47,12 @@ SMALL = {  # of mistakes.cu: what is said of each; None: nothing is wrong
     "cp_async_not_committed": IN_FLIGHT,
     "cp_async_read_before_the_wait": RACE,
     "cp_async_read_without_a_barrier": f"{RACE}|{UNWRITTEN}",
+    "cp_async_that_an_mbarrier_counts_unobserved": IN_FLIGHT,
     "cp_async_misaligned": MISALIGNED,
     "cp_async_then_wgmma_without_a_fence": UNFENCED,
     "a_store_after_the_fence": UNFENCED,
     "a_bulk_store_overwritten": RACE,
-    "a_bulk_store_not_committed": "never committed",
+    "a_bulk_store_not_committed": IN_FLIGHT,
     "a_bulk_load_nobody_waits_for": IN_FLIGHT,
     "a_load_over_an_mbarrier": "overwrites the mbarrier",
     "a_load_over_what_was_just_stored": UNFENCED,
@@ -115,7 +116,7 @@ def test_a_launch_that_cuda_refuses_is_refused(simulate, case):
 
 # A kernel the Hopper way (product.cu), with one thing wrong.
 LARGE = {
-    1: ("no wait for a loaded tile", RACE),
+    1: ("no wait for a loaded tile", f"{RACE}|{UNWRITTEN}"),
     2: ("no wait for a free stage", f"{RACE}|more arrivals"),
     3: ("no wait for a product", "nan"),
     4: ("no wgmma_fence", "missing wgmma_fence"),
@@ -126,7 +127,7 @@ LARGE = {
     9: ("no fence after mbarrier_init", "missing mbarrier_init_fence"),
     10: ("fewer bytes expected than land", DEADLOCK),
     11: ("more bytes expected than land", DEADLOCK),
-    12: ("the wrong phase", f"{RACE}|{DEADLOCK}"),
+    12: ("the wrong phase", f"{RACE}|{DEADLOCK}|{UNWRITTEN}"),
     13: ("a tile is freed too early", RACE),
     14: ("a misaligned tile", MISALIGNED),
     15: ("a tile out of bounds", OUTSIDE),

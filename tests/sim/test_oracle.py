@@ -1,4 +1,4 @@
-"""The simulator's fragments and layouts of shared memory against CuTe's, where the nvidia-cutlass wheel is installed."""
+"""The simulator's fragments and layouts of shared memory against CuTe's, where nvidia-cutlass is installed."""
 
 import importlib.util
 import subprocess

@@ -35,7 +35,8 @@ __global__ void boxes(const __grid_constant__ TensorMap map, Where where, int ac
       if constexpr (RANK == 4) {
         if (action == kLoad) tma_load(shared.box, &map, &shared.landed, at[0], at[1], at[2], at[3]);
         if (action == kHinted) {
-          tma_load_hinted(shared.box, &map, &shared.landed, policy_evict_first(), at[0], at[1], at[2], at[3]);
+          const uint64_t policy = at[1] == 1 ? policy_evict_last() : policy_evict_first();
+          tma_load_hinted(shared.box, &map, &shared.landed, policy, at[0], at[1], at[2], at[3]);
         }
       }
       if constexpr (RANK == 5) tma_load(shared.box, &map, &shared.landed, at[0], at[1], at[2], at[3], at[4]);

@@ -232,6 +232,12 @@ __global__ void cp_async_read_without_a_barrier(float* out) {
   out[threadIdx.x] = memory().row[threadIdx.x];
 }
 
+__global__ void cp_async_that_an_mbarrier_counts_unobserved(float* out) {
+  ready(128);
+  if (threadIdx.x < 64) copy_async(&memory().row[threadIdx.x * 4], out, true);
+  copy_async_arrive(&memory().barrier);
+}
+
 __global__ void cp_async_misaligned(float* out) {
   copy_async(&memory().row[0], reinterpret_cast<char*>(out) + 4, true);
 }
@@ -349,6 +355,7 @@ constexpr Row kRows[] = {
     ROW(cp_async_read_before_the_wait),
     ROW(cp_async_read_without_a_barrier),
     ROW(cp_async_misaligned),
+    ROW(cp_async_that_an_mbarrier_counts_unobserved),
     ROW(cp_async_then_wgmma_without_a_fence),
     ROW(a_store_after_the_fence),
     ROW(a_bulk_store_overwritten),

@@ -28,10 +28,10 @@ __global__ void numbers(int which, const float* in, uint32_t* out, int count) {
       out[i] = pack<f16>(x, y);
       break;
     case 6:
-      out[i] = __float_as_uint(unpack<bf16>(word, 0)) ^ __float_as_uint(unpack<bf16>(word, 1));
+      out[i] = __float_as_uint(to_float(bf16{static_cast<uint16_t>(word)})) ^ __float_as_uint(unpack<bf16>(word, 1));
       break;
     case 7:
-      out[i] = __float_as_uint(unpack<f16>(word, 0)) ^ __float_as_uint(unpack<f16>(word, 1));
+      out[i] = __float_as_uint(to_float(f16{static_cast<uint16_t>(word)})) ^ __float_as_uint(unpack<f16>(word, 1));
       break;
     case 8:
       out[i] = __float_as_uint(max_nan(x, y));

@@ -1,0 +1,78 @@
+"""What nvcc makes of the CUDA room, for a GPU that need not be here: the promises about the machine code."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fastattn import cli, compiler, inspection_cuda, native_cuda, nvcc
+
+pytest.importorskip("triton", reason="triton, whose disassemblers read the kernels, is not installed")
+
+MOST_KERNELS = 120
+PERFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The library, built by nvcc; skipped where there is none."""
+    try:
+        nvcc.find_nvcc()
+    except compiler.BuildError as refusal:
+        pytest.skip(str(refusal))
+    return native_cuda.load(native_cuda.build(retry=True))
+
+
+@pytest.fixture(scope="module")
+def rows(library):
+    return inspection_cuda.rows(library)
+
+
+def test_every_kernel_is_there(rows):
+    have = {(row.dtype, (row.width, row.width_v), row.kind) for row in rows}
+    assert have == set(itertools.product(nvcc.DTYPES, nvcc.WIDTHS, inspection_cuda.KINDS))
+    assert len(rows) <= MOST_KERNELS
+
+
+def test_no_promise_is_broken(rows):
+    """No spills, registers under the cap, wgmma, TMA and setmaxnreg in the machine code."""
+    assert {row.name: row.broken for row in rows if row.broken} == {}
+
+
+def test_the_tensor_cores_are_the_busiest_unit_of_what_people_meet_first(rows):
+    """In the kernels for plain and masked attention nothing takes longer than the products."""
+    shares = {row.name: row.clocks["bound"] for row in rows if row.kind != "everything"}
+    assert shares and min(shares.values()) >= 0.99, shares
+
+
+def test_exponentials_are_shared_out_at_width_64(rows):
+    """A sixteenth of them are no special functions; elsewhere all are."""
+    for row in rows:
+        if row.kind == "plain":
+            elements = row.block_n // 2
+            share = elements // 16 if row.width == 64 else 0
+            assert row.clocks["special"] == (elements - share + 2) * 32 * row.block_m // 16 / 16, row.name
+
+
+def test_broken_promises_are_seen():
+    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 200, 16, {"HGMMA": 8})
+    assert row.broken == ["16 bytes of stack", "200 registers", "no UTMALDG", "no USETMAXREG"]
+
+
+def test_the_command_prints_them(library, capsys, tmp_path):
+    path = tmp_path / "rows.json"
+    assert cli.main(["inspect", "--cuda", "--json", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "bf16 128 plain" in out and "of peak" in out
+    assert len(json.loads(path.read_text())) == len(nvcc.DTYPES) * len(nvcc.WIDTHS) * len(inspection_cuda.KINDS)
+
+
+def test_the_page_shows_what_is_compiled(rows):
+    """Whoever changes a kernel prints its budget anew: fastattn inspect --cuda --md docs/performance.md."""
+    found = re.search(inspection_cuda.BLOCK, PERFORMANCE.read_text())[0].strip()
+    want = inspection_cuda.markdown(rows).strip()
+    if found.splitlines()[0] != want.splitlines()[0]:
+        pytest.skip(f"the page says: {found.splitlines()[0]} Here is {nvcc.find_nvcc().version}")
+    assert found == want

@@ -1,0 +1,75 @@
+"""fastattn.simulator: what is built once is found again, what has changed is built anew, what is refused says why."""
+
+import ctypes
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from fastattn import compiler, simulator
+from fastattn.compiler import BuildError, sources
+
+KERNEL = """
+#include "{arch}/arch.h"
+#include "count.h"
+using namespace fastattn::arch;
+__global__ void count(int* out) {{ atomicAdd(out, kEach); }}
+EXPORT run(int* out) {{
+  Launch how;
+  how.grid = dim3(3);
+  how.threads = 64;
+  return launch(count, how, out);
+}}
+"""
+EXPORT = '#define EXPORT extern "C" __attribute__((visibility("default"))) const char*\n'
+
+pytestmark = pytest.mark.skipif(simulator.why_not() is not None, reason=simulator.why_not() or "")
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    runtime = simulator._runtime(compiler.find_compiler(), "plain")  # not compiled once more
+    shutil.copytree(runtime, tmp_path / "cache" / "simulator" / runtime.name)
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "kernel.cu"
+    path.write_text(EXPORT + KERNEL.format(arch=sources() / "cuda" / "arch"))
+    (tmp_path / "count.h").write_text("constexpr int kEach = 2;\n")
+    return path
+
+
+def counted(path):
+    out = ctypes.c_int(0)
+    library = simulator.load(path)
+    library.run.restype = ctypes.c_char_p
+    assert library.run(ctypes.byref(out)) is None
+    return out.value
+
+
+def test_a_build_is_kept_until_something_it_includes_changes(source):
+    first = simulator.build(source)
+    assert simulator.build(source) == first and counted(first) == 3 * 64 * 2
+    (source.parent / "count.h").write_text("constexpr int kEach = 5;\n")
+    second = simulator.build(source)
+    assert second != first and counted(second) == 3 * 64 * 5
+    source.write_text(source.read_text().replace("arch.h", "no_such.h"))
+    with pytest.raises(BuildError, match=r"no_such\.h"):
+        simulator.build(source)
+
+
+def test_an_unknown_flavour_is_refused(source):
+    with pytest.raises(ValueError, match="flavour='fast' is none of plain, checked, addresses"):
+        simulator.build(source, "fast")
+
+
+def test_a_machine_that_cannot_simulate_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "on Linux on x86-64, and this is darwin" in simulator.why_not()
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX=no-such-compiler" in simulator.why_not()
+
+
+def test_it_is_no_part_of_an_import():
+    code = "import sys, fastattn; print('fastattn.simulator' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
