@@ -241,3 +241,10 @@ def check_batch(mask: Mask, batch: int, **tensors: object) -> None:
             raise ValueError(
                 f"mask {type(mask).__name__}: {argument} must be [{batch}] (the batch), got {list(tensor.shape)}"
             )
+
+
+def check_ends(name: str, **ends: tuple[Tensor, int]) -> None:
+    """Cumulative lengths, each with the tokens that are there: the last one may not lie beyond them."""
+    for argument, (lengths, tokens) in ends.items():
+        if lengths[-1] > tokens:
+            raise ValueError(f"{name}: {argument} ends at {int(lengths[-1])}, and there are {tokens} tokens")

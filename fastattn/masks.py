@@ -32,6 +32,7 @@ from fastattn.mask import (
     Mask,
     Or,
     check_batch,
+    check_ends,
     check_ints,
     check_masks,
     check_not_negative,
@@ -353,6 +354,8 @@ class Packed(Mask):
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
         if batch != 1:
             raise ValueError(f"mask Packed: packed sequences are one row, batch must be 1, got batch {batch}")
+        if may_look(None, [self.cu_q, self.cu_kv]):
+            check_ends("mask Packed", cu_q=(self.cu_q, q_len), cu_kv=(self.cu_kv, kv_len))
 
 
 @dataclass(frozen=True, eq=False)

@@ -222,7 +222,7 @@ def forward(
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     q, k, v, _ = sdpa._autocast(q, k, v, None)
-    sdpa._check_tensors(q, k, v, attn_mask if attn_mask is not None and attn_mask.is_floating_point() else None)
+    sdpa._check_tensors(q, k, v, None)
     if k.shape[2] != v.shape[2]:
         raise RuntimeError(
             f"static_k, static_v: the lengths of keys and values must be equal, got {k.shape[2]} and {v.shape[2]}"
@@ -230,6 +230,9 @@ def forward(
 
     added = (bias_k is not None) + bool(add_zero_attn)
     mask, bias = _visibility(attn_mask, key_padding_mask, batch, num_heads, k.shape[2], added)
+    if bias is not None and bias.dtype not in (torch.float32, q.dtype):
+        *_, bias = sdpa._autocast(q, k, v, bias)
+        sdpa._check_tensors(q, k, v, bias)
     if trust_hint:
         mask = Causal(align="top-left")
     if window is not None:

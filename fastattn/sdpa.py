@@ -93,6 +93,11 @@ def route(
     backend: str | None = None,
 ) -> Tensor:
     """`scaled_dot_product_attention` on a room of choice: past the overrides, then computed."""
+    if backend is not None and any(isinstance(each, Tensor) and each.is_nested for each in (query, key, value)):
+        raise RuntimeError(
+            "scaled_dot_product_attention: a nested tensor is left to torch's own function, which has no backend= "
+            f"(here {backend!r}); leave the room open, or pack the tokens for fastattn.varlen_attention"
+        )
     if has_torch_function((query, key, value, attn_mask)):
         bias = foreign.is_causal_bias(attn_mask)
         if not bias or has_torch_function((query, key, value)):
@@ -204,7 +209,7 @@ def _check_kinds(
                 f"not {type(tensor).__name__}"
             )
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
-        if flag is None or isinstance(flag, (str, float)):
+        if not isinstance(flag, (bool, torch.SymBool)):
             raise TypeError(
                 f"scaled_dot_product_attention(): argument '{name}' must be bool, not {type(flag).__name__}"
             )

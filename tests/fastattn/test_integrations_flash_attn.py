@@ -345,8 +345,11 @@ def test_varlen_attention_compiles_in_one_graph():
         (lambda q: varlen_attention(q, q, q, CU_Q, CU_Q[:3]), "cu_q and cu_kv must both be"),
         (lambda q: varlen_attention(q, q, q, CU_Q.flip(0)), "must start at 0 and never decrease"),
         (lambda q: varlen_attention(q, q, q, CU_Q, mask=Lengths(CU_Q)), "inside must be made of Full, Causal"),
+        (lambda q: varlen_attention(q[:8], q, q, CU_Q, CU_Q), "cu_q ends at 9, and there are 8 tokens"),
+        (lambda q: varlen_attention(q, q[:5], q[:5], CU_Q, CU_Q), "cu_kv ends at 9, and there are 5 tokens"),
+        (lambda q: flash_attn_varlen_func(q[:4], q, q, CU_Q, CU_Q, 9, 9), "cu_q ends at 9, and there are 4 tokens"),
     ],
-    ids=["rank", "kind", "sequences differ", "order", "mask"],
+    ids=["rank", "kind", "sequences differ", "order", "mask", "too few queries", "too few keys", "flash-attn's"],
 )
 def test_varlen_attention_refuses_in_sentences(call, text):
     with pytest.raises((TypeError, ValueError), match=text):

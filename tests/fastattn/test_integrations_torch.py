@@ -270,6 +270,13 @@ def test_patch_keeps_biases_modes_and_nested_tensors():
         assert F.scaled_dot_product_attention(jagged, jagged, jagged).is_nested
 
 
+def test_patch_refuses_a_nested_tensor_on_a_named_room():
+    for layout in (torch.jagged, torch.strided):
+        nested = torch.nested.nested_tensor([torch.randn(n, 3, 8) for n in (3, 5)], layout=layout).transpose(1, 2)
+        with patch("reference"), pytest.raises(RuntimeError, match="a nested tensor is left to torch's own function"):
+            F.scaled_dot_product_attention(nested, nested, nested)
+
+
 @pytest.mark.parametrize("made", ["inside", "outside"])
 @pytest.mark.parametrize("what", ["function", "encoder"])
 def test_patch_and_compile(what, made, calls):

@@ -193,6 +193,7 @@ FORWARD_ERRORS = {
     "mask 3-D of a wrong shape": ((X, X, X), {"attn_mask": torch.zeros(3, 5, 5)}),
     "mask 4-D": ((X, X, X), {"attn_mask": torch.zeros(3, 4, 5, 5)}),
     "unbatched mask of a wrong shape": ((X[0], X[0], X[0]), {"attn_mask": torch.zeros(3, 5, 5)}),
+    "padding of another dtype": ((X, X, X), {"key_padding_mask": torch.zeros(3, 5).half(), "need_weights": False}),
     "hint without a mask": ((X, X, X), {"is_causal": True}),
     "float64 input": ((X.double(), X.double(), X.double()), {}),
 }
