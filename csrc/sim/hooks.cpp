@@ -48,4 +48,20 @@ FASTATTN_SIZE(16)
 FASTATTN_HOOK __tsan_read_range(void* pointer, size_t bytes) { load(pointer, bytes); }
 FASTATTN_HOOK __tsan_write_range(void* pointer, size_t bytes) { store(pointer, bytes); }
 
+// clang's, for what it copies or fills by a call.
+FASTATTN_HOOK* __tsan_memcpy(void* to, const void* from, size_t bytes) {
+  load(from, bytes);
+  store(to, bytes);
+  return std::memcpy(to, from, bytes);
+}
+FASTATTN_HOOK* __tsan_memmove(void* to, const void* from, size_t bytes) {
+  load(from, bytes);
+  store(to, bytes);
+  return std::memmove(to, from, bytes);
+}
+FASTATTN_HOOK* __tsan_memset(void* to, int value, size_t bytes) {
+  store(to, bytes);
+  return std::memset(to, value, bytes);
+}
+
 }  // extern "C"
