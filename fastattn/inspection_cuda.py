@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import argparse
 
 OK, BROKEN, USAGE = 0, 1, 2
+WIDE = 160  # columns, where no terminal says how many there are
 
 KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_4KindE(\d)")
 KINDS = ("plain", "masked", "everything")
@@ -153,7 +154,7 @@ def _show(found: list[Row], *, verbose: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     headings, cells = table(found)
     shown = Table(box=None, pad_edge=False)
     for n, heading in enumerate(headings):

@@ -29,4 +29,7 @@ WIDTHS = {"64": (64, 64), "128": (128, 128), "256": (256, 256)}
 def test_every_access_is_ordered(case, width, checked):
     head_dim, head_dim_v = WIDTHS[width]
     problem = make_inputs(dataclasses.replace(case, head_dim=head_dim, head_dim_v=head_dim_v))
+    if case.id == "hides":  # rows that the loading warp clears, which TMA wrote and wgmma reads
+        problem.inputs.value[:, :, :9] = torch.nan
+        problem.inputs.value[:, :, 170:] = torch.inf
     check_close(problem, checked.forward(problem, seed=3))
