@@ -151,10 +151,10 @@ def attention_mask(
             raise Unreadable("a function of somebody's own")
         mask: Mask = read(function, call)
     except Unreadable:
+        whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # not None for a rule
         table = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=function, attention_mask=attention_mask, allow_is_causal_skip=False,
-            allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device, **kwargs,
+            mask_function=function, attention_mask=attention_mask, use_vmap=use_vmap, device=device, **whole,
         )  # fmt: skip
         return ModelMask(Dense(table), batch_size, q_length, kv_length, device)
     if attention_mask is not None:

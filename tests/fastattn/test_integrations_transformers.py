@@ -116,6 +116,27 @@ def test_a_function_without_a_rule_becomes_its_table(name, real):
     assert isinstance(mask.mask, masks.Dense) and torch.equal(mask.table(), table)
 
 
+@pytest.mark.parametrize("which", ["or", "and", "both"])
+def test_functions_that_a_model_adds_to_its_mask(which):
+    """As Gemma 3 adds the tokens of an image: transformers asks with arguments of its own."""
+
+    def square(batch_idx, head_idx, q_idx, kv_idx):
+        return (q_idx < 3) & (kv_idx < 3) & (q_idx != kv_idx * kv_idx + 7)
+
+    extra = {f"{name}_mask_function": square for name in (("or", "and") if which == "both" else (which,))}
+    config = transformers.LlamaConfig(hidden_size=16, num_attention_heads=2)
+    tables = {}
+    for name in ("sdpa", "fastattn"):
+        config._attn_implementation = name
+        real = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+        tables[name] = given.create_causal_mask(
+            config=config, inputs_embeds=torch.zeros(2, 6, 16), attention_mask=real, past_key_values=None, **extra
+        )
+    want = tables["sdpa"]
+    got = tables["fastattn"].mask.dense(6, 6).expand(want.shape)
+    assert torch.equal(got[:, :, 1:], want[:, :, 1:]) and want.any() and not want.all()
+
+
 def test_somebodys_own_function_is_drawn_and_not_asked():
     calls = []
 
