@@ -322,9 +322,8 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
 
 #ifdef FASTATTN_CUDA_ROOM
 
-// The simulator's library has the same operator under its own name, for tensors on the CPU.
+// A simulator's library is told a name of its own, as several may be loaded, and takes tensors on the CPU.
 #ifdef FASTATTN_SIM
-#define FASTATTN_CUDA_OPERATOR "simulated_forward"
 #define FASTATTN_CUDA_KEY CPU
 #else
 #define FASTATTN_CUDA_OPERATOR "cuda_forward"

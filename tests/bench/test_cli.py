@@ -276,8 +276,8 @@ def test_check_ends_with_1_where_a_room_is_wrong(capsys, monkeypatch):
 
     honest = testing.run
 
-    def wrong(problem, backend=None):
-        results = honest(problem, backend)
+    def wrong(problem, backend=None, **how):
+        results = honest(problem, backend, **how)
         return {**results, "dk": results["dk"] * 1.05}
 
     monkeypatch.setattr(testing, "run", wrong)

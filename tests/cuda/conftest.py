@@ -40,12 +40,14 @@ def simulated(flavour):
     refused = simulator.why_not()
     if refused is not None:
         pytest.skip(refused)
-    parts = [simulator.Part(source, (*flags, *QUIET)) for source, flags in nvcc.parts().values()]
+    name = f"simulated_{flavour}"  # a process may load several
+    told = (f'-DFASTATTN_CUDA_OPERATOR="{name}"', *QUIET)
+    parts = [simulator.Part(source, (*flags, *told)) for source, flags in nvcc.parts().values()]
     link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
     path = simulator.build_library("cuda", parts, flavour, link)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return Room(native_cuda.Library(torch.ops.fastattn.simulated_forward.default, path, handle))
+    return Room(native_cuda.Library(getattr(torch.ops.fastattn, name).default, path, handle))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,17 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.py"
 LONGEST = 20
 
 
+@pytest.fixture
+def diffusers_as_before():
+    """A model that chooses a backend chooses it for all of diffusers, and its reset does not take that back."""
+    yield
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is not None:
+        usual = dispatch.AttentionBackendName(dispatch.DIFFUSERS_ATTN_BACKEND)
+        dispatch._AttentionBackendRegistry.set_active_backend(usual)
+
+
+@pytest.mark.usefixtures("diffusers_as_before")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_an_example(path, capsys):

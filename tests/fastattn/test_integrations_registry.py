@@ -21,7 +21,9 @@ def calls(monkeypatch):
     """A word for each attention that fastattn computes, forward or backward."""
     found, forward, backward = [], ops._run_forward, ops._run_backward
     monkeypatch.setattr(ops, "_run_forward", lambda *args: found.append("forward") or forward(*args))
-    monkeypatch.setattr(ops, "_run_backward", lambda *args: found.append("backward") or backward(*args))
+    monkeypatch.setattr(
+        ops, "_run_backward", lambda *args, **named: found.append("backward") or backward(*args, **named)
+    )
     return found
 
 
