@@ -1,4 +1,4 @@
-"""fastattn inside transformers: masks read as masks, caches, weights, checkpoints, compilers; and what is refused."""
+"""fastattn inside transformers: caches, weights, checkpoints, compilers; and what is refused."""
 
 import importlib.util
 import itertools
@@ -16,164 +16,12 @@ from transformers import masking_utils as given
 
 from fastattn import masks
 from fastattn.integrations import transformers as ours
-from fastattn.integrations.transformers_mask import ModelMask, padding
+from fastattn.integrations.transformers_mask import ModelMask
 from fastattn.models.compare import Seen, watching
 from fastattn.models.zoo import DECODER, ZOO, randomized
 
-BATCH, LENGTH = 2, 11
-POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])
-BLOCKS = torch.tensor([[-1, 0, 0, -1, 1, 1, 1, -1, -1, 2, 2], [-1, -1, 0, 0, 0, 0, -1, -1, 1, -1, -1]])
-LEFT = torch.tensor([3, 0])
-NOTHING_LEFT = torch.zeros(2, dtype=torch.long)
-
-
-def packed(function):
-    return given.packed_sequence_compatibility_function(
-        function, POSITIONS, given.find_packed_sequence_indices(POSITIONS)
-    )
-
-
-FUNCTIONS = {
-    "causal": given.causal_mask_function,
-    "full": given.bidirectional_mask_function,
-    "window": given.sliding_window_causal_mask_function(4),
-    "window-1": given.sliding_window_causal_mask_function(1),
-    "window-both-sides": given.sliding_window_bidirectional_mask_function(2),
-    "difference": lambda b, h, q, k: (q - k <= 3) & (k - q < 1),
-    "difference-from-below": lambda b, h, q, k: (k - q >= -2) & (q - k > -4),
-    "distance": lambda b, h, q, k: (q - k).abs() < 3,
-    "chunks": given.chunked_causal_mask_function(3, NOTHING_LEFT),
-    "chunks-from-the-first-real": given.chunked_causal_mask_function(3, LEFT),
-    "packed": packed(given.causal_mask_function),
-    "packed-window": packed(given.sliding_window_causal_mask_function(2)),
-    "packed-chunks": packed(given.chunked_causal_mask_function(3, NOTHING_LEFT)),
-    "blocks": given.or_masks(given.causal_mask_function, given.blockwise_overlay(BLOCKS)),
-    "blocks-window": given.or_masks(given.sliding_window_causal_mask_function(3), given.blockwise_overlay(BLOCKS)),
-}
-PADDINGS = {
-    "no-mask": None,
-    "real": torch.ones(BATCH, LENGTH, dtype=torch.bool),
-    "left": torch.tensor([[0] * 3 + [1] * 8, [1] * 11]).bool(),
-    "right": torch.tensor([[1] * 7 + [0] * 4, [1] * 11]).bool(),
-    "holes": torch.tensor([[1, 0] * 5 + [1], [1] * 11]).bool(),
-    "one-empty": torch.tensor([[0] * 11, [1] * 11]).bool(),
-    "short": torch.ones(BATCH, 4, dtype=torch.bool),
-}
-PLACES = {  # q_len, kv_len, q_offset, kv_offset
-    "prefill": (LENGTH, LENGTH, 0, 0),
-    "middle": (4, LENGTH, 7, 0),
-    "sliding-cache": (1, 5, 10, 6),
-    "static-cache": (3, 9, torch.tensor(2), 0),
-    "empty-static-cache": (4, 9, 0, 0),
-}
-
-
-def made(function, real, place, **rest):
-    q_len, kv_len, q_offset, kv_offset = place
-    call = dict(
-        batch_size=BATCH, q_length=q_len, kv_length=kv_len, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=function, attention_mask=real, **rest,
-    )  # fmt: skip
-    table = given.sdpa_mask(**{"allow_is_causal_skip": False, **call})
-    return ours.attention_mask(**call), table
-
-
-READ = [
-    (name, real, place)
-    for name, real, place in itertools.product(FUNCTIONS, PADDINGS, PLACES)
-    if place == "prefill" or not name.startswith("packed")  # transformers packs whole sequences alone
-]
-
-
-@pytest.mark.parametrize("name, real, place", READ, ids=map("-".join, READ))
-def test_a_mask_function_becomes_the_mask_it_says(name, real, place):
-    mask, table = made(FUNCTIONS[name], PADDINGS[real], PLACES[place])
-    assert isinstance(mask, ModelMask) and mask.shape == table.shape
-    assert torch.equal(mask.table(), table)
-    assert not any(isinstance(atom, masks.Dense) for atom in mask.mask.atoms())
-
-
-def test_nothing_hidden_is_no_mask():
-    place = PLACES["prefill"]
-    for real in ("no-mask", "real"):
-        assert made(FUNCTIONS["full"], PADDINGS[real], place, allow_is_bidirectional_skip=True)[0] is None
-    assert made(FUNCTIONS["full"], PADDINGS["left"], place, allow_is_bidirectional_skip=True)[0] is not None
-
-
-STRANGE = {
-    "equal": lambda b, h, q, k: q != k,
-    "parity": lambda b, h, q, k: (q + k) % 2 == 0,
-    "heads": lambda b, h, q, k: (k <= q) & (h >= 0),
-    "table": lambda b, h, q, k: torch.ones(LENGTH, LENGTH).tril().bool()[q, k],
-    "order-of-ids": lambda b, h, q, k: POSITIONS[b, k] <= POSITIONS[b, q],
-}
-
-
-@pytest.mark.parametrize("real", ["no-mask", "left"])
-@pytest.mark.parametrize("name", STRANGE)
-def test_a_function_without_a_rule_becomes_its_table(name, real):
-    mask, table = made(STRANGE[name], PADDINGS[real], PLACES["prefill"])
-    assert isinstance(mask.mask, masks.Dense) and torch.equal(mask.table(), table)
-
-
-@pytest.mark.parametrize("which", ["or", "and", "both"])
-def test_functions_that_a_model_adds_to_its_mask(which):
-    """As Gemma 3 adds the tokens of an image: transformers asks with arguments of its own."""
-
-    def square(batch_idx, head_idx, q_idx, kv_idx):
-        return (q_idx < 3) & (kv_idx < 3) & (q_idx != kv_idx * kv_idx + 7)
-
-    extra = {f"{name}_mask_function": square for name in (("or", "and") if which == "both" else (which,))}
-    config = transformers.LlamaConfig(hidden_size=16, num_attention_heads=2)
-    tables = {}
-    for name in ("sdpa", "fastattn"):
-        config._attn_implementation = name
-        real = torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-        tables[name] = given.create_causal_mask(
-            config=config, inputs_embeds=torch.zeros(2, 6, 16), attention_mask=real, past_key_values=None, **extra
-        )
-    want = tables["sdpa"]
-    got = tables["fastattn"].mask.dense(6, 6).expand(want.shape)
-    assert torch.equal(got[:, :, 1:], want[:, :, 1:]) and want.any() and not want.all()
-
-
-def test_somebodys_own_function_is_drawn_and_not_asked():
-    calls = []
-
-    def own(b, h, q, k):
-        calls.append(type(q))
-        return k <= q
-
-    mask, table = made(own, None, PLACES["prefill"], use_vmap=True)
-    assert isinstance(mask.mask, masks.Dense) and torch.equal(mask.table(), table)
-    assert all(issubclass(kind, torch.Tensor) for kind in calls)
-
-
-def test_padding_says_lengths_where_it_can():
-    assert padding(PADDINGS["real"], 3) is None
-    assert isinstance(padding(PADDINGS["left"], 3), masks.Lengths)
-    assert isinstance(padding(PADDINGS["holes"], 3), masks.Segments)
-
-
-def test_a_model_that_computes_with_its_mask_gets_the_table():
-    mask, table = made(FUNCTIONS["causal"], PADDINGS["left"], PLACES["prefill"])
-    assert mask.dim() == mask.ndim == 4 and mask.dtype == torch.bool and mask.size(2) == LENGTH
-    assert mask[:, :, :, :LENGTH] is mask and mask.contiguous() is mask and mask.to("cpu") is mask
-    same = {
-        "slice": (mask[..., :5], table[..., :5]),
-        "cast": (mask.to(torch.float32), table.float()),
-        "not": (~mask, ~table),
-        "and": (mask & table, table),
-        "method": (mask.expand(2, 3, -1, -1), table.expand(2, 3, -1, -1)),
-        "where": (torch.where(mask, 1.0, 0.0), table.float()),
-        "cat": (torch.cat([mask, mask], -1), torch.cat([table, table], -1)),
-        "fill": (torch.zeros(table.shape).masked_fill(mask, 1.0), table.float()),
-    }
-    for name, (got, want) in same.items():
-        assert torch.equal(got, want), name
-
-
-# ---- the interface
+BATCH = 2
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])  # packed sequences
 
 
 def model_of(row="llama-3", seed=0):
