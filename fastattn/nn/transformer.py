@@ -21,14 +21,8 @@ from fastattn.nn.twin import DropIn, torchs
 Activation = str | Callable[[Tensor], Tensor]
 
 
-class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
-    """Drop-in for `torch.nn.TransformerEncoderLayer`.
-
-    Args:
-        window, backend, num_kv_heads: as `fastattn.nn.MultiheadAttention` takes them. The rest is torch's.
-
-    Bool masks reach the attention as they are; torch makes floating ones of them first.
-    """
+class _Layer(DropIn):
+    """What the two layers share: torch's arguments and ours, of which each attention gets its own."""
 
     def __init__(
         self,
@@ -48,11 +42,24 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         backend: str | None = None,
         num_kv_heads: int | None = None,
     ) -> None:
-        super().__init__(
+        super().__init__(  # type: ignore[call-arg]  # torch's layer, which comes next in each subclass
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
             device, dtype,
         )  # fmt: skip
-        self.self_attn = extended(self.self_attn, window, backend, num_kv_heads)
+        # Memory, which a decoder's other attention sees, has no positions to compare with.
+        for name, own_window in (("self_attn", window), ("multihead_attn", None)):
+            if hasattr(self, name):
+                setattr(self, name, extended(getattr(self, name), own_window, backend, num_kv_heads))
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    """Drop-in for `torch.nn.TransformerEncoderLayer`.
+
+    Args:
+        window, backend, num_kv_heads: as `fastattn.nn.MultiheadAttention` takes them. The rest is torch's.
+
+    Bool masks reach the attention as they are; torch makes floating ones of them first.
+    """
 
     def forward(
         self,
@@ -85,38 +92,13 @@ class TransformerEncoderLayer(DropIn, nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))
 
 
-class TransformerDecoderLayer(DropIn, nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """Drop-in for `torch.nn.TransformerDecoderLayer`.
 
     Args:
         window: of the self-attention; memory has no positions to compare with.
         backend, num_kv_heads: of both attentions, as `fastattn.nn.MultiheadAttention` takes them. The rest is torch's.
     """
-
-    def __init__(
-        self,
-        d_model: int,
-        nhead: int,
-        dim_feedforward: int = 2048,
-        dropout: float = 0.1,
-        activation: Activation = F.relu,
-        layer_norm_eps: float = 1e-5,
-        batch_first: bool = False,
-        norm_first: bool = False,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        window: Window = None,
-        backend: str | None = None,
-        num_kv_heads: int | None = None,
-    ) -> None:
-        super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
-            device, dtype,
-        )  # fmt: skip
-        self.self_attn = extended(self.self_attn, window, backend, num_kv_heads)
-        self.multihead_attn = extended(self.multihead_attn, None, backend, num_kv_heads)
 
 
 class TransformerEncoder(DropIn, nn.TransformerEncoder):
