@@ -28,6 +28,10 @@ class Mask:
         """At most two intervals a row whose union is what the row sees; None where there is no such closed form."""
         return [self.interval(rows(q_len, device), q_len, kv_len)]
 
+    def interval_count(self) -> int | None:
+        """How many `intervals` gives, told from the kinds of masks alone: 1, 2 or None."""
+        return 1 if self.is_interval else None
+
     def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
         """The mask as a bool table [batch or 1, num_heads or 1, q_len, kv_len], True = attend."""
         device = device or self.device
@@ -104,10 +108,14 @@ class And(Mask):
         return intersect(self.left.interval(q_idx, q_len, kv_len), self.right.interval(q_idx, q_len, kv_len))
 
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
-        left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
-        if left is None or right is None or len(left) * len(right) > 2:
+        if self.interval_count() is None:
             return None
-        return [intersect(a, b) for a in left for b in right]
+        left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
+        return [intersect(a, b) for a in left or () for b in right or ()]
+
+    def interval_count(self) -> int | None:
+        left, right = self.left.interval_count(), self.right.interval_count()
+        return None if left is None or right is None or left * right > 2 else left * right
 
     def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
         device = device or self.device
@@ -142,8 +150,14 @@ class Or(Mask):
         check_masks("Or", left=self.left, right=self.right)
 
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
+        if self.interval_count() is None:
+            return None
         left, right = (part.intervals(q_len, kv_len, device) for part in (self.left, self.right))
-        return None if left is None or right is None or len(left) + len(right) > 2 else left + right
+        return [*(left or ()), *(right or ())]
+
+    def interval_count(self) -> int | None:
+        left, right = self.left.interval_count(), self.right.interval_count()
+        return None if left is None or right is None or left + right > 2 else 2
 
     def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
         device = device or self.device

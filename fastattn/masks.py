@@ -289,6 +289,9 @@ class Segments(Mask):
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
         return super().intervals(q_len, kv_len, device) if self.sorted else None
 
+    def interval_count(self) -> int | None:
+        return 1 if self.sorted else None
+
     def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
         queries, keys = self.q_ids[:, None, :, None], self.key_ids[:, None, None, :]
         return (queries == keys) & (queries >= 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn import leaves, native_cuda
-from fastattn.leaves import BAND, INTERVAL, OR, Leaves
+from fastattn.leaves import Leaves
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tup
 
 def _problem(spec: AttnSpec) -> Problem:
     found = leaves.make_leaves(spec.mask, spec.q_len, spec.kv_len, spec.device, bands=True)
-    listed = not _is_intervals(found.words)
+    listed = _listed(spec)
     by_head = listed or any(_varies_by_head(each) for each in found.tensors)
     sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
     problem = Problem(_kind(spec, listed), _hides(spec), found, listed, by_head, sizes)
@@ -109,25 +109,9 @@ def _problem(spec: AttnSpec) -> Problem:
     return problem
 
 
-def _is_intervals(words: list[int]) -> bool:
-    """Whether a program is one interval of keys for each query, or the union of two."""
-    kinds = []
-    rest = list(words)
-    while rest:
-        kinds.append(rest.pop(0))
-        if kinds[-1] == BAND:
-            del rest[:2]
-    ends = {INTERVAL, BAND}
-    return kinds == [] or (kinds[0] in ends and (len(kinds) == 1 or (kinds[1] in ends and kinds[2:] == [OR])))
-
-
 def _listed(spec: AttnSpec) -> bool:
-    """The same from the mask alone, for who has no tensors."""
-    return not _has_intervals(spec)
-
-
-def _has_intervals(spec: AttnSpec) -> bool:
-    return all(each.is_interval and getattr(each, "sorted", True) for each in spec.mask.atoms())
+    """Whether keys are found by block lists: no one or two intervals say what each query sees."""
+    return spec.mask.interval_count() is None
 
 
 def _kind(spec: AttnSpec, listed: bool) -> int:
@@ -193,7 +177,7 @@ def feature_reason(spec: AttnSpec) -> str | None:
         return f"head_dim {max(spec.head_dim, spec.head_dim_v)} is above {MAX_HEAD_DIM}"
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
-    if not _has_intervals(spec) and len(spec.mask.atoms()) > MOST_LEAVES:
+    if _listed(spec) and len(spec.mask.atoms()) > MOST_LEAVES:
         return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_LEAVES} can be joined"
     return leaves.why_not(spec.mask)
 

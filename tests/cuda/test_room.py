@@ -1,6 +1,8 @@
 """The CUDA room's door: where it stands on machines with and without a GPU, nvcc or a Hopper chip."""
 
 import dataclasses
+import functools
+import operator
 
 import pytest
 import torch
@@ -190,3 +192,12 @@ def test_a_mask_gets_the_leanest_kernel_that_can(name):
     problem = cuda._problem(spec_of(mask=mask))
     assert (problem.kind, problem.hides) == (kind, hides)
     assert cuda.kernel_name(spec_of(mask=mask)).endswith(f"({cuda.KINDS[kind]})")
+
+
+def test_more_intervals_than_a_kernel_takes_are_refused_before_a_run():
+    query = torch.empty(1, 1, 64, 64, dtype=torch.bfloat16)
+    for terms, refused in ((8, False), (9, True)):
+        mask = functools.reduce(operator.or_, [Window(0, 0, offset=5 * n) for n in range(terms)])
+        spec = AttnSpec.of(AttnInputs(query, query, query), mask=mask)
+        reason = cuda.feature_reason(spec)
+        assert (reason is not None) == refused, terms

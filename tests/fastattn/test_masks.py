@@ -1,7 +1,9 @@
 """Masks: the definitions by hand-drawn pictures, their intervals, counts, primitives, block lists and refusals."""
 
 import doctest
+import functools
 import itertools
+import operator
 import sys
 
 import pytest
@@ -273,3 +275,17 @@ def test_validate_decides_whether_values_are_looked_at():
     assert Lengths(torch.tensor([-1]), validate=False).kv_lengths.item() == -1
     with pytest.raises(ValueError, match="negative"):
         Lengths(torch.tensor([-1]), validate=True)
+
+
+@pytest.mark.parametrize("terms, count", [(1, 1), (2, 2), (3, None)])
+def test_how_many_intervals_is_told_by_the_kinds(terms, count):
+    windows = [Window(0, 0, offset=5 * n) for n in range(terms)]
+    either, both = functools.reduce(operator.or_, windows), functools.reduce(operator.and_, windows)
+    for mask, want in (
+        (either, count),
+        (both, 1),
+        (either & Causal(), count),
+        (Segments(torch.zeros(1, 4, dtype=torch.int64)), None),
+    ):
+        found = mask.intervals(4, 4) if want else None
+        assert mask.interval_count() == want == (None if found is None else len(found))
