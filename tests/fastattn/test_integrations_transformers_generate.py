@@ -121,9 +121,16 @@ def test_generate(row, how):
         with torch.no_grad(), watching(seen):
             found.append(
                 model.generate(
-                    **inputs, **arguments, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, disable_compile=True,
-                    return_dict_in_generate=True, output_logits=True, pad_token_id=0,
-                )  # fmt: skip
+                    **inputs,
+                    **arguments,
+                    max_new_tokens=NEW,
+                    min_new_tokens=NEW,
+                    do_sample=False,
+                    disable_compile=True,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                    pad_token_id=0,
+                )
             )
         assert bool(seen.masks) == (name == "fastattn") and not seen.tables
     eager, fast = found

@@ -368,7 +368,9 @@ def test_compiles_in_one_graph(grad, masked):
         same(ours, eager, [query, key, value])
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e39, torch.tensor(float("nan"))], ids=str)
+@pytest.mark.parametrize(
+    "scale", [float("nan"), float("inf"), -float("inf"), 1e39, torch.tensor(float("nan"))], ids=str
+)
 def test_a_scale_that_is_no_number_is_refused(scale):
     with pytest.raises(ValueError, match="scale: a finite number is needed"):
         scaled_dot_product_attention(Q, K, K, scale=scale)
