@@ -270,7 +270,7 @@ class KVCache:
             if new_lengths.device.type != "cpu":
                 raise ValueError("new_lengths: ints or a tensor on the CPU are needed, as the host hands out the room")
             new_lengths = new_lengths.tolist()
-        counts = list(new_lengths) if isinstance(new_lengths, (list, tuple)) else [None]
+        counts: list[Any] = list(new_lengths) if isinstance(new_lengths, (list, tuple)) else []
         if len(counts) != self.batch or any(type(count) is not int or not 0 <= count <= new for count in counts):
             raise ValueError(f"new_lengths: {self.batch} ints from 0 to {new} are needed, got {new_lengths!r}")
         return counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,13 +56,15 @@ class Cache:
         self.keys, self.values, self.rows, self.starts, self.table = keys, values, rows, starts, table
         self.capacity = keys.shape[1] * (1 if table is None else table.shape[1])
         self.written = held is not None
-        if held is None or (isinstance(held, int) and not isinstance(held, bool)):
+        if held is None or type(held) is int:
             held = torch.full((batch,), self.capacity if held is None else held, dtype=torch.int32, device=keys.device)
-        _check_ints("cache_seqlens", held, 1, batch, keys.device, "a number or ")
-        self.held = self.lengths = held
+        counts: Any = held
+        _check_ints("cache_seqlens", counts, 1, batch, keys.device, "a number or ")
+        self.held: Tensor = counts
+        self.lengths = self.held  # with the new ones
         self.new: Rows | None = None
         if self._looked_at:
-            _check_range("cache_seqlens", held, self.capacity, "tokens that the cache has room for")
+            _check_range("cache_seqlens", self.held, self.capacity, "tokens that the cache has room for")
             for name, ints, most, what in (
                 ("cache_batch_idx", rows, keys.shape[0] - 1, "the last row of k_cache"),
                 ("cache_leftpad", starts, self.capacity, "tokens that the cache has room for"),
