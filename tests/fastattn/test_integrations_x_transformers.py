@@ -20,7 +20,6 @@ MODELS = {
     "decoder, one key head": (Decoder, {"attn_one_kv_head": True}),
     "decoder, ALiBi": (Decoder, {"alibi_pos_bias": True}),
     "encoder": (Encoder, {}),
-    "encoder, learned positions": (Encoder, {"rel_pos_bias": True}),
     "encoder, normed": (Encoder, {"attn_qk_norm": True}),
     "encoder, L2 distance": (Encoder, {"attn_l2_distance": True}),
     "encoder, zeros to look at": (Encoder, {"attn_add_zero_kv": True}),
