@@ -101,7 +101,8 @@ def attention_forward(
                 "model.set_attn_implementation('eager') runs it"
             )
     mask, bias = _visibility(module, query, key, attention_mask, is_causal)
-    window = getattr(module, "fastattn_window", None)
+    told = module.__dict__  # where `truncate` and `replace` leave word; a failing getattr of a module takes its time
+    window = told.get("fastattn_window")
     if window is not None:
         mask = _truncated(module, query, key, mask, window)
     if position_bias is not None:
@@ -112,7 +113,7 @@ def attention_forward(
     wanted = _weights_wanted(module, kwargs)
     if wanted:
         _check_size(module, query, key)
-    backend = getattr(module, "fastattn_backend", None)
+    backend = told.get("fastattn_backend")
     result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=wanted)
     out, lse = result if wanted else (result, None)
     weights = attention_weights(query, key, lse=lse, **shared).to(query.dtype) if wanted else None
