@@ -48,8 +48,9 @@ tokens, with gradients; `decoding`: a prefill and four tokens one by one, with a
 OVERHEADS = """
 ## What the way in costs
 
-The host's time for one query on one key, where nothing else counts: a call by the way that a model takes, less a call of
-the function that it leads to, taken in turn. Medians of {rounds} rounds of {calls} calls, and where the middle 60% lie.
+The host's time for one query on one key, where nothing else counts: a call by the way that a model takes, less a call
+of the function that it leads to, taken in turn. Medians of {rounds} rounds of {calls} calls, in the thread's own time,
+and where the middle 60% lie.
 
 | the way | the function | microseconds more | middle 60% |
 |---|---|--:|--:|"""
