@@ -1,4 +1,4 @@
-"""What people do with transformers models: training loops, adapters, decoding that shows its weights, images in text."""
+"""What people do with transformers models: training, adapters, decoding that shows its weights, images in text."""
 
 import importlib.util
 from functools import partial
