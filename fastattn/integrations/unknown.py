@@ -15,7 +15,7 @@ SPEAK = ("torch", "fastattn", "transformers", "builtins")
 LOOKS = ("attention", "attn")
 PARTS = ("drop", "norm", "pool", "bias", "embed", "mask", "act")
 """Words in the name of what stands near attention and is none."""
-HEADS = ("num_heads", "heads", "n_heads", "n_head", "num_attention_heads")
+HEADS = ("num_heads", "heads", "num_attention_heads")
 """What attention of another name has, such as ConViT's GPSA."""
 
 
