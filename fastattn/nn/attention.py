@@ -156,7 +156,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             AssertionError, RuntimeError, ValueError: as torch does, with its messages.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            return torchs(self, "a nested tensor")(
+            return torchs(self, "a nested tensor").forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         # nn.Module looks for a parameter in three places, a microsecond each; one that is parametrized is not in here.
