@@ -442,3 +442,14 @@ def test_segments_are_the_callers_own():
     ids = torch.zeros(1, 40, dtype=torch.long)
     out = attention(query, cache.key, cache.value, mask=Segments(torch.zeros(1, 4, dtype=torch.long), ids))
     torch.testing.assert_close(out, attention(query, cache.key, cache.value), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_device_elsewhere_changes_nothing(kind):
+    beside = Beside(KINDS[kind](device="cpu"))
+    _, key, value = tokens(5)
+    with torch.device("meta"):
+        beside.cache.update(key, value)
+    assert torch.equal(
+        attention_weights(tokens(1)[0], beside.cache.key)[..., :1].isfinite(), torch.ones(2, 4, 1, 1) > 0
+    )
