@@ -63,7 +63,7 @@ class Row:
 
 
 def rows(library: Any) -> list[Row]:
-    """Every forward kernel of a loaded native_cuda.Library."""
+    """Every forward kernel of a loaded library."""
     from fastattn.kernels import budget, listing, sass
 
     found = []
@@ -94,11 +94,12 @@ def _counted(code: Any) -> dict[str, int]:
 
 def run(namespace: argparse.Namespace) -> int:
     """Read, show, judge. 0 all promises hold, 1 one is broken, 2 there is nothing to read."""
-    from fastattn import native_cuda
+    from fastattn.compiler import BuildError
+    from fastattn.native_cuda import LIBRARY
 
     try:
-        library = native_cuda.library()
-    except native_cuda.BuildError as refusal:
+        library = LIBRARY.get()
+    except BuildError as refusal:
         print(f"fastattn inspect: {refusal}", file=sys.stderr)
         return USAGE
     found = rows(library)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import cli, compiler, inspection_cuda, native_cuda, nvcc
+from fastattn import cli, compiler, inspection_cuda, nvcc
+from fastattn.native_cuda import LIBRARY
 
 pytest.importorskip("triton", reason="triton, whose disassemblers read the kernels, is not installed")
 
@@ -22,7 +23,7 @@ def library():
         nvcc.find_nvcc()
     except compiler.BuildError as refusal:
         pytest.skip(str(refusal))
-    return native_cuda.load(native_cuda.build(retry=True))
+    return LIBRARY.load(LIBRARY.build(retry=True))
 
 
 @pytest.fixture(scope="module")
