@@ -56,8 +56,9 @@ class Row:
         found = []
         if self.spilled_bytes:
             found.append(f"{self.spilled_bytes} bytes of stack")
-        if self.registers > REGISTER_CAPS[self.block_m // 64]:
-            found.append(f"{self.registers} registers")
+        cap = REGISTER_CAPS[self.block_m // 64]
+        if self.registers != cap:  # fewer would leave the pool too small for the warpgroups that ask for more
+            found.append(f"{self.registers} registers, where setmaxnreg counts on {cap}")
         found += [f"no {name}" for name in ("HGMMA", "UTMALDG", "USETMAXREG") if not self.counts.get(name)]
         return found
 

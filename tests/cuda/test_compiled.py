@@ -59,7 +59,12 @@ def test_exponentials_are_shared_out_at_width_64(rows):
 
 def test_broken_promises_are_seen():
     row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 200, 16, {"HGMMA": 8})
-    assert row.broken == ["16 bytes of stack", "200 registers", "no UTMALDG", "no USETMAXREG"]
+    assert row.broken == [
+        "16 bytes of stack",
+        "200 registers, where setmaxnreg counts on 168",
+        "no UTMALDG",
+        "no USETMAXREG",
+    ]
 
 
 def test_the_command_prints_them(library, capsys, tmp_path):

@@ -143,6 +143,36 @@ def test_a_causal_bias(make, lengths):
     assert isinstance(foreign.as_mask(make(*lengths), *given[:2]), Causal)
 
 
+def documents(ids):
+    """A mask_mod that refers to the tensor through another function, as those that libraries make do."""
+
+    def same(b, h, q, kv):
+        return ids[q] == ids[kv]
+
+    return and_masks(same, causal)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_block_mask_refers_to_may_change(inference):
+    """It is read again when a tensor was written to or its function replaced, and only then."""
+    given = [each.detach() for each in tensors()]
+    with torch.inference_mode(inference):
+        ids = torch.zeros(200, dtype=torch.int64)
+        mask = create_block_mask(documents(ids), None, None, 200, 200, device="cpu")
+
+        def both():
+            return attention(*given, mask=mask), flex_attention(*given, block_mask=mask, enable_gqa=True)
+
+        same(*([each] for each in both()))
+        read = foreign.as_mask(mask, *given[:2])
+        assert foreign.as_mask(mask, *given[:2]) is read
+        ids[90:] = 1
+        same(*([each] for each in both()))
+        mask.mask_mod = and_masks(causal, near)
+        same(*([each] for each in both()))
+        assert foreign.as_mask(mask, *given[:2]) is not read
+
+
 def test_other_lengths_and_other_things_are_refused():
     given = tensors(24, 24)
     with pytest.raises(ValueError, match="the BlockMask was made for 200 queries and 200 keys, got 24 and 24"):
