@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from fastattn import attention, explain, foreign
 from fastattn.masks import Causal, Dense, Segments, Window
 
+SHARED = torch.arange(200) // 33 % 4
 IDS = torch.tensor([[0] * 70 + [1] * 60 + [2] * 70])
 
 
@@ -26,6 +27,14 @@ def same_document(b, h, q, kv):
     return IDS[b, q] == IDS[b, kv]
 
 
+def different_documents(b, h, q, kv):
+    return (SHARED + 0)[q] == (SHARED * 2)[kv]
+
+
+def equal_ids(b, h, q, kv):
+    return SHARED[q] == SHARED[kv]
+
+
 def by_head(b, h, q, kv):
     return (q >= kv) & ((q - kv) <= 10 * (h + 1))
 
@@ -39,6 +48,8 @@ RULES = {
     "causal": (causal, None, True),
     "window": (and_masks(causal, near), None, True),
     "documents": (same_document, None, True),
+    "documents of all items": (equal_ids, None, True),
+    "ids from two tables": (different_documents, None, False),
     "causal documents": (and_masks(causal, same_document), None, True),
     "by head": (by_head, 4, False),
     "arithmetic": (any_rule, None, False),
