@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastattn import projections, sdpa
+from fastattn import projections, sdpa, sharding
 from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.functional import all_weights, attention
 from fastattn.masks import Causal, Dense, Lengths, Mask, Window
@@ -251,7 +251,7 @@ def forward(
     average_first = average_attn_weights and seed is None
     weights = all_weights(q, k, lse=lse, mask=mask, bias=bias, heads="mean" if average_first else "all")
     if seed is not None:
-        kept = dropout_mask(batch, num_heads, q_len, k.shape[2], p=dropout_p, seed=seed)
+        kept = sharding.alike(dropout_mask(batch, num_heads, q_len, k.shape[2], p=dropout_p, seed=seed), weights)
         weights = weights * kept / (1.0 - dropout_p) if dropout_p < 1 else torch.zeros_like(weights)
         weights = weights.mean(1) if average_attn_weights else weights
     weights = weights.to(q.dtype)
