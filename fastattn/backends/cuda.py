@@ -19,7 +19,7 @@ CAPABILITY = (9, 0)  # Hopper: wgmma and TMA as these kernels use them are there
 MAX_HEAD_DIM = 256
 MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32
 MOST_LEAVES = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
-LARGEST_SCALE = 64.0  # scores of larger ones are subtracted from their maximum before they become powers of two
+LARGEST_SCALE = 8.0  # scores of larger ones are subtracted from their maximum before they become powers of two
 ALIGNMENT = 8  # elements: 16 bytes, which the copy engine (TMA) wants addresses and strides to be multiples of
 
 PLAIN, MASKED, EVERYTHING = 0, 1, 2  # Kind of csrc/cuda/tiles.h
