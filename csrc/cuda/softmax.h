@@ -42,30 +42,30 @@ struct Softmax {
   // rises by little: that saves the multiplication.
   template <int POLY_EVERY, bool NATURAL, int N>
   DEVICE bool step(float (&x)[N], float factor, float (&rescale)[2]) {
-    float top[2], shift[2], base[2], added[2] = {0.0f, 0.0f};
+    float top[2];
     find_tops(x, top);
     bool grows = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const bool rises = !((top[r] - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
       const float reference = rises ? fmaxf(top[r], most[r]) : most[r];
-      base[r] = reference == -INFINITY ? 0.0f : reference;
-      rescale[r] = arch::exp2_approx((most[r] - base[r]) * factor);
+      const float base = reference == -INFINITY ? 0.0f : reference;
+      rescale[r] = arch::exp2_approx((most[r] - base) * factor);
       grows |= rises;
       most[r] = reference;
       // A multiply-add of scores of any size would leave the product's rounding error: those are subtracted first.
-      shift[r] = NATURAL ? 0.0f : base[r] * factor;
-    }
+      const float shift = NATURAL ? 0.0f : base * factor;
+      float added = 0.0f;
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int r = row_of(n);
-      const float power = fmaf(NATURAL ? x[n] - base[r] : x[n], factor, -shift[r]);
-      const bool poly = POLY_EVERY != 0 && n / 4 % (POLY_EVERY ? POLY_EVERY : 1) == 0;
-      x[n] = poly ? exp2_poly(power) : arch::exp2_approx(power);
-      added[r] += x[n];
+      for (int n = 0; n < N; ++n) {
+        if (row_of(n) != r) continue;
+        const float power = fmaf(NATURAL ? x[n] - base : x[n], factor, -shift);
+        const bool poly = POLY_EVERY != 0 && n / 4 % (POLY_EVERY ? POLY_EVERY : 1) == 0;
+        x[n] = poly ? exp2_poly(power) : arch::exp2_approx(power);
+        added += x[n];
+      }
+      sum[r] = fmaf(sum[r], rescale[r], added);
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] = fmaf(sum[r], rescale[r], added[r]);
     return __any_sync(~0u, grows);
   }
 
