@@ -29,7 +29,7 @@ def prepare(spec: AttnSpec) -> str | None:
     return _spec_reason(spec) or LIBRARY.prepare() or _isa_reason()
 
 
-def notes(spec: AttnSpec) -> list[str]:
+def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
     """What is to be said of a verdict that names this room."""
     return [] if LIBRARY.available() else ["the CPU library is not built yet: the first call builds it and waits"]
 
@@ -93,9 +93,7 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
 
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
     """The operators' arguments between the inputs and the outputs."""
-    words, tensors = spec.leaves
-    if spec.pages is not None:
-        words, tensors = [leaves.PAGES, *words], [spec.pages.table.contiguous(), *tensors]
+    words, tensors = spec.leaves if spec.pages is None else leaves.over_blocks(spec.leaves, spec.pages.table)
     return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
 
 

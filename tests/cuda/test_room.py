@@ -11,6 +11,7 @@ from fastattn import BackendUnavailable, attention, compiler, dispatch, explain,
 from fastattn.backends import cuda
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
 from fastattn.native_cuda import LIBRARY
+from fastattn.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 TENSOR = torch.empty(1, 2, 16, 64, dtype=torch.bfloat16)
@@ -70,6 +71,33 @@ def test_another_chip_is_none_of_its(chip, capability):
     chip(*capability)
     reason = cuda.why_not(spec_of(device="cuda:0"))
     assert f"capability {capability[0]}.{capability[1]}" in reason and "9.0 (Hopper)" in reason
+
+
+def test_keys_in_blocks_are_its_own_too(chip):
+    chip(9, 0)
+    for size in (3, 16):
+        inputs = AttnInputs(TENSOR, *(torch.zeros(5, 2, size, 64, dtype=torch.bfloat16),) * 2)
+        mask = Paged(Lengths(torch.tensor([9])), torch.zeros(1, 6, dtype=torch.int32), size)
+        spec = dataclasses.replace(AttnSpec.of(inputs, mask=mask), device=torch.device("cuda:0"))
+        assert dispatch.free_reason("cuda", spec) is None
+        assert any("keys lie in blocks of 3" in note for note in cuda.notes(spec, inputs)) == (size == 3)
+
+
+COPIED = {
+    "as-it-is": (lambda tensor: tensor, False),
+    "heads-last": (lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2), False),
+    "columns-first": (lambda tensor: tensor.mT.contiguous().mT, True),
+    "off-by-one": (lambda tensor: torch.cat([tensor[..., :1], tensor], -1)[..., 1:], True),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_is_copied_is_said_of_the_tensors_at_hand(name):
+    strides, copied = COPIED[name]
+    inputs = AttnInputs(TENSOR, strides(TENSOR), TENSOR)
+    said = [note for note in cuda.notes(AttnSpec.of(inputs), inputs) if "copies" in note]
+    assert len(said) == copied and all("the whole key first" in note for note in said)
+    assert all(str(list(inputs.key.stride())) in note for note in said)
 
 
 MANY = Dense(torch.ones(16, 16, dtype=torch.bool))
