@@ -84,9 +84,9 @@ void registers_set(int count, bool grow) {
     for (void* each : members.arguments) {
       if (static_cast<Call*>(each)->count != first.count) fail("threads of the warpgroup ask for different counts");
     }
-    if (!first.grow && first.count > changed.registers) {
-      fail("the warpgroup has " + std::to_string(changed.registers) + " registers a thread, and shrinks to " +
-           std::to_string(first.count));
+    if (first.grow ? first.count < changed.registers : first.count > changed.registers) {
+      fail("the warpgroup has " + std::to_string(changed.registers) + " registers a thread, and " +
+           (first.grow ? "grows to " : "shrinks to ") + std::to_string(first.count));
     }
     in.registers_left += changed.registers - first.count;
     if (in.registers_left < 0) fail("the registers that were free are taken by another warpgroup");

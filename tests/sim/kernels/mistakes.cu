@@ -76,6 +76,19 @@ __global__ void an_accumulator_read_in_flight(float* out) {
   wgmma_wait<0>();
 }
 
+__global__ void a_tile_that_starts_within_a_pattern(float* out) {
+  float d[32];
+  for (int i = 0; i < 5; ++i) reinterpret_cast<float4*>(memory().tile)[threadIdx.x + 128 * i] = make_float4(0, 0, 0, 0);
+  fence_proxy_async();
+  __syncthreads();
+  wgmma_fence();
+  const uint64_t at = descriptor_128(memory().tile + 128);
+  wgmma_ss<64, bf16>(d, at, at, false);
+  wgmma_commit();
+  wgmma_wait<0>();
+  out[threadIdx.x] = d[0];
+}
+
 // Barriers -----------------------------------------------------------------------------------------------------------
 
 __global__ void half_the_block_syncs(float*) {
@@ -142,6 +155,13 @@ __global__ void polling_what_never_comes(float*) {
 }
 
 __global__ void more_registers_than_there_are(float*) { registers_grow_to<256>(); }
+
+__global__ void registers_that_grow_to_fewer(float*) { registers_grow_to<40>(); }
+
+__global__ void more_bytes_than_a_phase_counts(float*) {
+  ready();
+  if (first()) mbarrier_expect(&memory().barrier, 1 << 20);
+}
 
 __global__ void registers_by_one_warp(float*) {
   if (threadIdx.x < 32) registers_shrink_to<40>();
@@ -325,6 +345,7 @@ constexpr Row kRows[] = {
     ROW(a_warp_skips_the_wgmma),
     ROW(a_warpgroup_with_different_descriptors),
     ROW(an_accumulator_read_in_flight),
+    ROW(a_tile_that_starts_within_a_pattern),
     ROW(half_the_block_syncs),
     ROW(different_counts_at_a_barrier),
     ROW(a_barrier_that_does_not_exist),
@@ -337,6 +358,8 @@ constexpr Row kRows[] = {
     ROW(the_wrong_parity),
     ROW(polling_what_never_comes),
     ROW(more_registers_than_there_are),
+    ROW(registers_that_grow_to_fewer),
+    ROW(more_bytes_than_a_phase_counts),
     ROW(registers_by_one_warp),
     ROW(a_read_of_what_nobody_wrote),
     ROW(a_store_without_a_barrier),
