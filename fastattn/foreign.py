@@ -60,6 +60,8 @@ def as_mask(mask: object, query: Tensor, key: Tensor) -> Mask:
         return Dense(mask)
     if is_block_mask(mask):
         return of_block_mask(mask, query.shape[2], key.shape[2])
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(f"mask: the class {mask.__name__} itself is none; {mask.__name__}(...) makes one")
     raise TypeError(
         "mask: a fastattn.masks.Mask, a bool tensor (True = attend), or torch's CausalBias or BlockMask is needed, got "
         f"{type(mask).__name__}"
