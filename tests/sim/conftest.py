@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastattn import native, nvcc, simulator
+from fastattn.backends import cuda
 from fastattn.compiler import BuildError
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -86,6 +87,9 @@ def execute(device, simulate, runner_on):
     """A kernel file's function in the simulator, under a few schedules; and on a GPU, where the test's device is one:
     the tensors named in `outputs` must come out as the simulator leaves them.
     """
+
+    if device.type == "cuda" and torch.cuda.get_device_capability() != cuda.CAPABILITY:
+        pytest.skip("the PTX halves are compiled for Hopper, sm_90a, and this GPU is another")
 
     def run(name, *arguments, outputs, atol=0.0, rtol=0.0):
         originals = [each.clone() for each in outputs]

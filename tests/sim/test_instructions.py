@@ -281,7 +281,8 @@ BARRIERS = {
     "registers change hands": (3, torch.full((384,), -1), list(range(384))),
     "blocks in turn": (4, torch.zeros(13), doubling(12)),
     "a fence before the copy engine reads global memory": (5, torch.full((8,), -1), [0, 7, 14, 21, 1, 8, 15, 22]),
-    "a launch that waits for the one before": (6, torch.zeros(32), [3] * 32),
+    "shared memory starts at a multiple of 1024": (6, torch.full((1,), -1), [0]),
+    "a launch that waits for the one before": (7, torch.zeros(32), [3] * 32),
 }
 
 

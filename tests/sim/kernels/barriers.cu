@@ -109,6 +109,9 @@ __global__ void global_fence(int* out) {
   }
 }
 
+// Swizzled tiles want it at a multiple of 1024.
+__global__ void start_of_shared(int* out) { *out = static_cast<int>(shared_address(dynamic_shared()) % 1024); }
+
 // The second of two launches waits for what the first one writes.
 __global__ void chained(int* out, int add) {
   wait_for_dependencies();
@@ -127,6 +130,7 @@ EXPORT run_barriers(int which, void* memory) {
   if (which == 3) return run(registers, 1, 3 * kWarpgroup, 0, out);
   if (which == 4) return run(in_turn, 12, kWarp, 0, out);
   if (which == 5) return run(global_fence, 1, kWarp, kShared, out);
+  if (which == 6) return run(start_of_shared, 1, kWarp, kShared, out);
   Launch how;
   how.threads = kWarp;
   how.overlap = true;
