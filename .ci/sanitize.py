@@ -23,8 +23,8 @@ TESTS = ("tests/cpu/test_attention.py", "tests/cpu/test_weights.py", "tests/sim/
 KERNELS = ("ampere", "barriers", "boxes", "copies", "matrices", "numbers", "product", "products")
 BUILD = """
 import pathlib, sys
-from fastattn import native, simulator
-native.build()
+from fastattn import native_cpu, simulator
+native_cpu.LIBRARY.build()
 for name in sys.argv[1:]:
     simulator.build(pathlib.Path("tests/sim/kernels", name + ".cu"), "addresses")
 """

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from fastattn.spec import AttnSpec
+from fastattn.spec import AttnInputs, AttnSpec
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """In order of preference: `backend=None` takes the first that can run."""
@@ -85,13 +85,13 @@ def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> str:
     return asked
 
 
-def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
+def verdict(spec: AttnSpec, inputs: AttnInputs, backend: str | None, notes: list[str]) -> Verdict:
     """The choice with everybody's reasons; raises as `choose` does."""
     asked = requested(backend)
     name = choose(spec, asked)
     reasons = {each: _reason(each, spec, False) if each == asked else free_reason(each, spec) for each in BACKENDS}
     module = room(name)
-    more = module.notes(spec) if hasattr(module, "notes") else []
+    more = module.notes(spec, inputs) if hasattr(module, "notes") else []
     return Verdict(name, module.kernel_name(spec), reasons, [*notes, *more])
 
 

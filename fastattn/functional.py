@@ -120,7 +120,7 @@ def explain(
     notes = ["second derivatives, forward-mode differentiation and functorch transforms run plain PyTorch"]
     if inputs.query.dtype != query.dtype:
         notes.append(f"autocast turns {query.dtype} into {inputs.query.dtype}")
-    return dispatch.verdict(spec, backend, notes)
+    return dispatch.verdict(spec, inputs, backend, notes)
 
 
 def attention_weights(

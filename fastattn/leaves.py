@@ -81,6 +81,12 @@ def _leaves(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bo
     return found
 
 
+def over_blocks(found: Leaves, table: Tensor) -> Leaves:
+    """The leaves of a mask over keys in blocks: their table, int32 [batch, blocks of an item], comes first."""
+    table = table if table.stride(1) == 1 else table.contiguous()
+    return Leaves([PAGES, *found.words], [table, *found.tensors])
+
+
 def stack_of(words: list[int]) -> int:
     """How many leaves wait to be joined at most while a program runs."""
     most = waiting = skip = 0

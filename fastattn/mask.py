@@ -26,7 +26,7 @@ class Mask:
 
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
         """At most two intervals a row whose union is what the row sees; None where there is no such closed form."""
-        return [self.interval(rows(q_len, device), q_len, kv_len)]
+        return None if self.interval_count() is None else [self.interval(rows(q_len, device), q_len, kv_len)]
 
     def interval_count(self) -> int | None:
         """How many `intervals` gives, told from the kinds of masks alone: 1, 2 or None."""

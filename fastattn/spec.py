@@ -369,13 +369,17 @@ def _check_pages(spec: AttnSpec, key: Tensor, value: Tensor) -> None:
 
 def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:
     check_dropout(spec.dropout_p, inputs.dropout_seed)
+    computed = torch.finfo(torch.float64 if spec.dtype == torch.float64 else torch.float32)  # what scores are kept in
     if spec.softcap is not None:
         check_number("softcap", spec.softcap)
-        if not 0 < spec.softcap < math.inf:
-            raise ValueError(f"softcap: a positive finite number or None is needed, got {spec.softcap}")
+        if not computed.tiny <= spec.softcap <= computed.max:
+            raise ValueError(
+                f"softcap: a positive finite number or None is needed, {computed.tiny:.3g} to {computed.max:.3g}, "
+                f"got {spec.softcap}"
+            )
     check_number("scale", spec.scale)
-    if not -math.inf < spec.scale < math.inf:
-        raise ValueError(f"scale: a finite number is needed, got {spec.scale}")
+    if not -computed.max <= spec.scale <= computed.max:
+        raise ValueError(f"scale: a finite number is needed, at most {computed.max:.3g} in size, got {spec.scale}")
     if not spec.deterministic and torch.are_deterministic_algorithms_enabled():
         raise ValueError(
             "deterministic=False: torch.use_deterministic_algorithms(True) is set, which an unordered backward would "

@@ -23,12 +23,22 @@ struct Program {
   MaskLeaf leaf[kMostProgramLeaves];
 };
 
+// Keys and values in blocks of a pool (common/params.h, Table). A copy moves `run` keys, which divides a block and a tile.
+struct Pages {
+  const int32_t* table;  // or null: a tile is one box of the tensor
+  int64_t stride;        // of batch
+  int32_t block_size, block_count, run;
+};
+
 struct ForwardArgs {
   arch::TensorMap query;  // (head_dim, q_len, group, num_kv_heads, batch), in boxes of 64 columns and a tile's rows
-  arch::TensorMap key;    // (head_dim, kv_len, num_kv_heads, batch), in boxes of 64 columns and BLOCK_N rows
+  // (head_dim, kv_len, num_kv_heads, batch), in boxes of 64 columns and BLOCK_N rows; of pools (head_dim, block_size,
+  // num_kv_heads, blocks), in boxes of `run` rows
+  arch::TensorMap key;
   arch::TensorMap value;
   int32_t query_step;                 // 0 where all of a batch are the same: the coordinate stays 0
-  int32_t key_step[2], value_step[2];  // the same of batch, heads
+  int32_t key_step[2], value_step[2];  // the same of batch or blocks, heads
+  Pages pages;
 
   int32_t batch, num_heads, num_kv_heads, group, q_len, kv_len, head_dim_v;
   int32_t tile_heads;  // query heads of one key head that share a tile, tile_rows queries each

@@ -14,6 +14,10 @@ template <class F>
 struct Computer {
   using T = typename F::T;
   static constexpr bool NATURAL = F::KIND == kEverything;
+  // The next keys are waited for after the softmax and not at the loop's head: a branch, over which the compiler does not
+  // lift the wait for the values' product. Without it that stands before the softmax, which then has nothing to run
+  // under. A natural softmax has branches of its own, and no register to spare.
+  static constexpr bool WAITS_AHEAD = !NATURAL;
 
   const ForwardArgs& a;
   Shared<F>& s;
@@ -100,7 +104,7 @@ struct Computer {
     queries.next();
     {
       float x[F::SCORES];
-      arch::mbarrier_wait(&s.key_full[keys.place()], keys.round());
+      wait_for_keys();
       take_turn();
       issue_scores(x);
       pass_turn();
@@ -113,10 +117,11 @@ struct Computer {
       pack_weights(x, weights);
     }
     clear(out);
+    if (WAITS_AHEAD && steps > 1) wait_for_keys();
 #pragma unroll 1
     while (--steps > 0) {
       float x[F::SCORES];
-      arch::mbarrier_wait(&s.key_full[keys.place()], keys.round());
+      if (!WAITS_AHEAD) wait_for_keys();
       take_turn();
       issue_scores(x);
       wait_for_values(weights, softmax);
@@ -128,6 +133,7 @@ struct Computer {
       release_keys(steps == 1);
       const bool grows = soften(note, place, softmax, x, rescale);
       drop_some(note, place, x);
+      if (WAITS_AHEAD && steps > 1) wait_for_keys();
       arch::wgmma_wait<0>();
       arch::settle_registers(out);
       release_values();
@@ -158,6 +164,8 @@ struct Computer {
     reinterpret_cast<int2*>(&s.seen[local])[term] = seen;
     __syncwarp();
   }
+
+  DEVICE void wait_for_keys() { arch::mbarrier_wait(&s.key_full[keys.place()], keys.round()); }
 
   DEVICE void release_keys(bool last) {
     arrive_warp(&s.key_empty[keys.place()]);

@@ -18,6 +18,7 @@ constexpr float kWideCap = 1e30f;          // a cap above it bends no score
 constexpr int64_t kRowBytes = 16;          // what TMA wants addresses and strides to be multiples of
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
 thread_local char said[800];
 
@@ -48,7 +49,7 @@ int32_t choose_splits(int64_t tiles, int64_t key_tiles, int32_t multiprocessors)
   return static_cast<int32_t>(splits);
 }
 
-// A tensor in boxes of 64 columns; `step` gets 0 for each of batch and heads that repeats. Null, or why not.
+// A tensor in boxes of 64 columns; `step` gets 0 for each of batch (or blocks) and heads that repeats. Null, or why not.
 const char* describe(arch::TensorMap* map, const Table& table, int64_t columns, int64_t rows, int64_t heads,
                      int64_t batch, int32_t box_rows, int32_t (&step)[2]) {
   arch::TensorShape shape;
@@ -171,9 +172,18 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   a.lse = request.splits > 1 ? request.part_lse : p.lse;
   if (const char* why = take_mask(a, request)) return why;
   if (const char* why = describe_queries(a, p)) return why;
-  const int32_t rows = cut.tile.block_n;
-  const char* why = describe(&a.key, p.key, p.head_dim, p.kv_len, p.num_kv_heads, p.batch, rows, a.key_step);
-  return why ? why : describe(&a.value, p.value, p.head_dim_v, p.kv_len, p.num_kv_heads, p.batch, rows, a.value_step);
+  int64_t rows = p.kv_len, items = p.batch;
+  int32_t box_rows = cut.tile.block_n;
+  if (p.key.blocks) {
+    if (request.kind == kPlain) return "keys in blocks have another kind of kernel";
+    rows = p.key.block_size;
+    items = p.key.block_count;
+    if (rows > INT32_MAX || items > INT32_MAX) return "a block is too long, or they are too many";
+    box_rows = static_cast<int32_t>(common_divisor(rows, box_rows));
+    a.pages = {p.key.blocks, p.key.blocks_stride, static_cast<int32_t>(rows), static_cast<int32_t>(items), box_rows};
+  }
+  const char* why = describe(&a.key, p.key, p.head_dim, rows, p.num_kv_heads, items, box_rows, a.key_step);
+  return why ? why : describe(&a.value, p.value, p.head_dim_v, rows, p.num_kv_heads, items, box_rows, a.value_step);
 }
 
 // Launches go to the current device: a call's own, and the one before afterwards.

@@ -21,7 +21,7 @@ QUIET = ("-Wno-psabi", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-mi
 class Room(NamedTuple):
     """The simulator's library in place of the room's. Its operator works on CPU tensors."""
 
-    library: native_cuda.Library
+    library: native_cuda.Operators
 
     def forward(self, problem, seed=0, fixed_order=False):
         """out and lse, on poisoned memory, under a schedule drawn from the seed."""
@@ -51,7 +51,7 @@ def simulated(flavour):
     path = simulator.build_library("cuda", parts, flavour, link)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return Room(native_cuda.Library(getattr(torch.ops.fastattn, name).default, path, handle))
+    return Room(native_cuda.Operators(getattr(torch.ops.fastattn, name).default, path, handle))
 
 
 @pytest.fixture

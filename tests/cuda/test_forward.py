@@ -156,6 +156,24 @@ def test_any_strides(strides, dim, room):
     check_close(problem, room.forward(problem))
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("key", range(8))
+def test_a_score_that_is_nan_is_seen_whichever_way_it_is_exponentiated(key, width, room):
+    """A share of the exponentials is a polynomial at width 64."""
+    problem = make_inputs(Case("nan", 20, 140, 1, 1, 1, width))
+    problem.inputs.key[0, 0, 128 + key, 3] = torch.nan
+    results = room.forward(problem)
+    assert results["out"].isnan().all() and results["lse"].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [0.1, 7.9, 64.0])
+def test_scales_of_any_size(scale, room):
+    """A product of a large score and its factor has a rounding error of its own: those scores are subtracted first."""
+    mask = Window(54, 0, align="top-left")
+    problem = make_inputs(Case("scale", 200, 127, 1, 2, 2, 64, dtype=torch.float16, scale=scale, mask=lambda *_: mask))
+    check_close(problem, room.forward(problem))
+
+
 def test_scores_of_any_size(room):
     """The maximum is subtracted before the factor, and a bias of -1e30 is padding."""
     problem = make_inputs(Case("large", 40, 70, 1, scale=300.0, bias=(40, 70)))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastattn import attention, explain
-from fastattn.hiding import HIDING, hidden_pair
+from fastattn.hiding import HIDING, hidden_pair, in_blocks
 from fastattn.masks import Causal, Lengths, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run, with_dtype
 
@@ -80,6 +80,19 @@ def test_decoding_splits_the_keys(q_len):
     results = forward(problem)
     check_close(problem, results)
     same(results, forward(problem))
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["heads-first", "heads-within-rows"])
+@pytest.mark.parametrize("size", [1, 3, 16, 48, 64, 128, 256])
+@pytest.mark.parametrize("q_len", [1, 150])
+def test_blocks_of_any_size_are_read_in_place(q_len, size, foreign):
+    """Boxes of fewer than eight rows begin within the pattern of a swizzle."""
+    case = Case("blocks", q_len, 1500, 3, 8, 2, 128)
+    whole, paged = in_blocks(case, None, (1500, 700, 0), size, foreign=foreign, device=DEVICE)
+    results = forward(paged)
+    check_close(whole, results)
+    for _ in range(5):
+        same(results, forward(paged))
 
 
 def test_a_graph_of_calls_can_be_captured_and_replayed():
