@@ -278,10 +278,11 @@ BARRIERS = {
         torch.cat([torch.full((32,), -1), torch.tensor([5, 6, 7, 8])]),
         [10 * turn + i + 5 + i for turn in range(8) for i in range(4)] + [5, 6, 7, 8],
     ),
-    "registers change hands": (3, torch.full((256,), -1), list(range(256))),
+    "registers change hands": (3, torch.full((384,), -1), list(range(384))),
     "blocks in turn": (4, torch.zeros(13), doubling(12)),
     "a fence before the copy engine reads global memory": (5, torch.full((8,), -1), [0, 7, 14, 21, 1, 8, 15, 22]),
-    "a launch that waits for the one before": (6, torch.zeros(32), [3] * 32),
+    "shared memory starts at a multiple of 1024": (6, torch.full((1,), -1), [0]),
+    "a launch that waits for the one before": (7, torch.zeros(32), [3] * 32),
 }
 
 
