@@ -10,11 +10,20 @@ constexpr int32_t kFar = 1 << 29;  // beyond every position; the sum of three fi
 constexpr int kMostProgramLeaves = 8;
 constexpr int kMostProgramWords = 16;
 
-// An interval of keys for each query: from tables, or, where they are null, [query + low, query + high).
+// An int of each batch item, of 32 or 64 bits, `step` bytes apart. data null: none.
+struct Numbers {
+  const char* data;
+  int32_t step;
+  bool wide;
+};
+
+// An interval of keys for each query: from tables, or, where they are null, [query + low, query + high), moved and cut
+// by what the columns say of the batch item (common/params.h, MaskLeaf).
 struct Interval {
   const int32_t *start, *stop;  // inside [0, kv_len]
   int64_t stride[3];            // of batch, heads, queries
   int32_t low, high;
+  Numbers column[3];  // offset, first, end
 };
 
 // What the mask shows of one pair, where lists of tiles are walked: leaves joined in postfix (common/params.h).

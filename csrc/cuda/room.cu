@@ -94,6 +94,10 @@ Interval interval_of(const MaskLeaf& leaf) {
   if (leaf.kind == kBand) {
     interval.low = static_cast<int32_t>(leaf.low);
     interval.high = static_cast<int32_t>(leaf.high);
+    const Column* columns[3] = {&leaf.offset, &leaf.first, &leaf.end};
+    for (int n = 0; n < 3; ++n)
+      interval.column[n] = {static_cast<const char*>(columns[n]->data),
+                            static_cast<int32_t>(columns[n]->stride * (columns[n]->wide ? 8 : 4)), columns[n]->wide};
   } else {
     interval.start = leaf.start;
     interval.stop = leaf.stop;
