@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import tracing
-from fastattn.masks import And, Dense, Full, Lengths, Mask, Or, Packed, Prefix, Window
+from fastattn import foreign, tracing
+from fastattn.masks import And, Full, Lengths, Mask, Or, Packed, Prefix, Window
 from fastattn.masks import Placed as _Placed
+from fastattn.spec import DTYPES
 
 __all__ = ["CacheView", "KVCache", "placed"]
 
@@ -30,7 +31,7 @@ FIRST = 16
 
 class CacheView:
     """The keys or the values of a cache, as `attention` takes them. Shape, dtype and device are those of a tensor
-    [batch, num_kv_heads, tokens, head_dim] of what is held.
+    [batch, num_kv_heads, tokens, head_dim] of what is held, of all slots where these never move (static, in blocks).
     """
 
     def __init__(self, cache: KVCache, part: int) -> None:
@@ -66,15 +67,14 @@ class KVCache:
     """
 
     def __init__(self, batch: int, device: torch.device | str | None, starts: Tensor | None) -> None:
-        if not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"batch: an int of at least 1 is needed, got {batch!r}")
+        check_size("batch", batch)
         self.batch = batch
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.before = self.lengths.clone()  # the last update
         self.ragged = False  # whether that update brought padding along
         self._forget()
-        if starts is not None and (starts.shape != (batch,) or starts.dtype not in (torch.int32, torch.int64)):
-            raise ValueError(f"starts: int32 or int64 [{batch}] is needed, got {starts.dtype} {list(starts.shape)}")
+        if starts is not None:
+            _check_starts(starts, self.lengths)
         self.starts = starts
 
     @staticmethod
@@ -190,8 +190,20 @@ class KVCache:
         """What is visible of the tensors to q_len queries at the end, where `mask` is about what is held."""
         raise NotImplementedError
 
+    def torchs(self, mask: object, query: Tensor, key: CacheView) -> Mask:
+        """What a call's `mask` says, as `foreign.as_mask` reads it: a CausalBias is about what is held, a BlockMask
+        about the keys that `attention` is given.
+        """
+        if foreign.is_causal_bias(mask) and not tracing.being_traced():
+            bias: Any = mask
+            for held in set(self.held):
+                foreign.of_causal_bias(bias, query.shape[2], held)  # made for other lengths: refused
+            return foreign.of_causal_bias(bias, bias.seq_len_q, bias.seq_len_kv)
+        return foreign.as_mask(mask, query, key)  # type: ignore[arg-type]
+
     def reset(self) -> None:
         """Forget every token and keep the memory."""
+        self._check_writable()
         self.lengths.zero_()
         self.before.zero_()
         self.ragged = False
@@ -224,13 +236,16 @@ class KVCache:
         item, token = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         return item, token, self.lengths.long()[item] + token
 
-    def _check(self, key: Tensor, value: Tensor) -> None:
+    def _check_writable(self) -> None:
         traced = tracing.being_traced()
         if not traced and self.lengths.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
                 "KVCache: it was made under torch.inference_mode, and torch lets nothing else write into it; update it "
                 "there, or make it outside"
             )
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        self._check_writable()
         for name, new, kept in zip(("key", "value"), (key, value), self.tensors(), strict=True):
             want = (self.batch, kept.shape[1], kept.shape[3])
             if not isinstance(new, Tensor) or new.dim() != 4 or (new.shape[0], new.shape[1], new.shape[3]) != want:
@@ -255,9 +270,9 @@ class KVCache:
             if new_lengths.device.type != "cpu":
                 raise ValueError("new_lengths: ints or a tensor on the CPU are needed, as the host hands out the room")
             new_lengths = new_lengths.tolist()
-        counts = [int(count) for count in new_lengths]
-        if len(counts) != self.batch or any(not 0 <= count <= new for count in counts):
-            raise ValueError(f"new_lengths: {self.batch} numbers from 0 to {new} are needed, got {counts}")
+        counts: list[Any] = list(new_lengths) if isinstance(new_lengths, (list, tuple)) else []
+        if len(counts) != self.batch or any(type(count) is not int or not 0 <= count <= new for count in counts):
+            raise ValueError(f"new_lengths: {self.batch} ints from 0 to {new} are needed, got {new_lengths!r}")
         return counts
 
 
@@ -284,9 +299,7 @@ def placed(query: Any, key: Any, value: Any, mask: Any) -> tuple[Tensor, Tensor,
                 f"key, value: autocast would copy the cache from {key.dtype} to {narrow} at every call; "
                 f"make it with dtype={narrow}"
             )
-    if isinstance(mask, Tensor):
-        mask = Dense(mask)
-    mask = key.cache.mask(Full() if mask is None else mask, query.shape[2])
+    mask = key.cache.mask(key.cache.torchs(mask, query, key), query.shape[2])
     return key.tensor, value.tensor, mask
 
 
@@ -328,6 +341,31 @@ def padding_of(starts: Tensor | None, kv_len: int, first: int = 0) -> Mask | Non
     if starts is None:
         return None
     return Lengths(torch.full_like(starts, kv_len), kv_starts=(starts - first).clamp(min=0), validate=False)
+
+
+def check_size(name: str, size: object) -> None:
+    """An int of at least 1."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name}: an int of at least 1 is needed, got {size!r}")
+
+
+def check_dtype(dtype: object) -> None:
+    """Something that attention computes with, or None for torch's default."""
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        raise ValueError(f"dtype: one of {names} is needed, got {dtype!r}")
+
+
+def _check_starts(starts: object, lengths: Tensor) -> None:
+    want = f"starts: int32 or int64 {list(lengths.shape)} on {lengths.device} is needed"
+    if not isinstance(starts, Tensor):
+        raise ValueError(f"{want}, got {type(starts).__name__}")
+    if starts.shape != lengths.shape or starts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{want}, got {starts.dtype} {list(starts.shape)}")
+    if starts.device != lengths.device:
+        raise ValueError(f"{want}, got {starts.device}")
+    if starts.device.type == "cpu" and not tracing.being_traced() and bool((starts < 0).any()):
+        raise ValueError(f"starts: how many tokens are padding, from 0 on, got {starts.tolist()}")
 
 
 def _kind(value: object) -> str:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
-from fastattn import tracing
-from fastattn.cache import FIRST, KVCache, both, move, padding_of, window_of
+from fastattn import foreign, tracing
+from fastattn.cache import (
+    FIRST,
+    CacheView,
+    KVCache,
+    both,
+    check_dtype,
+    check_size,
+    move,
+    padding_of,
+    window_of,
+)
 from fastattn.masks import Chunked, Lengths, Mask
 
 __all__ = ["GrowingCache", "SlidingCache", "StaticCache"]
@@ -28,10 +40,10 @@ class _Slots(KVCache):
         starts: Tensor | None = None,
     ) -> None:
         super().__init__(batch, device, starts)
-        for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: an int of at least 1 is needed, got {size!r}")
         dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+        for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("head_dim_v", dims[1])):
+            check_size(name, size)
+        check_dtype(dtype)
         self.keys, self.values = (
             torch.empty(batch, num_kv_heads, slots, dim, dtype=dtype, device=device) for dim in dims
         )
@@ -42,10 +54,14 @@ class _Slots(KVCache):
         return self.keys.shape[2]
 
     def _move_to(self, slots: int, first: int, count: int) -> None:
-        """New memory of `slots`, beginning with `count` tokens from slot `first` on."""
+        """New memory of `slots`, beginning with `count` tokens from slot `first` on. Memory that is no inference
+        tensor, under torch.inference_mode too, stays so: others may write into it later.
+        """
+        leave = torch.is_inference_mode_enabled() and not self.lengths.is_inference()
         for name in ("keys", "values"):
             old: Tensor = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], slots, old.shape[3])
+            with torch.inference_mode(False) if leave else nullcontext():
+                new = old.new_empty(*old.shape[:2], slots, old.shape[3])
             new[:, :, :count] = old[:, :, first : first + count]
             setattr(self, name, new)
 
@@ -56,8 +72,7 @@ class StaticCache(_Slots):
     takes_ragged = True
 
     def __init__(self, batch: int, num_kv_heads: int, capacity: int, head_dim: int, **options: object) -> None:
-        if not isinstance(capacity, int) or capacity < 1:
-            raise ValueError(f"capacity: an int of at least 1 is needed, got {capacity!r}")
+        check_size("capacity", capacity)
         super().__init__(batch, num_kv_heads, capacity, head_dim, **options)  # type: ignore[arg-type]
 
     @property
@@ -126,13 +141,13 @@ class GrowingCache(_Slots):
 
 
 class SlidingCache(_Slots):
-    """The tokens that the next query can see, and those that came with the last update. Memory for twice the window:
+    """The tokens that the next query can see, and those that came with the last update, whose queries may still be
+    asked for; older ones are refused. Memory for twice the window:
     what is still needed moves to the front once in a window's length.
     """
 
     def __init__(self, batch: int, num_kv_heads: int, window: int, head_dim: int, **options: object) -> None:
-        if not isinstance(window, int) or window < 1:
-            raise ValueError(f"window: an int of at least 1 is needed, got {window!r}")
+        check_size("window", window)
         super().__init__(batch, num_kv_heads, 2 * window, head_dim, **options)  # type: ignore[arg-type]
         self.window = window
         self.start = 0  # the slot of the first token that is still held
@@ -150,8 +165,22 @@ class SlidingCache(_Slots):
         offset = self.was[0] - self.first if self.ragged else self.kv_len - q_len
         if self.first and any(isinstance(atom, Chunked) for atom in mask.atoms()):
             raise ValueError("mask Chunked: a sliding cache has lost where chunks begin; KVCache.growing keeps it")
+        if self.first and offset < self.window - 1:
+            most = self.kv_len - (self.window - 1)
+            raise ValueError(
+                f"query: {q_len} queries at the end of {self.held[0]} tokens see some that slid away; at most {most} "
+                "can be asked for now, those of the last update; ask after each update, or take KVCache.growing"
+            )
         seen = both(move(mask, offset, self.first), window_of(self.window, offset))
         return both(seen, padding_of(self.starts, self.kv_len, self.first))
+
+    def torchs(self, mask: object, query: Tensor, key: CacheView) -> Mask:
+        if foreign.is_block_mask(mask):
+            raise ValueError(
+                "mask BlockMask: it numbers keys from the first, which a sliding cache has lost; a fastattn.masks.Mask "
+                "says the same"
+            )
+        return super().torchs(mask, query, key)
 
     def reset(self) -> None:
         super().reset()
@@ -159,6 +188,8 @@ class SlidingCache(_Slots):
 
     def _write(self, key: Tensor, value: Tensor, counts: list[int] | None) -> None:
         new = key.shape[2] if counts is None else counts[0]
+        if not new:
+            return  # and nothing slides away
         gone = max(self.kv_len - (self.window - 1), 0)
         self.start, self.first = self.start + gone, self.first + gone
         kept = self.kv_len

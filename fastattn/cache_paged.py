@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastattn.cache import KVCache, both, move
+from fastattn.cache import KVCache, both, check_dtype, check_size, move
 from fastattn.masks import Lengths, Mask
 from fastattn.paged import Paged
 
@@ -59,12 +59,12 @@ class PagedCache(_Blocks):
     ) -> None:
         super().__init__(batch, device, starts)
         width = blocks if table_width is None else table_width
-        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "blocks": blocks, "block_size": block_size,
-                 "table_width": width}  # fmt: skip
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: an int of at least 1 is needed, got {size!r}")
         dims = head_dim, head_dim if head_dim_v is None else head_dim_v
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "head_dim_v": dims[1], "blocks": blocks,
+                 "block_size": block_size, "table_width": width}  # fmt: skip
+        for name, size in sizes.items():
+            check_size(name, size)
+        check_dtype(dtype)
         self.keys, self.values = (
             torch.empty(blocks, num_kv_heads, block_size, dim, dtype=dtype, device=device) for dim in dims
         )
@@ -73,7 +73,14 @@ class PagedCache(_Blocks):
         self.owned: list[list[int]] = [[] for _ in range(batch)]
 
     def free(self, item: int) -> None:
-        """Hand a sequence's blocks back and begin it anew."""
+        """Hand a sequence's blocks back and begin it anew.
+
+        Raises:
+            ValueError: there is no such sequence.
+        """
+        if type(item) is not int or not 0 <= item < self.batch:
+            raise ValueError(f"item: a sequence from 0 to {self.batch - 1} is needed, got {item!r}")
+        self._check_writable()
         self.free_blocks.extend(reversed(self.owned[item]))
         self.owned[item] = []
         self.held[item] = 0
@@ -103,7 +110,7 @@ class PagedCache(_Blocks):
                 at = len(self.owned[item])
                 fresh = [self.free_blocks.pop() for _ in range(want)]
                 self.owned[item] += fresh
-                self.table[item, at : at + want] = torch.tensor(fresh, dtype=torch.int32)
+                self.table[item, at : at + want] = torch.tensor(fresh, dtype=torch.int32, device=self.table.device)
         items, token, place = self._real(counts, new)
         if items is None:
             block = self.table.long().gather(1, place // size)
@@ -128,12 +135,16 @@ class ForeignBlocks(_Blocks):
                 "key_pool, value_pool, table: at least one block of at least one token, and a column, are needed, got "
                 f"{list(key_pool.shape)}, {list(value_pool.shape)} and {list(table.shape)}"
             )
+        _check_pools(key_pool, value_pool, table)
         super().__init__(table.shape[0], key_pool.device, None)
         self.keys, self.values = key_pool.transpose(1, 2), value_pool.transpose(1, 2)
         self.table = table
         lengths = torch.as_tensor(lengths, device=key_pool.device)
         if lengths.shape != (self.batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"lengths: ints [{self.batch}] are needed, got {lengths.dtype} {list(lengths.shape)}")
+        most = table.shape[1] * key_pool.shape[1]
+        if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > most)).any()):
+            raise ValueError(f"lengths: 0 to {most}, what the table has room for, got {lengths.tolist()}")
         self.lengths = lengths.to(torch.int32)
 
     @property
@@ -151,3 +162,15 @@ class ForeignBlocks(_Blocks):
 
     def __repr__(self) -> str:
         return f"ForeignBlocks(batch={self.batch}, blocks={self.keys.shape[0]}, block_size={self.block_size})"
+
+
+def _check_pools(key_pool: Tensor, value_pool: Tensor, table: Tensor) -> None:
+    if key_pool.shape[:3] != value_pool.shape[:3]:
+        raise ValueError(
+            "key_pool, value_pool: the same blocks, block_size and num_kv_heads are needed, got "
+            f"{list(key_pool.shape)} and {list(value_pool.shape)}"
+        )
+    check_dtype(key_pool.dtype)
+    for name, tensor, dtype in (("value_pool", value_pool, key_pool.dtype), ("table", table, torch.int32)):
+        if tensor.dtype != dtype or tensor.device != key_pool.device:
+            raise ValueError(f"{name}: {dtype} on {key_pool.device} is needed, got {tensor.dtype} on {tensor.device}")

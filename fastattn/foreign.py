@@ -6,8 +6,12 @@ who has none of their objects should pay for.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +20,22 @@ from fastattn import tracing
 from fastattn.blocks import Grid, classify
 from fastattn.masks import Causal, Dense, Full, Mask
 
-_READ: weakref.WeakKeyDictionary[Any, Mask] = weakref.WeakKeyDictionary()
-"""What each BlockMask says, so that layers which share one read it once."""
+
+class _Reading(NamedTuple):
+    """What a BlockMask said, and what that was read from: its function, and the state of each tensor it refers to."""
+
+    mask: Mask
+    mask_mod: Any
+    tensors: list[Tensor]
+    states: list[int | Tensor]
+
+    def holds(self, mask: Any) -> bool:
+        """Whether reading it again would give the same."""
+        return mask.mask_mod is self.mask_mod and all(map(_unchanged, self.tensors, self.states))
+
+
+_READ: weakref.WeakKeyDictionary[Any, _Reading] = weakref.WeakKeyDictionary()
+"""Of each BlockMask, so that layers which share one read it once."""
 
 
 def as_mask(mask: object, query: Tensor, key: Tensor) -> Mask:
@@ -42,6 +60,8 @@ def as_mask(mask: object, query: Tensor, key: Tensor) -> Mask:
         return Dense(mask)
     if is_block_mask(mask):
         return of_block_mask(mask, query.shape[2], key.shape[2])
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(f"mask: the class {mask.__name__} itself is none; {mask.__name__}(...) makes one")
     raise TypeError(
         "mask: a fastattn.masks.Mask, a bool tensor (True = attend), or torch's CausalBias or BlockMask is needed, got "
         f"{type(mask).__name__}"
@@ -77,7 +97,7 @@ def of_block_mask(mask: Any, q_len: int, kv_len: int) -> Mask:
     A mask_mod that compares positions, or numbers looked up by them, is read as a rule (a window, chunks, equal ids) if
     the blocks agree with it. Any other is a Python function of indices that no kernel here can call: it becomes a bool
     table [batch or 1, num_heads or 1, q_len, kv_len]. Either is found once for each BlockMask, with one look at the
-    device; while a compiler traces, it is the table.
+    device, and again when a tensor that mask_mod refers to was written to; while a compiler traces, it is the table.
 
     Raises:
         ValueError: it was made for other lengths.
@@ -89,10 +109,48 @@ def of_block_mask(mask: Any, q_len: int, kv_len: int) -> Mask:
         )
     if tracing.being_transformed():
         return _table(mask, q_len, kv_len)
-    if mask not in _READ:
+    known = _READ.get(mask)
+    if known is None or not known.holds(mask):
         rule = _rule(mask, q_len, kv_len)
-        _READ[mask] = _table(mask, q_len, kv_len) if rule is None else rule
-    return _READ[mask]
+        said = _table(mask, q_len, kv_len) if rule is None else rule
+        tensors = list(_tensors(mask.mask_mod, set()))
+        known = _READ[mask] = _Reading(said, mask.mask_mod, tensors, [_state(each) for each in tensors])
+    return known.mask
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that a function or what it refers to holds."""
+    if id(value) in seen or isinstance(value, (types.ModuleType, type)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    held: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        names = inspect.getclosurevars(value)
+        held = [*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())]
+    elif isinstance(value, types.MethodType):
+        held = [value.__func__, value.__self__]
+    elif isinstance(value, functools.partial):
+        held = [value.func, value.args, value.keywords]
+    elif isinstance(value, (list, tuple)):
+        held = list(value)
+    elif isinstance(value, dict):
+        held = list(value.values())
+    elif hasattr(value, "__dict__"):
+        held = [vars(value), type(value).__dict__.get("__call__")]
+    for each in held:
+        yield from _tensors(each, seen)
+
+
+def _state(tensor: Tensor) -> int | Tensor:
+    """What tells whether a tensor was written to: its version, or its numbers where torch counts none."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, state: int | Tensor) -> bool:
+    return tensor._version == state if isinstance(state, int) else torch.equal(tensor, state)
 
 
 def _rule(mask: Any, q_len: int, kv_len: int) -> Mask | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastattn import projections, sdpa
+from fastattn import projections, sdpa, sharding
 from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.functional import all_weights, attention
 from fastattn.masks import Causal, Dense, Lengths, Mask, Window
@@ -187,7 +187,7 @@ def forward(
     if trust_hint:
         attn_mask = None
     elif attn_mask is not None:
-        _check_floating_or_bool(attn_mask, "attn_mask")
+        check_floating_or_bool(attn_mask, "attn_mask")
     if embed_dim != embed_dim_to_check:
         raise AssertionError(f"was expecting embedding dimension of {embed_dim_to_check}, but got {embed_dim}")
     head_dim = embed_dim // num_heads
@@ -251,7 +251,7 @@ def forward(
     average_first = average_attn_weights and seed is None
     weights = all_weights(q, k, lse=lse, mask=mask, bias=bias, heads="mean" if average_first else "all")
     if seed is not None:
-        kept = dropout_mask(batch, num_heads, q_len, k.shape[2], p=dropout_p, seed=seed)
+        kept = sharding.alike(dropout_mask(batch, num_heads, q_len, k.shape[2], p=dropout_p, seed=seed), weights)
         weights = weights * kept / (1.0 - dropout_p) if dropout_p < 1 else torch.zeros_like(weights)
         weights = weights.mean(1) if average_attn_weights else weights
     weights = weights.to(q.dtype)
@@ -301,7 +301,7 @@ def _near(window: tuple[int | None, int | None], q_len: int, kv_len: int, added:
 def _check_mask_kinds(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     if key_padding_mask is None:
         return
-    _check_floating_or_bool(key_padding_mask, "key_padding_mask")
+    check_floating_or_bool(key_padding_mask, "key_padding_mask")
     if attn_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
@@ -309,7 +309,8 @@ def _check_mask_kinds(key_padding_mask: Tensor | None, attn_mask: Tensor | None)
         )
 
 
-def _check_floating_or_bool(mask: Tensor, name: str) -> None:
+def check_floating_or_bool(mask: Tensor, name: str) -> None:
+    """Raise torch's AssertionError about a mask of another dtype."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(f"only bool and floating types of {name} are supported")
 

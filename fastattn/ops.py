@@ -48,9 +48,9 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     if not _watched(inputs):
         return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
     if any(map(sharding.is_sharded, inputs[:3])):
-        inputs, spec, gathered = sharding.localized(inputs, spec)
-        out, lse = attention(inputs, spec, backend)
-        return gathered(out), gathered(lse)
+        part = sharding.localized(inputs, spec)
+        out, lse = attention(part.inputs, part.spec, backend)
+        return part.gathered(out), part.gathered(lse)
     with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
         return FORWARD(*inputs, *spec.flat(), backend or "")
 
@@ -61,6 +61,12 @@ def attention_weights(
     """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the room that would run
     the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
     """
+    if any(map(sharding.is_sharded, inputs[:3])):
+        part = sharding.localized(inputs, spec, lse)
+        weights = attention_weights(part.inputs, part.spec, backend, part.lse, rows, mean=mean)
+        if not mean:
+            return part.gathered(weights)
+        return part.gathered(weights * (part.spec.num_heads / max(spec.num_heads, 1)), summed=True)
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
     if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
         compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "weights", None)

@@ -73,6 +73,7 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError, TypeError, IndexError: as torch does; also where torch does not look: a mask together with
             is_causal=True, a key and a value of different lengths.
+        ValueError: a scale that is NaN or infinite, for which torch gives what its kernels make of it.
 
     `torch.nn.attention.sdpa_kernel` is heard outside of `torch.compile`: MATH alone means the reference room. Nested
     tensors are torch's own format and stay with torch.
@@ -214,7 +215,8 @@ def _check_kinds(
                 f"scaled_dot_product_attention(): argument '{name}' must be bool, not {type(flag).__name__}"
             )
     for name, number in (("dropout_p", dropout_p), ("scale", 1.0 if scale is None else scale)):
-        if number is None or isinstance(number, str):
+        held = isinstance(number, Tensor) and (number.dim() > 0 or number.requires_grad)  # no derivative would reach it
+        if number is None or isinstance(number, str) or held:
             raise TypeError(
                 f"scaled_dot_product_attention(): argument '{name}' must be float, not {type(number).__name__}"
             )

@@ -9,7 +9,8 @@ a mask's too, are taken for the same on every rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,16 +33,30 @@ def is_sharded(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def localized(inputs: AttnInputs, spec: AttnSpec) -> tuple[AttnInputs, AttnSpec, Any]:
+class Part(NamedTuple):
+    """What one rank computes: its inputs, its spec, its rows of an lse that was given, and what makes a DTensor of its
+    out, lse or weights [batch, num_heads, ...], or with `summed` of weights [batch, ...] that are a sum over its heads.
+    """
+
+    inputs: AttnInputs
+    spec: AttnSpec
+    lse: Tensor | None
+    gathered: Callable[..., Any]
+
+
+def localized(inputs: AttnInputs, spec: AttnSpec, lse: Tensor | None = None) -> Part:
     """This rank's part of a problem on DTensors.
 
-    Returns:
-        Its inputs, its spec, and the function that makes a DTensor of its out or lse.
-
     Raises:
-        ValueError: query, key and value are not all DTensors on one mesh.
+        ValueError: query, key and value are not all DTensors on one mesh, or the keys lie in blocks.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    if spec.pages is not None:
+        raise ValueError(
+            "key, value: a cache in blocks cannot be of DTensors, as its pool has no batch to share out; give each "
+            "rank a cache of its own heads, or keep the sequences in one piece (KVCache.static, KVCache.growing)"
+        )
 
     query: Any
     key: Any
@@ -63,9 +78,7 @@ def localized(inputs: AttnInputs, spec: AttnSpec) -> tuple[AttnInputs, AttnSpec,
             Partial() if summed and axis and isinstance(place, Replicate) else place
             for axis, place in zip(axes, places, strict=True)
         ]
-        if not is_sharded(tensor):
-            tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return tensor.redistribute(placements=places).to_local(grad_placements=grads)
+        return alike(tensor, query).redistribute(placements=places).to_local(grad_placements=grads)
 
     whole: Dims = {BATCH: 0, HEADS: 1}
     local = AttnInputs(
@@ -87,11 +100,25 @@ def localized(inputs: AttnInputs, spec: AttnSpec) -> tuple[AttnInputs, AttnSpec,
         deterministic=spec.deterministic,
     )
 
-    def gathered(part: Tensor) -> DTensor:
-        places = [Shard(whole[axis]) if axis in whole else Replicate() for axis in axes]
-        return DTensor.from_local(part, mesh, places, run_check=False)
+    def gathered(part: Tensor, *, summed: bool = False) -> DTensor:
+        places: list[Any] = [Shard(whole[axis]) if axis in whole else Replicate() for axis in axes]
+        if not summed:
+            return DTensor.from_local(part, mesh, places, run_check=False)
+        heads = [Partial() if axis == HEADS else place for axis, place in zip(axes, places, strict=True)]
+        alike = [Replicate() if axis == HEADS else place for axis, place in zip(axes, places, strict=True)]
+        return DTensor.from_local(part, mesh, heads, run_check=False).redistribute(placements=alike)
 
-    return local, local_spec, gathered
+    return Part(local, local_spec, here(lse, whole), gathered)
+
+
+def alike(tensor: Tensor, sharded: Any) -> Any:
+    """A plain tensor that is the same on every rank, as a DTensor beside `sharded` where that is one."""
+    if is_sharded(tensor) or not is_sharded(sharded):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = sharded.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def _axes(query: Any, spec: AttnSpec) -> Axes:

@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from fastattn import leaves, native_cuda
+from fastattn import leaves
 from fastattn.leaves import Leaves
+from fastattn.native_cuda import LIBRARY, Operators
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -43,18 +44,18 @@ _KNOWN: WeakKeyDictionary[AttnSpec, Problem] = WeakKeyDictionary()
 
 def why_not(spec: AttnSpec) -> str | None:
     """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
-    return _spec_reason(spec) or _device_reason(spec.device) or native_cuda.why_not()
+    return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.why_not()
 
 
 def prepare(spec: AttnSpec) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or _device_reason(spec.device) or native_cuda.prepare()
+    return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.prepare()
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
     """What is to be said of a verdict that names this room: what a call would wait for, and what it would copy."""
     said = []
-    if native_cuda.available() is None:
+    if LIBRARY.available() is None:
         said.append("the CUDA library is not built yet: the first call builds it and waits")
     for name, tensor in zip(("query", "key", "value"), inputs[:3], strict=True):
         if type(tensor) not in (Tensor, torch.nn.Parameter) or _is_aligned(tensor, name == "query"):
@@ -77,10 +78,10 @@ def kernel_name(spec: AttnSpec) -> str:
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
-    return run(native_cuda.library(), spec, inputs)
+    return run(LIBRARY.get(), spec, inputs)
 
 
-def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """The same with a library that is loaded: the room's, or the simulator's."""
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     if spec.kv_len == 0:

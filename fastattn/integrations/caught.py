@@ -35,6 +35,17 @@ def names_in(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(found)
 
 
+def names_reached(kind: type, method: str = "forward") -> frozenset[str]:
+    """`names_in` of a method and of the methods of its class that are named in it, and so on."""
+    found: set[str] = set()
+    waiting = {method}
+    while waiting:
+        names = names_in(getattr(kind, waiting.pop()))
+        waiting |= {name for name in names - found if isinstance(getattr(kind, name, None), types.FunctionType)}
+        found |= names
+    return frozenset(found)
+
+
 class Caught:
     """Base of the subclasses that `caught` makes: copied, pickled and scripted as what they came from."""
 

@@ -8,6 +8,28 @@ import torch
 from torch import Tensor
 
 
+def check_slopes(slopes: object, query: Tensor, sequences: int | None = None) -> None:
+    """One slope for each head of query [batch, num_heads, q_len, head_dim], or for each head of each batch item.
+
+    Args:
+        sequences: how many there are, where they are packed and not the batch.
+
+    Raises:
+        TypeError, ValueError: something else.
+    """
+    batch, num_heads = query.shape[0] if sequences is None else sequences, query.shape[1]
+    each = "batch" if sequences is None else "sequences"
+    want = (
+        f"alibi_slopes: float32 [num_heads] = [{num_heads}] or [{each}, num_heads] = [{batch}, {num_heads}] is needed"
+    )
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"{want}, got {type(slopes).__name__}")
+    if list(slopes.shape) not in ([num_heads], [batch, num_heads]) or not slopes.is_floating_point():
+        raise ValueError(f"{want}, got {slopes.dtype} {list(slopes.shape)}")
+    if slopes.device != query.device:
+        raise ValueError(f"alibi_slopes: they must be on q's device {query.device}, got {slopes.device}")
+
+
 @dataclass(frozen=True)
 class Alibi:
     """-slope * |row - place| for each query's row and each key's place, both counted back from the last key.

@@ -16,8 +16,9 @@ from torch import Tensor
 from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations import flash_cache
-from fastattn.integrations.flash_alibi import Alibi
+from fastattn.integrations.flash_alibi import Alibi, check_slopes
 from fastattn.masks import Causal, Full, Mask, Packed, Window
+from fastattn.spec import AttnInputs, AttnSpec
 
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
@@ -64,6 +65,7 @@ def flash_attn_func(
     mask = _visible(left, right)
     alibi = None
     if alibi_slopes is not None:
+        check_slopes(alibi_slopes, query)
         alibi = Alibi.of_lengths(alibi_slopes, query.shape[2], key.shape[2], right == 0)
     out, lse, weights = _attend(
         query, key, value, mask, alibi, dropout_p, softmax_scale, softcap, deterministic, return_attn_probs
@@ -116,6 +118,7 @@ def flash_attn_varlen_func(
     mask = Packed(cu_seqlens_q, cu_seqlens_k, _visible(left, right))
     alibi = None
     if alibi_slopes is not None:
+        check_slopes(alibi_slopes, query, cu_seqlens_q.shape[0] - 1)
         alibi = Alibi.of_packed(alibi_slopes, cu_seqlens_q, cu_seqlens_k, query.shape[2], key.shape[2], right == 0)
     out, lse, weights = _attend(
         query, key, value, mask, alibi, dropout_p, softmax_scale, softcap, deterministic, return_attn_probs
@@ -169,24 +172,29 @@ def flash_attn_with_kvcache(
         gradient through the cache's writing.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, or a cache too small for k (seen on a CPU).
+        TypeError, ValueError: an argument that does not fit, nothing is written then; on a CPU also a cache too small
+            for k, and numbers that lie outside of it.
     """
     query = _heads_first("q", q, 4)
-    cache = flash_cache.Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, q.shape[0])
+    cache = flash_cache.Cache(query, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    cache.expect(k, v)
     left, right = _sides(causal, window_size)
-    if rotary_cos is not None:
+    if rotary_cos is not None or rotary_sin is not None:
         ordered = not (left is None and right is None)
-        query, k = cache.rotate(query, k, rotary_cos, rotary_sin, rotary_interleaved, ordered)
-    if k is not None:
-        cache.write(k, v)
+        query = cache.rotate(query, rotary_cos, rotary_sin, rotary_interleaved, ordered)
     mask = cache.real
     if not (left is None and right is None):
         offset = cache.lengths - query.shape[2]
         mask = mask & (Causal(offset=offset) if (left, right) == (None, 0) else Window(left, right, offset=offset))
     alibi = None
     if alibi_slopes is not None:
+        check_slopes(alibi_slopes, query)
         alibi = Alibi.of_cache(alibi_slopes, cache.lengths, query.shape[2], cache.capacity, right == 0)
     key, value, mask = cache.read(mask)
+    if k is not None:  # what attention would refuse is refused before anything is written
+        bias = None if alibi is None else alibi.bias(query.dtype)
+        AttnSpec.of(AttnInputs(query, key, value, bias), mask=mask, scale=softmax_scale, softcap=softcap or None)
+        cache.write()
     out, lse, _ = _attend(query, key, value, mask, alibi, 0.0, softmax_scale, softcap, False, False)
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out

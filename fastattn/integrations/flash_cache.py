@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fastattn import tracing
 from fastattn.masks import Lengths, Mask
 from fastattn.paged import Paged
 
@@ -12,37 +15,34 @@ Rows = tuple[Tensor, Tensor]
 
 
 class Cache:
-    """The cache of one call.
+    """The cache of one call, checked; nothing is written before `write`.
 
     Args:
+        query: [batch, num_heads, q_len, head_dim].
         keys, values: [cache rows, capacity, num_kv_heads, head_dim], or with a table
             [blocks, block_size, num_kv_heads, head_dim].
         held: tokens that are there, a number or an int tensor [batch]; all when None.
         rows: int [batch], the cache's row of each item, or None.
         starts: int [batch], padding before the first token, or None.
         table: int [batch, blocks of an item], or None.
-        batch: the queries' batch.
 
     Raises:
-        ValueError: shapes that do not fit, or a choice of rows together with a table.
+        TypeError, ValueError: what does not fit, or a choice of rows together with a table; on a CPU also numbers that
+            lie outside of the cache.
     """
 
     def __init__(
         self,
+        query: Tensor,
         keys: Tensor,
         values: Tensor,
         held: int | Tensor | None,
         rows: Tensor | None,
         starts: Tensor | None,
         table: Tensor | None,
-        batch: int,
     ) -> None:
-        for name, tensor in (("k_cache", keys), ("v_cache", values)):
-            if tensor.dim() != 4:
-                raise ValueError(
-                    f"{name}: [rows, capacity, heads, head_dim], or [blocks, block_size, heads, head_dim] with "
-                    f"block_table, is needed, got shape {list(tensor.shape)}"
-                )
+        _check_stores(query, keys, values)
+        batch = query.shape[0]
         if table is not None and rows is not None:
             raise ValueError("block_table, cache_batch_idx: only one of them can say where an item's tokens lie")
         if table is None and rows is None and keys.shape[0] != batch:
@@ -50,55 +50,117 @@ class Cache:
                 f"k_cache: {batch} rows are needed for a batch of {batch}, got {keys.shape[0]}; "
                 "cache_batch_idx chooses among more"
             )
+        for name, ints, rank in (("cache_batch_idx", rows, 1), ("cache_leftpad", starts, 1), ("block_table", table, 2)):
+            if ints is not None:
+                _check_ints(name, ints, rank, batch, keys.device)
         self.keys, self.values, self.rows, self.starts, self.table = keys, values, rows, starts, table
         self.capacity = keys.shape[1] * (1 if table is None else table.shape[1])
         self.written = held is not None
-        if not isinstance(held, Tensor):
+        if held is None or type(held) is int:
             held = torch.full((batch,), self.capacity if held is None else held, dtype=torch.int32, device=keys.device)
-        if held.shape != (batch,):
-            raise ValueError(f"cache_seqlens: a number or [{batch}] is needed, got shape {list(held.shape)}")
-        self.held = self.lengths = held
+        counts: Any = held
+        _check_ints("cache_seqlens", counts, 1, batch, keys.device, "a number or ")
+        self.held: Tensor = counts
+        self.lengths = self.held  # with the new ones
+        self.new: Rows | None = None
+        if self._looked_at:
+            _check_range("cache_seqlens", self.held, self.capacity, "tokens that the cache has room for")
+            for name, ints, most, what in (
+                ("cache_batch_idx", rows, keys.shape[0] - 1, "the last row of k_cache"),
+                ("cache_leftpad", starts, self.capacity, "tokens that the cache has room for"),
+            ):
+                if ints is not None:
+                    _check_range(name, ints, most, what)
+            self._check_blocks()
 
-    def rotate(
-        self, query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor | None, interleaved: bool, ordered: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """query [batch, heads, q_len, dim] and new keys [batch, new, heads, dim], turned by their positions."""
-        if sin is None or cos.shape != sin.shape or cos.dim() != 2 or 2 * cos.shape[1] > query.shape[-1]:
+    @property
+    def _looked_at(self) -> bool:
+        """Whether numbers inside of tensors are checked: where looking waits for nobody."""
+        watched = tracing.being_traced() or tracing.transforms_active()
+        return self.keys.device.type == "cpu" and not watched
+
+    def _check_blocks(self) -> None:
+        """Of each item's row in the table, the entries that its tokens need."""
+        if self.table is None:
+            return
+        size, blocks = self.keys.shape[1], self.keys.shape[0]
+        needed = torch.arange(self.table.shape[1], device=self.table.device) * size < self.lengths[:, None]
+        wrong = needed & ((self.table < 0) | (self.table >= blocks))
+        if bool(wrong.any()):
             raise ValueError(
-                "rotary_cos, rotary_sin: both [positions, rotary_dim / 2] are needed, with rotary_dim at most "
-                f"{query.shape[-1]}, got {list(cos.shape)} and {None if sin is None else list(sin.shape)}"
+                f"block_table: blocks from 0 to {blocks - 1} are there, got {self.table[wrong].tolist()[:4]} where "
+                "tokens lie"
             )
-        steps = torch.arange(query.shape[2], device=query.device) if ordered else query.new_zeros(1, dtype=torch.int32)
-        place = (self.held[:, None] + steps).long()
-        query = turned(query, cos[place][:, None], sin[place][:, None], interleaved)
-        if key is not None:
-            place = (self.held[:, None] + torch.arange(key.shape[1], device=key.device)).long()
-            key = turned(key, cos[place][:, :, None], sin[place][:, :, None], interleaved)
-        return query, key
 
-    def write(self, key: Tensor, value: Tensor | None) -> None:
-        """New tokens [batch, new, heads, dim] behind those that are there, in place."""
-        if value is None or value.shape[:2] != key.shape[:2]:
+    def expect(self, key: Tensor | None, value: Tensor | None) -> None:
+        """New tokens [batch, new, heads, dim] to come behind those that are there."""
+        if key is None and value is None:
+            return
+        if key is None or value is None:
             raise ValueError("k, v: both are needed, with the same batch and length, or neither")
         if not self.written:
             raise ValueError("cache_seqlens: it must be given with k and v, to say where they are written")
-        batch, new = key.shape[:2]
-        if self.held.device.type == "cpu" and bool((self.held + new > self.capacity).any()):
+        batch, new = self.held.shape[0], key.shape[1] if isinstance(key, Tensor) and key.dim() == 4 else "new"
+        for name, tensor, store in (("k", key, self.keys), ("v", value, self.values)):
+            want = [batch, new, *store.shape[2:]]
+            if not isinstance(tensor, Tensor) or list(tensor.shape) != want:
+                got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: [batch, new, num_kv_heads, head_dim] = {want} is needed, got {got}")
+            if tensor.dtype != store.dtype or tensor.device != store.device:
+                raise ValueError(
+                    f"{name}: the cache holds {store.dtype} on {store.device}, got {tensor.dtype} on {tensor.device}"
+                )
+        self.new, self.lengths = (key, value), self.held + key.shape[1]
+        if self._looked_at:
+            if bool((self.lengths > self.capacity).any()):
+                raise ValueError(
+                    f"k: {new} new tokens do not fit behind {self.held.tolist()} in a cache for {self.capacity}; "
+                    "make a larger cache"
+                )
+            self._check_blocks()
+
+    def rotate(self, query: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool, ordered: bool) -> Tensor:
+        """query [batch, heads, q_len, dim] turned by its positions, and the new keys by theirs."""
+        given = [each for each in (cos, sin) if isinstance(each, Tensor) and each.dim() == 2]
+        if cos is None or len(given) < 2 or given[0].shape != given[1].shape or 2 * cos.shape[1] > query.shape[-1]:
+            got = [list(each.shape) if isinstance(each, Tensor) else each for each in (cos, sin)]
             raise ValueError(
-                f"k: {new} new tokens do not fit behind {self.held.tolist()} in a cache for {self.capacity}; "
-                "make a larger cache"
+                "rotary_cos, rotary_sin: both [positions, rotary_dim / 2] are needed, with rotary_dim at most "
+                f"{query.shape[-1]}, got {got[0]} and {got[1]}"
             )
+        if self.new is None:
+            raise ValueError("rotary_cos, rotary_sin: they turn new tokens; k and v are needed with them")
+        cos, sin = given
+        key, value = self.new
+        steps = torch.arange(query.shape[2], device=query.device) if ordered else query.new_zeros(1, dtype=torch.int32)
+        last = max(key.shape[1], steps.shape[0])
+        if self._looked_at and len(self.held) and int(self.held.max()) + last > cos.shape[0]:
+            raise ValueError(
+                f"rotary_cos: {int(self.held.max()) + last} positions are needed, with cache_seqlens up to "
+                f"{int(self.held.max())}, got {cos.shape[0]}"
+            )
+        place = (self.held[:, None] + steps).long()
+        query = turned(query, cos[place][:, None], sin[place][:, None], interleaved)
+        place = (self.held[:, None] + torch.arange(key.shape[1], device=key.device)).long()
+        self.new = turned(key, cos[place][:, :, None], sin[place][:, :, None], interleaved), value
+        return query
+
+    def write(self) -> None:
+        """The new tokens, in place."""
+        if self.new is None:
+            return
+        key, value = self.new
+        batch, new = key.shape[:2]
         place = (self.held[:, None] + torch.arange(new, device=key.device)).long()  # [batch, new]
         if self.table is not None:
             size = self.keys.shape[1]
-            index: Rows = (self.table.gather(1, place // size).long(), place % size)
+            index: Rows = (self.table.long().gather(1, place // size), place % size)
         else:
             row = torch.arange(batch, device=key.device) if self.rows is None else self.rows.long()
             index = (row[:, None].expand_as(place), place)
         with torch.no_grad():
-            self.keys[index] = key.to(self.keys.dtype)
-            self.values[index] = value.to(self.values.dtype)
-        self.lengths = self.held + new
+            self.keys[index] = key
+            self.values[index] = value
 
     @property
     def real(self) -> Mask:
@@ -110,6 +172,42 @@ class Cache:
         keys, values = self.keys.transpose(1, 2), self.values.transpose(1, 2)
         table = self.table if self.rows is None else self.rows[:, None]
         return keys, values, mask if table is None else Paged(mask, table.int(), keys.shape[2])
+
+
+def _check_stores(query: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Kinds, shapes and dtypes of the cache itself."""
+    for name, tensor in (("k_cache", keys), ("v_cache", values)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{name}: [rows, capacity, heads, head_dim], or [blocks, block_size, heads, head_dim] with "
+                f"block_table, is needed, got {got}"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name}: q's dtype and device are needed, {query.dtype} on {query.device}, got {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+    if keys.shape[:3] != values.shape[:3]:
+        raise ValueError(
+            f"k_cache, v_cache: the same rows, capacity and heads are needed, got {list(keys.shape)} and "
+            f"{list(values.shape)}"
+        )
+
+
+def _check_ints(name: str, ints: object, rank: int, batch: int, device: torch.device, also: str = "") -> None:
+    want = f"[{batch}]" if rank == 1 else f"[{batch}, blocks of an item]"
+    if not isinstance(ints, Tensor):
+        raise TypeError(f"{name}: {also}an int tensor {want} is needed, got {type(ints).__name__}")
+    if ints.dtype not in (torch.int32, torch.int64) or ints.dim() != rank or ints.shape[0] != batch:
+        raise ValueError(f"{name}: {also}int32 {want} is needed, got {ints.dtype}, shape {list(ints.shape)}")
+    if ints.device != device:
+        raise ValueError(f"{name}: it must be on the cache's device {device}, got {ints.device}")
+
+
+def _check_range(name: str, ints: Tensor, most: int, what: str) -> None:
+    if bool(((ints < 0) | (ints > most)).any()):
+        raise ValueError(f"{name}: 0 to {most}, {what}, got {ints.tolist()}")
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

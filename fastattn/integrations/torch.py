@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, mha, sdpa
-from fastattn.integrations import diffusers, torchvision, unknown, vision
+from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -56,10 +56,10 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
     """Let the attention in `model` compute with fastattn, in place.
 
     What is exchanged: `torch.nn.MultiheadAttention`, wherever it stands (torch's Transformer layers, torchvision's and
-    open_clip's vision transformers); attention classes of timm, torchvision, open_clip and clip that call torch's
-    attention functions; diffusers' processors; and Hugging Face models, through their attention interface. Only classes
-    and switches change: parameters, state_dict, hooks and isinstance checks stay. Whatever else looks like attention is
-    left alone, and named in the report with the reason.
+    open_clip's vision transformers); attention classes of timm, torchvision, open_clip, clip and x-transformers that
+    call torch's attention functions; diffusers' processors; and Hugging Face models, through their attention interface.
+    Only classes and switches change: parameters, state_dict, hooks and isinstance checks stay. Whatever else looks like
+    attention is left alone, and named in the report with the reason.
 
     An `nn.TransformerEncoder` stops packing padded batches into nested tensors, which torch does on its C++ path alone;
     padded positions then hold what the ordinary path computes there, not zeros.
@@ -91,6 +91,8 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
                 report.add(*torchvision.replace(path, module, backend))
             elif vision.is_known(module):
                 report.add(*vision.replace(path, module, patch, backend))
+            elif x_transformers.is_known(module):
+                report.add(*x_transformers.replace(path, module, patch, backend))
     except BaseException:
         report.restore()
         raise

@@ -23,7 +23,7 @@ def rows(modules: Iterable[tuple[str, nn.Module]], told: set[str]) -> Iterator[R
         if path in told or kind.__module__.split(".")[0] in SPEAK:
             continue
         where = f"{kind.__module__}.{kind.__qualname__}"
-        called = sorted(caught.names_in(kind.forward) & caught.CALLS)
+        called = sorted(caught.names_reached(kind) & caught.CALLS)
         if called:
             what = f"{where} is not known here; it calls {called[0]}, which fastattn.patch() catches"
             yield Replacement(path, kind.__name__, False, what)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.models.modules import AttentionPool, HeadsFastest
+
 Inputs = dict[str, Any]
 
 BATCH, LENGTH, VOCABULARY = 2, 21, 96
@@ -103,8 +105,10 @@ def pairs() -> Inputs:
 
 def padded(inputs: Inputs, side: str) -> Inputs:
     """The same with the first sequence padded: `attention_mask` 0 on its left or its right."""
-    real = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    real[0, slice(0, PADDED) if side == "left" else slice(LENGTH - PADDED, None)] = 0
+    length = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape[1]  # tokens, or samples of sound
+    count = length * PADDED // LENGTH
+    real = torch.ones(BATCH, length, dtype=torch.long)
+    real[0, slice(0, count) if side == "left" else slice(length - count, None)] = 0
     return {**inputs, "attention_mask": real}
 
 
@@ -223,13 +227,27 @@ def _whisper() -> nn.Module:
     return _transformers("WhisperModel", "WhisperConfig", **WHISPER).encoder
 
 
-@row("Wav2Vec2", "Wav2Vec2Model", lambda: {"input_values": torch.randn(BATCH, 400)}, "full")
+def sound() -> Inputs:
+    return {"input_values": torch.randn(BATCH, 400)}
+
+
+@row("Wav2Vec2", "Wav2Vec2Model", sound, "full", pads=("right",))
 def _wav2vec2() -> nn.Module:
+    return _transformers("Wav2Vec2Model", "Wav2Vec2Config", **WAV2VEC2)
+
+
+@row("Wav2Vec2-Conformer", "Wav2Vec2ConformerModel: relative positions (Transformer-XL's)", sound, "bias",
+     pads=("right",))  # fmt: skip
+def _conformer() -> nn.Module:
+    return _transformers("Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", **WAV2VEC2)
+
+
+@row("Wav2Vec2-Conformer, truncated", f"rotary positions, {WINDOW} frames to each side", sound, "window",
+     by="truncate")  # fmt: skip
+def _conformer_truncated() -> nn.Module:
     return _transformers(
-        "Wav2Vec2Model", "Wav2Vec2Config", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=96, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, mask_time_prob=0.0,
-    )  # fmt: skip
+        "Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", **WAV2VEC2, position_embeddings_type="rotary"
+    )
 
 
 # ---- encoders with decoders
@@ -318,6 +336,13 @@ WHISPER: dict[str, Any] = {
 }  # fmt: skip
 
 
+WAV2VEC2: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "conv_dim": (16, 16),
+    "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0,
+}  # fmt: skip
+
+
 def _in_weights_dtype(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     floats = [isinstance(each, Tensor) and each.is_floating_point() for each in args]
     return tuple(each.to(module.r.dtype) if cast else each for each, cast in zip(args, floats, strict=True))
@@ -342,49 +367,3 @@ def _permutation() -> Inputs:
         "token_type_ids": (torch.arange(LENGTH) > LENGTH // 2).long().expand(BATCH, -1).clone(),
         "use_mems": False,
     }
-
-
-class AttentionPool(nn.Module):
-    """The pool of CLIP's ResNets (Radford et al. 2021): their mean queries all positions."""
-
-    def __init__(self, positions: int, embed_dim: int, num_heads: int, out_dim: int) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(torch.randn(positions + 1, embed_dim) / embed_dim**0.5)
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
-        self.c_proj = nn.Linear(embed_dim, out_dim)
-        self.num_heads = num_heads
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features [batch, channels, height, width] -> [batch, out_dim]."""
-        x = features.flatten(2).permute(2, 0, 1)
-        x = torch.cat([x.mean(0, keepdim=True), x]) + self.positions[:, None].to(x.dtype)
-        bias = torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias])
-        out, _ = nn.functional.multi_head_attention_forward(
-            query=x[:1], key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=self.num_heads,
-            in_proj_weight=None, in_proj_bias=bias, bias_k=None, bias_v=None, add_zero_attn=False, dropout_p=0.0,
-            out_proj_weight=self.c_proj.weight, out_proj_bias=self.c_proj.bias, use_separate_proj_weight=True,
-            training=self.training, need_weights=False, q_proj_weight=self.q_proj.weight,
-            k_proj_weight=self.k_proj.weight, v_proj_weight=self.v_proj.weight,
-        )  # fmt: skip
-        return out.squeeze(0)
-
-
-class HeadsFastest(nn.Module):
-    """SuperGlue's attention as first published (Sarlin et al. 2020): channel c belongs to head c % num_heads."""
-
-    def __init__(self, num_heads: int, dim: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.proj = nn.ModuleList([nn.Conv1d(dim, dim, 1) for _ in range(3)])
-        self.merge = nn.Conv1d(dim, dim, 1)
-
-    def forward(self, x: Tensor, source: Tensor) -> Tensor:
-        """x [batch, dim, n], source [batch, dim, m] -> [batch, dim, n]; then the same of itself."""
-        for other in (source, None):
-            query, key, value = (
-                project(each).unflatten(1, (-1, self.num_heads)).permute(0, 2, 3, 1)
-                for project, each in zip(self.proj, (x, *[x if other is None else other] * 2), strict=True)
-            )
-            out = nn.functional.scaled_dot_product_attention(query, key, value)
-            x = x + self.merge(out.permute(0, 3, 1, 2).flatten(1, 2))
-        return x

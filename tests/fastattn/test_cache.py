@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+from torch.nn.attention.flex_attention import create_block_mask
 
 import fastattn
 from fastattn import KVCache, attention, attention_weights, explain
-from fastattn.cache import CacheView
-from fastattn.masks import Causal, Chunked, Full, Lengths, Packed, Prefix, Segments, Window
+from fastattn.masks import Causal, Chunked, Full, Lengths, Prefix, Segments, Window
 from fastattn.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -328,117 +328,83 @@ def test_queries_may_want_gradients_in_the_reference():
         attention(query, beside.cache.key, beside.cache.value, backend="cpu")
 
 
-def test_a_view_looks_like_a_tensor():
-    cache = KINDS["sliding"]()
-    _, key, value = tokens(9)
-    keys, values = cache.update(key, value)
-    assert isinstance(keys, CacheView) and keys.shape == (BATCH, HEADS, 9, DIM) and values.shape[3] == DIM_V
-    assert keys.dtype == torch.float32 and keys.device.type == "cpu" and "key of SlidingCache" in repr(keys)
-
-
-def updated(kind, n=4, **more):
-    cache = KINDS[kind](**more)
-    query, key, value = tokens(n)
-    cache.update(key, value)
-    return cache, query, key, value
-
-
-def wrong_update(change, **keywords):
-    def attempt():
-        cache, _, key, value = updated("growing")
-        cache.update(*change(key, value), **keywords)
-
-    return attempt
-
-
-def wrong_call(arguments, **keywords):
-    def attempt():
-        cache, query, key, value = updated(keywords.pop("kind", "growing"), keywords.pop("n", 4))
-        attention(query, *arguments(cache, key, value), **keywords)
-
-    return attempt
-
-
-REFUSED = {
-    "heads": (wrong_update(lambda k, v: (k[:, :1], v)), ValueError, "key: .*= \\[2, 2, new, 16\\]"),
-    "dim": (wrong_update(lambda k, v: (k, k)), ValueError, "value: .*\\[2, 2, new, 24\\]"),
-    "dtype": (wrong_update(lambda k, v: (k.half(), v)), ValueError, "holds torch.float32 on cpu, got torch.float16"),
-    "grad": (wrong_update(lambda k, v: (k.requires_grad_(), v)), ValueError, "gives no gradients"),
-    "tokens": (wrong_update(lambda k, v: (k, v[:, :, :1])), ValueError, "same tokens are needed, got 4 and 1"),
-    "ragged": (wrong_update(lambda k, v: (k, v), new_lengths=[1, 4]), ValueError, "keeps sequences of one length"),
-    "too-long": (wrong_update(lambda k, v: (k, v), new_lengths=[5, 4]), ValueError, "2 numbers from 0 to 4"),
-    "one-view": (wrong_call(lambda c, k, v: (c.key, v)), TypeError, "needed together"),
-    "swapped": (wrong_call(lambda c, k, v: (c.value, c.key)), ValueError, "cache.key is needed, got cache.value"),
-    "packed": (
-        wrong_call(lambda c, k, v: (c.key, c.value), mask=Packed(torch.tensor([0, 4]), torch.tensor([0, 4]))),
-        ValueError, "packed sequences have no cache",
-    ),
-    "chunks": (
-        wrong_call(lambda c, k, v: c.update(k[:, :, :1], v[:, :, :1]), mask=Chunked(2), kind="sliding", n=9),
-        ValueError, "lost where chunks begin",
-    ),
-    "query": (lambda: attention(None, *updated("growing")[0].update(*tokens(1)[1:])), ValueError, "query: "),
-    "full": (lambda: updated("static", 41), ValueError, "41 more tokens do not fit, 0 of 40 are held"),
-    "no-blocks": (lambda: updated("paged-3", 50), ValueError, "34 more blocks are needed and 30 are free"),
-    "narrow-table": (lambda: updated("paged-3", 9, table_width=2), ValueError, "wider than table_width=2"),
-    "capacity": (lambda: KVCache.static(2, 2, 0, 8), ValueError, "capacity: an int of at least 1"),
-    "batch": (lambda: KVCache.growing(0, 2, 8), ValueError, "batch: an int of at least 1"),
-    "block-size": (lambda: KVCache.paged(1, 2, 8, blocks=3, block_size=0), ValueError, "block_size: an int"),
-    "starts": (lambda: KVCache.growing(2, 2, 8, starts=torch.zeros(3)), ValueError, "starts: int32 or int64 \\[2\\]"),
-    "written": (
-        lambda: KVCache.from_blocks(*[torch.zeros(2, 4, 2, 8)] * 2, torch.zeros(1, 1, dtype=torch.int32), [3]).update(
-            torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)),
-        ValueError, "read and never written",
-    ),
-    "no-block": (
-        lambda: KVCache.from_blocks(*[torch.zeros(0, 4, 2, 8)] * 2, torch.zeros(1, 1, dtype=torch.int32), [3]),
-        ValueError, "at least one block of at least one token",
-    ),
-    "no-column": (lambda: two_views(torch.zeros(1, 0, dtype=torch.int32)), ValueError, "and a column, are needed"),
-    "float-lengths": (
-        lambda: KVCache.from_blocks(*[torch.zeros(2, 4, 2, 8)] * 2, torch.zeros(1, 1, dtype=torch.int32), [1.5]),
-        ValueError, "lengths: ints \\[1\\] are needed, got torch.float32",
-    ),
-    "inference-mode": (lambda: made_under_inference().update(*tokens(1)[1:]), ValueError, "made under torch.inference"),
-    "table-dtype": (
-        lambda: attention(torch.zeros(1, 2, 1, 8), *two_views(torch.zeros(1, 1, dtype=torch.int64))),
-        ValueError, "block table: int32 \\[1, blocks of an item\\]",
-    ),
-}  # fmt: skip
-
-
-def made_under_inference():
-    with torch.inference_mode():
-        cache = KINDS["growing"]()
-        cache.update(*tokens(2)[1:])
-        return cache
-
-
-def two_views(table: Tensor):
-    cache = KVCache.from_blocks(*[torch.zeros(2, 4, 2, 8)] * 2, table, [3])
-    return cache.key, cache.value
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused(name):
-    attempt, kind, words = REFUSED[name]
-    with pytest.raises(kind, match=words):
-        attempt()
-
-
-def test_autocast_copies_no_cache():
-    cache, query, *_ = updated("growing")
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"make it with dtype=torch\.bfloat16"):
-        attention(query, cache.key, cache.value)
-    cache = KINDS["growing"](dtype=torch.bfloat16)
-    query, key, value = tokens(3, torch.bfloat16)
-    cache.update(key, value)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert attention(query.float(), cache.key, cache.value).dtype == torch.bfloat16
-
-
 def test_segments_are_the_callers_own():
-    cache, query, *_ = updated("static")
+    cache = KINDS["static"]()
+    query, key, value = tokens(4)
+    cache.update(key, value)
     ids = torch.zeros(1, 40, dtype=torch.long)
     out = attention(query, cache.key, cache.value, mask=Segments(torch.zeros(1, 4, dtype=torch.long), ids))
     torch.testing.assert_close(out, attention(query, cache.key, cache.value), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_sliding_cache_answers_for_the_last_update_alone(room):
+    """Its queries see all they should, fewer of the last as well; older ones would see too little, and are refused."""
+    room = runs(room)
+    beside = Beside(KINDS["sliding"]())
+    beside.add(5)
+    query = beside.add(5)
+    for count in (5, 2, 1):
+        last = query[:, :, -count:]
+        out = attention(last, beside.cache.key, beside.cache.value, mask=Causal(), backend=room)
+        torch.testing.assert_close(out, beside.want(last, Window(WINDOW - 1, 0)), atol=1e-5, rtol=1e-4)
+    ten = tokens(10)[0]
+    with pytest.raises(ValueError, match="10 queries at the end of 10 tokens see some that slid away; at most 5"):
+        attention(ten, beside.cache.key, beside.cache.value, mask=Causal())
+    beside.add(0)  # nothing comes, nothing goes
+    out = attention(query, beside.cache.key, beside.cache.value, mask=Causal(), backend=room)
+    torch.testing.assert_close(out, beside.want(query, Window(WINDOW - 1, 0)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["growing", "sliding", "static", "paged-3"])
+def test_a_cache_filled_under_inference_mode_goes_on_outside(kind):
+    beside = Beside(KINDS[kind]())
+    beside.add(3)
+    with torch.inference_mode():
+        beside.cache.update(*(each[:, :, 3:] for each in fill(beside, 20)))
+    query = beside.add(1)
+    window = Window(WINDOW - 1, 0) if kind == "sliding" else Causal()
+    out = attention(query, beside.cache.key, beside.cache.value, mask=Causal())
+    torch.testing.assert_close(out, beside.want(query, window), atol=1e-5, rtol=1e-4)
+    beside.cache.reset()
+
+
+def fill(beside, n):
+    """Keys and values with n more tokens, known to `beside` and not yet to its cache."""
+    _, key, value = tokens(n)
+    beside.keys, beside.values = torch.cat([beside.keys, key], 2), torch.cat([beside.values, value], 2)
+    return beside.keys, beside.values
+
+
+@pytest.mark.parametrize("make", [causal_lower_right, causal_upper_left], ids=["lower-right", "upper-left"])
+@pytest.mark.parametrize("kind", ["growing", "static", "paged-3", "sliding"])
+def test_torchs_causal_bias_is_about_what_is_held(kind, make):
+    beside = Beside(KINDS[kind]())
+    beside.add(10)
+    query = beside.add(2)
+    out = attention(query, beside.cache.key, beside.cache.value, mask=make(2, 12))
+    mask = Causal(align="bottom-right" if make is causal_lower_right else "top-left")
+    want = beside.want(query, mask & Window(WINDOW - 1, None) if kind == "sliding" else mask)
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static", "paged-3"])
+def test_a_block_mask_is_about_the_keys_that_are_given(kind):
+    beside = Beside(KINDS[kind]())
+    beside.add(10)
+    query = beside.add(2)
+    keys = beside.cache.kv_len
+    near = create_block_mask(lambda b, h, q, kv: q + 10 - kv <= 3, None, None, 2, keys, device="cpu")
+    out = attention(query, beside.cache.key, beside.cache.value, mask=near)
+    torch.testing.assert_close(out, beside.want(query, Window(3, None)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_device_elsewhere_changes_nothing(kind):
+    beside = Beside(KINDS[kind](device="cpu"))
+    _, key, value = tokens(5)
+    with torch.device("meta"):
+        beside.cache.update(key, value)
+    assert torch.equal(
+        attention_weights(tokens(1)[0], beside.cache.key)[..., :1].isfinite(), torch.ones(2, 4, 1, 1) > 0
+    )

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from fastattn import attention, explain, foreign
 from fastattn.masks import Causal, Dense, Segments, Window
 
+SHARED = torch.arange(200) // 33 % 4
 IDS = torch.tensor([[0] * 70 + [1] * 60 + [2] * 70])
 
 
@@ -26,6 +27,14 @@ def same_document(b, h, q, kv):
     return IDS[b, q] == IDS[b, kv]
 
 
+def different_documents(b, h, q, kv):
+    return (SHARED + 0)[q] == (SHARED * 2)[kv]
+
+
+def equal_ids(b, h, q, kv):
+    return SHARED[q] == SHARED[kv]
+
+
 def by_head(b, h, q, kv):
     return (q >= kv) & ((q - kv) <= 10 * (h + 1))
 
@@ -39,6 +48,8 @@ RULES = {
     "causal": (causal, None, True),
     "window": (and_masks(causal, near), None, True),
     "documents": (same_document, None, True),
+    "documents of all items": (equal_ids, None, True),
+    "ids from two tables": (different_documents, None, False),
     "causal documents": (and_masks(causal, same_document), None, True),
     "by head": (by_head, 4, False),
     "arithmetic": (any_rule, None, False),
@@ -141,6 +152,36 @@ def test_a_causal_bias(make, lengths):
     want = attention(*given, mask=Causal(align=align))
     assert torch.equal(attention(*given, mask=make(*lengths)), want)
     assert isinstance(foreign.as_mask(make(*lengths), *given[:2]), Causal)
+
+
+def documents(ids):
+    """A mask_mod that refers to the tensor through another function, as those that libraries make do."""
+
+    def same(b, h, q, kv):
+        return ids[q] == ids[kv]
+
+    return and_masks(same, causal)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_block_mask_refers_to_may_change(inference):
+    """It is read again when a tensor was written to or its function replaced, and only then."""
+    given = [each.detach() for each in tensors()]
+    with torch.inference_mode(inference):
+        ids = torch.zeros(200, dtype=torch.int64)
+        mask = create_block_mask(documents(ids), None, None, 200, 200, device="cpu")
+
+        def both():
+            return attention(*given, mask=mask), flex_attention(*given, block_mask=mask, enable_gqa=True)
+
+        same(*([each] for each in both()))
+        read = foreign.as_mask(mask, *given[:2])
+        assert foreign.as_mask(mask, *given[:2]) is read
+        ids[90:] = 1
+        same(*([each] for each in both()))
+        mask.mask_mod = and_masks(causal, near)
+        same(*([each] for each in both()))
+        assert foreign.as_mask(mask, *given[:2]) is not read
 
 
 def test_other_lengths_and_other_things_are_refused():

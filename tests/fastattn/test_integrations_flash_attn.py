@@ -272,7 +272,7 @@ REFUSED = {
         "block_table, cache_batch_idx: only one",
     ),
     "rows": (lambda q: flash_attn_with_kvcache(q, q[:1], q[:1]), "k_cache: 2 rows are needed for a batch of 2, got 1"),
-    "lengths": (lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=CU_Q), r"cache_seqlens: a number or \[2\]"),
+    "lengths": (lambda q: flash_attn_with_kvcache(q, q, q, cache_seqlens=CU_Q), r"a number or int32 \[2\] is needed"),
     "rotary": (
         lambda q: flash_attn_with_kvcache(q, q, q, rotary_cos=torch.ones(9, 16)), "rotary_cos, rotary_sin: both",
     ),

@@ -44,42 +44,6 @@ def on(model, name, **inputs):
     return model(**inputs)
 
 
-CACHES = ["dynamic", "static", *(pytest.param(f"offloaded{more}", marks=pytest.mark.gpu) for more in ("", "_static"))]
-
-
-@pytest.mark.parametrize("row", ["llama-3", "mistral", "gemma-2", "gpt-oss", "llama-4", "t5", "bart"])
-@pytest.mark.parametrize("cache", CACHES)
-def test_generate_with_every_cache(row, cache):
-    device = "cuda" if cache.startswith("offloaded") else "cpu"  # offloaded caches come back to a GPU
-    model, prompt, real = (each.to(device) for each in (model_of(row), ids(), left_padded()))
-    results = []
-    for name in ("eager", "fastattn"):
-        model.set_attn_implementation(name)
-        with torch.no_grad():
-            result = model.generate(
-                prompt, attention_mask=real, max_new_tokens=8, min_new_tokens=8, do_sample=False, disable_compile=True,
-                cache_implementation=cache, return_dict_in_generate=True, output_logits=True,
-            )  # fmt: skip
-        results.append(result)
-    eager, fast = results
-    assert torch.equal(eager.sequences, fast.sequences)
-    torch.testing.assert_close(torch.stack(fast.logits), torch.stack(eager.logits), atol=1e-4, rtol=1e-4)
-
-
-def test_beams_and_continued_prefill():
-    model, prompt = model_of(), ids()
-    found = []
-    for name in ("eager", "fastattn"):
-        model.set_attn_implementation(name)
-        with torch.no_grad():
-            found.append(model.generate(prompt, max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0))
-            cache = transformers.DynamicCache(config=model.config)
-            parts = [model(prompt[:, a:b], past_key_values=cache).logits for a, b in ((0, 5), (5, 9), (9, 12))]
-        found.append(torch.cat(parts, 1))
-    assert torch.equal(found[0], found[2])
-    torch.testing.assert_close(found[1], found[3], atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("row", ["llama-3", "bert", "gpt-oss", "gemma-2", "t5", "vit", "swin"])
 def test_output_attentions_are_the_weights(row):
     model = model_of(row)

@@ -258,6 +258,8 @@ def complain(*args, **kwargs):
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 6, 8)
 SAME_WORDS = {
     "dtypes differ": ((Q, K.double(), K), {}),
+    "a scale with a gradient": ((Q, K, K), {"scale": torch.tensor(0.5, requires_grad=True)}),
+    "a scale with a dimension": ((Q, K, K), {"scale": torch.tensor([0.5])}),
     "half and float": ((Q.half(), K.bfloat16(), K), {}),
     "devices differ": ((Q, K.to("meta"), K), {}),
     "rank 1": ((Q[0, 0, 0], K, K), {}),
@@ -364,3 +366,11 @@ def test_compiles_in_one_graph(grad, masked):
     torch.testing.assert_close(ours, eager)
     if grad:
         same(ours, eager, [query, key, value])
+
+
+@pytest.mark.parametrize(
+    "scale", [float("nan"), float("inf"), -float("inf"), 1e39, torch.tensor(float("nan"))], ids=str
+)
+def test_a_scale_that_is_no_number_is_refused(scale):
+    with pytest.raises(ValueError, match="scale: a finite number is needed"):
+        scaled_dot_product_attention(Q, K, K, scale=scale)

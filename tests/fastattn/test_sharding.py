@@ -1,14 +1,17 @@
 """Attention on DTensors: each rank its own part, the same numbers as on one; four ranks, threads of this process."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
 
-from fastattn import attention, ops, scaled_dot_product_attention
+from fastattn import KVCache, attention, attention_weights, ops, scaled_dot_product_attention
 from fastattn.masks import Causal, Dense, Full, Lengths, Packed, Prefix, Segments, Window
+from fastattn.nn import MultiheadAttention
 
 WORLD = 4
 WHOLE, BATCH, HEADS, ROWS = Replicate(), Shard(0), Shard(1), Shard(2)
@@ -96,6 +99,56 @@ def test_masks(name, monkeypatch):
 
     on_ranks(test)
     assert shapes == [(1, 2)] * WORLD  # each rank computed its own part alone
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+@pytest.mark.parametrize("name", ["batch, heads", "heads", "rows, batch"])
+def test_weights(name, heads):
+    places, lies = LAYOUTS[name]
+    q, k, v, bias, _ = tensors()
+    more = {"mask": MASKS["lengths"], "heads": heads, "rows": [0, -1]}
+    _, lse = attention(q, k, v, mask=MASKS["lengths"], bias=bias, return_lse=True)
+    want = attention_weights(q, k, bias=bias, **more)
+    grads = torch.autograd.grad(want.square().sum(), (q, k))
+
+    def test(_, mesh):
+        given = [spread(tensor, mesh, places) for tensor in (q, k)]
+        for known in (None, spread(lse, mesh, (WHOLE, WHOLE)), lse.detach()):
+            have = attention_weights(*given, bias=bias.detach(), lse=known, **more)
+            assert have.placements == tuple(WHOLE if heads == "mean" and lie == HEADS else lie for lie in lies)
+            close(have, want)
+        have = attention_weights(*given, bias=bias.detach(), **more)
+        for mine, need in zip(torch.autograd.grad((have * have).sum(), given), grads, strict=True):
+            close(mine, need)
+
+    on_ranks(test)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_a_module_gives_its_weights(dropout):
+    module = MultiheadAttention(8, 2, batch_first=True, dropout=dropout)
+    x = torch.randn(2, 5, 8)
+    want = module(x, x, x)
+
+    def test(_, mesh):
+        mine = distribute_module(copy.deepcopy(module), mesh)
+        given = spread(x, mesh, (BATCH, WHOLE))
+        for have, need in zip(mine(given, given, given), want, strict=True):
+            close(have, need)
+
+    on_ranks(test)
+
+
+def test_blocks_are_refused():
+    table = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
+
+    def test(_, mesh):
+        pool, query = (spread(torch.randn(shape), mesh, (WHOLE, WHOLE)) for shape in ((2, 4, 2, 8), (2, 2, 1, 8)))
+        cache = KVCache.from_blocks(pool, pool, table, [7, 5])
+        with pytest.raises(ValueError, match="a cache in blocks cannot be of DTensors"):
+            attention(query, cache.key, cache.value, mask=Causal())
+
+    on_ranks(test)
 
 
 def test_one_key_head_keeps_the_heads_together():

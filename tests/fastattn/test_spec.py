@@ -65,12 +65,17 @@ REFUSED = {
         (Q, K, K),
         {"softcap": 0.0},
         ValueError,
-        "softcap: a positive finite number or None is needed, got 0.0",
+        "softcap: a positive finite number or None is needed, 1.18e-38 to 3.4e\\+38, got 0.0",
     ),
     "softcap-nan": ((Q, K, K), {"softcap": float("nan")}, ValueError, "softcap"),
     "softcap-inf": ((Q, K, K), {"softcap": float("inf")}, ValueError, "softcap: a positive finite number"),
     "softcap-text": ((Q, K, K), {"softcap": "3"}, TypeError, "softcap: a Python number is needed, got str"),
+    "softcap-too-small": ((Q, K, K), {"softcap": 1e-39}, ValueError, "softcap: .* got 1e-39"),
+    "softcap-beyond-float32": ((Q, K, K), {"softcap": 1e39}, ValueError, r"softcap: .* got 1e\+39"),
     "scale": ((Q, K, K), {"scale": float("inf")}, ValueError, "scale: a finite number"),
+    "scale-nan": ((Q, K, K), {"scale": float("nan")}, ValueError, "scale: a finite number is needed.*got nan"),
+    "scale-beyond-float32": ((Q, K, K), {"scale": -1e39}, ValueError, r"at most 3.4e\+38 in size, got -1e\+39"),
+    "scale-huge": ((Q, K, K), {"scale": 10**400}, ValueError, "scale: a finite number"),
     "scale-tensor": ((Q, K, K), {"scale": t(1).requires_grad_()}, TypeError, "got Tensor; a learned factor goes into"),
     "dropout-none": ((Q, K, K), {"dropout_p": None}, TypeError, "dropout_p: a Python number is needed, got NoneType"),
     "sparse": ((Q.to_sparse(), K, K), {}, ValueError, "query: a dense tensor is needed, got torch.sparse_coo"),
@@ -86,6 +91,18 @@ REFUSED = {
     "score": ((Q, K, K), {"score": "additive"}, ValueError, "score: only DotProduct.. .the default. is there yet"),
     "normalizer": ((Q, K, K), {"normalizer": "sigmoid"}, ValueError, "normalizer: only Softmax.. .the default."),
     "backend": ((Q, K, K), {"backend": "tritn"}, ValueError, "unknown backend 'tritn'; there are .*nearest: 'triton'"),
+    "backend-case": ((Q, K, K), {"backend": "CPU"}, ValueError, "unknown backend 'CPU'; there are .*nearest: 'cpu'"),
+    "backend-number": ((Q, K, K), {"backend": 3}, ValueError, "unknown backend 3; there are [a-z, ]*$"),
+    "seed-unused": ((Q, K, K), {"dropout_seed": torch.tensor([1.0])}, ValueError, "dropout_seed: an int64 tensor"),
+    "scale-bool": ((Q, K, K), {"scale": True}, TypeError, "scale: a Python number is needed, got bool"),
+    "softcap-bool": ((Q, K, K), {"softcap": True}, TypeError, "softcap: a Python number is needed, got bool"),
+    "deterministic": ((Q, K, K), {"deterministic": "no"}, TypeError, "deterministic: True or False .* got 'no'"),
+    "mask-class": (
+        (Q, K, K),
+        {"mask": Window},
+        TypeError,
+        r"mask: the class Window itself is none; Window\(\.\.\.\) makes",
+    ),
 }
 
 
@@ -103,6 +120,7 @@ def test_bad_input_is_refused_with_a_sentence_and_nothing_is_computed(name, monk
         ({"heads": "max"}, "heads: 'all' or 'mean' is needed"),
         ({"rows": [[1]]}, "rows: a list of ints"),
         ({"rows": [0.5]}, "rows: a list of ints"),
+        ({"rows": slice(0, 2)}, r"rows: a list of ints .* got slice\(0, 2, None\)"),
         ({"rows": [5]}, "rows: .*from -5 to 4"),
         ({"rows": [-6]}, "rows: .*from -5 to 4"),
         ({"lse": t(2, 4, 6)}, r"lse: floating \[batch, num_heads, q_len\] = \[2, 4, 5\] on cpu"),
@@ -112,7 +130,7 @@ def test_bad_input_is_refused_with_a_sentence_and_nothing_is_computed(name, monk
     ids=lambda value: str(value)[:20],
 )
 def test_bad_input_to_attention_weights(arguments, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((TypeError, ValueError), match=says):
         attention_weights(Q, K, **arguments)
 
 
