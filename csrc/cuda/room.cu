@@ -22,14 +22,15 @@ int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_diviso
 
 thread_local char said[800];
 
-const char* refuse(const char* what, const char* why, const Params& p) {
+const char* refuse(const char* what, const char* why, const Request& request) {
+  const Params& p = request.problem;
+  const auto number = [](int64_t n) { return static_cast<long long>(n); };
   std::snprintf(said, sizeof said,
-                "%s: %s (batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, kv_len %lld, head_dim %lld, "
-                "head_dim_v %lld)",
-                what, why, static_cast<long long>(p.batch), static_cast<long long>(p.num_heads),
-                static_cast<long long>(p.num_kv_heads), static_cast<long long>(p.q_len),
-                static_cast<long long>(p.kv_len), static_cast<long long>(p.head_dim),
-                static_cast<long long>(p.head_dim_v));
+                "%s: %s (device %d, %s, kind %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
+                "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
+                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.kind, request.splits,
+                number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len), number(p.kv_len),
+                number(p.head_dim), number(p.head_dim_v), number(p.key.blocks ? p.key.block_size : 0));
   return said;
 }
 
@@ -89,6 +90,8 @@ const char* describe_queries(ForwardArgs& a, const Params& p) {
   return arch::encode_tensor_map(&a.query, p.query.data, shape);
 }
 
+bool is_near(const Column& column) { return column.stride * 8 <= INT32_MAX && column.stride * 8 >= INT32_MIN; }
+
 Interval interval_of(const MaskLeaf& leaf) {
   Interval interval{};
   if (leaf.kind == kBand) {
@@ -122,6 +125,8 @@ const char* take_mask(ForwardArgs& a, const Request& request) {
     return "the mask is not one or two intervals a query";
   for (int n = 0; n < mask.leaves; ++n) {
     if (mask.leaf[n].kind != kInterval && mask.leaf[n].kind != kBand) return "the mask has no intervals";
+    if (!is_near(mask.leaf[n].offset) || !is_near(mask.leaf[n].first) || !is_near(mask.leaf[n].end))
+      return "the mask's numbers of each batch item lie too far apart";
     a.interval[n] = interval_of(mask.leaf[n]);
   }
   if (mask.leaves == 0 && request.kind != kPlain) {  // everything, as an interval
@@ -192,16 +197,18 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
 
 // Launches go to the current device: a call's own, and the one before afterwards.
 struct OnDevice {
+  const char* refused = nullptr;
 #ifdef FASTATTN_SIM
   explicit OnDevice(int32_t) {}
 #else
   int before = 0, here;
   explicit OnDevice(int32_t device) : here(device) {
-    cudaGetDevice(&before);
-    if (before != here) cudaSetDevice(here);
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before != here) error = cudaSetDevice(here);
+    if (error != cudaSuccess) refused = cudaGetErrorString(error);
   }
   ~OnDevice() {
-    if (before != here) cudaSetDevice(before);
+    if (!refused && before != here) cudaSetDevice(before);
   }
 #endif
 };
@@ -241,22 +248,24 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
 const char* forward(const Request& request) {
   const Params& p = request.problem;
   const OnDevice on(request.device);
+  if (on.refused) return refuse("the CUDA forward cannot use its device", on.refused, request);
   if (p.batch * p.num_heads * p.q_len == 0) return nullptr;
-  if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", p);
+  if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", request);
   const bool listed = request.lists.counts != nullptr;
   bool by_head = listed;
   for (int n = 0; n < p.mask.leaves; ++n) by_head = by_head || p.mask.leaf[n].stride[1] != 0;
   const int32_t here = multiprocessors();
+  if (here < 1) return refuse("the CUDA forward", "the device names no multiprocessors", request);
   const Plan cut = plan(p, request.kind, by_head, here);
-  if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", p);
+  if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", request);
   ForwardArgs args{};
-  if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, p);
+  if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
   how.grid = dim3(args.programs < here ? args.programs : here);
   how.stream = request.stream;
   const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)
                                          : launch_width<arch::f16>(cut.width, request.kind, args, how);
-  if (why) return refuse("the CUDA forward", why, p);
+  if (why) return refuse("the CUDA forward", why, request);
   if (request.splits == 1) return nullptr;
   MergeArgs merged{};
   merged.parts = request.parts;
@@ -276,7 +285,7 @@ const char* forward(const Request& request) {
   merge.stream = request.stream;
   why = p.dtype == kBFloat16 ? arch::launch(merge_kernel<arch::bf16>, merge, merged)
                              : arch::launch(merge_kernel<arch::f16>, merge, merged);
-  return why ? refuse("the CUDA merge", why, p) : nullptr;
+  return why ? refuse("the CUDA merge", why, request) : nullptr;
 }
 
 #ifdef FASTATTN_SIM
