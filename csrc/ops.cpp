@@ -296,7 +296,7 @@ fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
 void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
                   double dropout_p, int64_t kind, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
-                  Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
+                  Maybe taken, Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
   fastattn::cuda::Request request;
   Params& p = request.problem;
   p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
@@ -306,6 +306,7 @@ void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
   request.hides = hides;
   if (list_counts) request.lists = lists_of(*list_counts, list_tiles.value());
   request.splits = static_cast<int32_t>(splits);
+  if (taken) request.taken = pointer<int32_t>(*taken);
   if (splits > 1) {
     request.parts = pointer<float>(parts.value());
     request.part_lse = pointer<float>(part_lse.value());
@@ -345,8 +346,8 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def(FASTATTN_CUDA_OPERATOR "(" FASTATTN_PROBLEM
-        "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(c!)? parts, "
-        "Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(e!)? taken, "
+        "Tensor(c!)? parts, Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {

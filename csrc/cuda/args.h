@@ -58,6 +58,8 @@ struct ForwardArgs {
   int32_t section;   // units whose keys and values stay in the L2 cache together
   int32_t splits;    // programs that share one tile's keys
   int32_t programs;  // tiles to compute, over all units and splits
+  int32_t blocks;    // of the launch
+  int32_t* taken;    // how many have been taken beyond each block's first; null: none, or in turn
 
   float factor;  // turns scores into powers of two; includes the scale where scores are raw products
   float scale, softcap;  // kEverything, whose scores are natural

@@ -21,8 +21,6 @@ struct Loader {
     if (leads()) {
       s.program = blockIdx.x;
       s.round = 0;
-      s.stride[0] = stride_of(0);
-      s.stride[1] = stride_of(1);
     }
     __syncwarp();
     for (;;) {
@@ -43,7 +41,7 @@ struct Loader {
       if (!there) return;
       load(job.place);
       if (leads()) {
-        s.program += s.stride[s.round & 1];
+        s.program = next_program<F::KIND>(a, s.program, s.round);
         ++s.round;
       }
       __syncwarp();

@@ -151,6 +151,8 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   a.q_tiles = ceil_div(p.q_len, cut.tile_rows);
   a.unit_heads = ceil_div(p.group, cut.tile_heads);
   a.splits = request.splits;
+  a.taken = request.taken;
+  if (cut.counts && !a.taken) return "so many tiles want a counter";
   const int64_t units = p.batch * p.num_kv_heads * a.unit_heads, programs = units * a.q_tiles * a.splits;
   if (programs > INT32_MAX / 2) return "there are too many tiles";
   a.programs = static_cast<int32_t>(programs);
@@ -242,6 +244,7 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
   const int64_t units = p.batch * p.num_kv_heads * ceil_div(p.group, cut.tile_heads);
   const int64_t tiles = units * ceil_div(p.q_len, cut.tile_rows);
   cut.splits = choose_splits(tiles, ceil_div(p.kv_len, cut.tile.block_n), multiprocessors);
+  cut.counts = kind != kPlain && tiles * cut.splits > multiprocessors;
   return cut;
 }
 
@@ -261,7 +264,8 @@ const char* forward(const Request& request) {
   ForwardArgs args{};
   if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
-  how.grid = dim3(args.programs < here ? args.programs : here);
+  args.blocks = args.programs < here ? args.programs : here;
+  how.grid = dim3(args.blocks);
   how.stream = request.stream;
   const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)
                                          : launch_width<arch::f16>(cut.width, request.kind, args, how);
@@ -313,7 +317,8 @@ int32_t multiprocessors() {
 
 #define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// For the host's side in Python: block_m, block_n and splits into `cut`; 1 where there is such a kernel, else 0.
+// For the host's side in Python: block_m, block_n, splits and whether a counter is wanted into `cut`; 1 where there is such
+// a kernel, else 0.
 FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32_t by_head, int32_t multiprocessors,
                                        int32_t* cut) {
   fastattn::Params p;
@@ -330,6 +335,7 @@ FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32
   cut[0] = plan.tile.block_m;
   cut[1] = plan.tile.block_n;
   cut[2] = plan.splits;
+  cut[3] = plan.counts;
   return plan.width >= 0;
 }
 

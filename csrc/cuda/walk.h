@@ -49,9 +49,13 @@ DEVICE bool needs_check(const Steps& steps, int32_t n, int32_t tile) {
            (tile >= steps.full[1][0] && tile < steps.full[1][1]));
 }
 
-// From a block's program to its next one, after even and after odd rounds: forth and back over the blocks, so that each
-// gets heavy and light tiles.
-DEVICE int32_t stride_of(int odd) { return odd ? 2 * blockIdx.x + 1 : 2 * (gridDim.x - blockIdx.x) - 1; }
+// A block's program after `program`. Equal tiles forth and back over the blocks; others to who is ready, by a counter, or,
+// without one, to nobody: there are no more than blocks.
+template <Kind KIND>
+DEVICE int32_t next_program(const ForwardArgs& a, int32_t program, int32_t round) {
+  if (KIND == kPlain) return program + (round & 1 ? 2 * blockIdx.x + 1 : 2 * (a.blocks - blockIdx.x) - 1);
+  return a.taken ? a.blocks + atomicAdd(a.taken, 1) : a.programs;
+}
 
 // Splits of a tile run side by side, then the units of a section, then its tiles, then the sections.
 template <int BLOCK_M>
