@@ -43,7 +43,8 @@ STATEMENT = re.compile(r"asm volatile\(\s*((?:\"[^\"]*\"\s*)+):(.*?)\);", re.DOT
 OPERAND = re.compile(r"\"(\+f|r|l|n)\"\((.*?)\)(?=\s*[,:]|\s*$)", re.DOTALL)
 NAMES = (
     (r"d\[?0*(\d+)\]?", r"d\1"), (r"a\[?0*(\d+)\]?", r"a\1"), (r"a|desc_a", "a"), (r"b|desc_b", "b"),
-    (r"A|.*tnspA.*", "trans a"), (r"B|.*tnspB.*", "trans b"), (r".*(?:accumulate|scale_D).*", "accumulate"), (r".*scale[AB].*", "1"),
+    (r"A|.*tnspA.*", "trans a"), (r"B|.*tnspB.*", "trans b"), (r".*(?:accumulate|scale_D).*", "accumulate"),
+    (r".*scale[AB].*", "1"),
 )  # fmt: skip
 
 
