@@ -74,11 +74,11 @@ struct Params {
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;
-  // `rows` null: every query.
+  // `row_count` negative: every query, and `rows` is null. An empty list has no address either.
   Table weights;
   bool mean_heads = false;
   const int64_t* rows = nullptr;
-  int64_t row_count = 0;
+  int64_t row_count = -1;
 
   int threads = 1;
   ParallelFor parallel_for = nullptr;

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, sdpa
 from fastattn.integrations import caught
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement
 
 NAME = "fastattn"
@@ -128,8 +129,7 @@ def replace(
 
         return Replacement(*where, True, f"{kind.__name__} sends it to the backend {member.value!r}"), undo
     if names & caught.CALLS and not names & caught.OWN_WAY:
-        processor.__class__ = caught.caught(kind, "__call__", mode, backend)
-        back = partial(setattr, processor, "__class__", kind)
+        back = exchange(processor, caught.caught(kind, "__call__", mode, backend))
         return Replacement(*where, True, f"{kind.__name__} calls F.scaled_dot_product_attention: on fastattn"), back
     what = (
         f"its processor {kind.__name__} computes the weights itself; give it one that calls torch's SDPA first, "

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, mha, sdpa
 from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -128,12 +129,12 @@ def _replace_torchs(
     reason = _why_not(module)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    module.__class__ = MultiheadAttention
+    back = exchange(module, MultiheadAttention)
     if backend is not None:
         module.backend = backend  # type: ignore[assignment]
 
     def undo() -> None:
-        module.__class__ = TORCH_MODULE
+        back()
         if backend is not None:
             del module.backend
 

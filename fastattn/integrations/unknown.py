@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from fastattn.integrations import caught
 from fastattn.integrations.report import Replacement
 
-SPEAK = ("torch", "fastattn", "transformers")
+SPEAK = ("torch", "fastattn", "transformers", "builtins")
 """Packages whose modules have said all they have to, or hold none."""
 LOOKS = ("attention", "attn")
 PARTS = ("drop", "norm", "pool", "bias", "embed", "mask", "act")
@@ -20,7 +21,12 @@ def rows(modules: Iterable[tuple[str, nn.Module]], told: set[str]) -> Iterator[R
     """A row for each module that seems to compute attention, apart from those whose path was told already."""
     for path, module in modules:
         kind = type(module)
-        if path in told or kind.__module__.split(".")[0] in SPEAK:
+        if isinstance(module, torch.jit.ScriptModule):
+            if any(word in module.original_name.lower() for word in LOOKS):
+                what = "it is scripted, and runs what it was compiled from; torch.jit.trace keeps fastattn's operators"
+                yield Replacement(path, module.original_name, False, what)
+            continue
+        if path in told or all(base.__module__.split(".")[0] in SPEAK for base in kind.__mro__):
             continue
         where = f"{kind.__module__}.{kind.__qualname__}"
         called = sorted(caught.names_reached(kind) & caught.CALLS)

@@ -40,18 +40,27 @@ class Room(NamedTuple):
         return self.library.tiles(known.sizes, known.kind, known.by_head).splits
 
 
+def operator(flavour):
+    """Its name; a process may load several."""
+    return f"simulated_{flavour}"
+
+
+def build(flavour):
+    """The library, of one flavour of the simulator."""
+    told = (f'-DFASTATTN_CUDA_OPERATOR="{operator(flavour)}"', *QUIET)
+    parts = [simulator.Part(source, (*flags, *told)) for source, flags in nvcc.parts().values()]
+    link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
+    return simulator.build_library("cuda", parts, flavour, link)
+
+
 def simulated(flavour):
     refused = simulator.why_not()
     if refused is not None:
         pytest.skip(refused)
-    name = f"simulated_{flavour}"  # a process may load several
-    told = (f'-DFASTATTN_CUDA_OPERATOR="{name}"', *QUIET)
-    parts = [simulator.Part(source, (*flags, *told)) for source, flags in nvcc.parts().values()]
-    link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
-    path = simulator.build_library("cuda", parts, flavour, link)
+    path = build(flavour)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return Room(native_cuda.Operators(getattr(torch.ops.fastattn, name).default, path, handle))
+    return Room(native_cuda.Operators(getattr(torch.ops.fastattn, operator(flavour)).default, path, handle))
 
 
 @pytest.fixture
@@ -71,8 +80,9 @@ def on_hopper(request):
 
 @pytest.fixture(scope="session")
 def room():
-    """For results: the quickest."""
-    return simulated("plain")
+    """For results: the quickest, or the one that watches addresses where this process was started for that."""
+    watched = simulator.usual_flavour() == "addresses"
+    return simulated("addresses" if watched else "plain")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import cli
+from fastattn import cli, spec
+from fastattn.masks import Dense
 from fastattn.models.compare import cases, compare
 from fastattn.models.zoo import ZOO
 
@@ -41,6 +42,21 @@ def test_a_wrong_scale_is_noticed(key):
     """A hundredth off is far outside of the bound: the logits are no trivial ones."""
     needs(ZOO[key])
     assert not compare(ZOO[key], "eval", torch.float32, off=1.01).ok
+
+
+@pytest.mark.parametrize("key", [key for key in ZOO if key != "clip-attention-pool"])  # whose one query has one row
+def test_a_dense_mask_is_noticed(key, monkeypatch):
+    """Every mask said by a table: each row would then say that it was."""
+    needs(ZOO[key])
+    as_mask = spec.as_mask
+
+    def dense(mask, query, key):
+        return Dense(as_mask(mask, query, key).dense(query.shape[2], key.shape[2]))
+
+    monkeypatch.setattr(spec, "as_mask", dense)
+    monkeypatch.setattr(spec, "_plain_call", lambda *_: None)  # specs that are known from other calls
+    found = compare(ZOO[key], "eval", torch.float32)
+    assert found.seen.tables == len(found.seen.masks) > 0
 
 
 @pytest.mark.parametrize("key", ZOO)
