@@ -66,8 +66,7 @@ __global__ void boxes(const __grid_constant__ TensorMap map, Where where, int ac
 
 // `shape`: element, swizzle, then extents, box sides and coordinates, `rank` of each; the tensor is contiguous and
 // begins `first` bytes into `tensor`.
-EXPORT run_boxes(int rank, int action, const int* shape, int offset, int first, void* tensor,
-                 void* bytes) {
+EXPORT run_boxes(int rank, int action, const int* shape, int offset, int first, void* tensor, void* bytes) {
   constexpr int kSizes[] = {2, 2, 4};
   TensorShape described;
   described.element = static_cast<Element>(shape[0]);
