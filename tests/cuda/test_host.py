@@ -103,8 +103,10 @@ def test_an_error_names_the_launch(no_kernels):
     odd = torch.cat([key[..., :1], key], -1)[..., 1:]  # rows at no multiple of 16 bytes
     out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
     with pytest.raises(RuntimeError) as refusal:
-        no_kernels.forward(query, odd, value, None, None, None, [], [], 0.1, 0.0, 0.0, cuda.MASKED, False, None, None, 1, None,
-                           None, None, out, lse)  # fmt: skip
+        no_kernels.forward(
+            query, odd, value, None, None, None, [], [], 0.1, 0.0, 0.0,
+            cuda.MASKED, False, None, None, 1, None, None, None, out, lse,
+        )  # fmt: skip
     said = str(refusal.value)
     assert "the CUDA forward: tensor map" in said
     for part in (
