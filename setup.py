@@ -2,11 +2,14 @@
 
 Bare `kernels` and `bench` belong to other projects on PyPI, so none is ever installed under its folder's name.
 A wheel holds the C++ sources and is the same everywhere; with FASTATTN_BUILD=force in the environment it also holds the
-library that they make, for this platform: FASTATTN_BUILD=force pip wheel --no-build-isolation --no-deps .
+libraries that they make, for this platform: FASTATTN_BUILD=force pip wheel --no-build-isolation --no-deps .
+The CPU room's is built for it; the CUDA room's, which takes minutes, is taken along where `fastattn build --cuda` has
+been run.
 Everything else is in pyproject.toml.
 """
 
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -45,8 +48,8 @@ def source_packages() -> list[str]:
     return [package, *(".".join((package, *path.parts)) for path in folders if "__pycache__" not in path.parts)]
 
 
-class BuildWithLibrary(build_py):
-    """Puts the library beside the modules."""
+class BuildWithLibraries(build_py):
+    """Puts the libraries beside the modules."""
 
     def run(self) -> None:
         super().run()
@@ -54,22 +57,35 @@ class BuildWithLibrary(build_py):
             # The package itself cannot be imported before it is installed.
             sys.modules["fastattn"] = package = types.ModuleType("fastattn")
             package.__path__ = [str(HERE / "fastattn")]  # type: ignore[attr-defined]
-            from fastattn import native
+            from fastattn.compiler import BuildError
+            from fastattn.native_cpu import LIBRARY as CPU
+            from fastattn.native_cuda import LIBRARY as CUDA
 
             target = Path(self.build_lib).absolute() / "fastattn" / "lib"
             target.mkdir(parents=True, exist_ok=True)
-            native.make(native.recipe(), target / native.shipped_name())
+            CPU.make(target / CPU.shipped_name())
+            try:
+                built = CUDA.find()
+            except BuildError:  # no nvcc
+                built = None
+            if built is None:
+                print(
+                    "fastattn: the wheel has no CUDA library; `fastattn build --cuda` first, and it has",
+                    file=sys.stderr,
+                )
+            else:
+                shutil.copy2(built, target / CUDA.shipped_name())
 
 
 class PlatformDistribution(Distribution):
-    """Knows that a wheel with a library in it is for one platform."""
+    """Knows that a wheel with libraries in it is for one platform."""
 
     def has_ext_modules(self) -> bool:
         return WITH_LIBRARY
 
 
 class TaggedWheel(bdist_wheel):
-    """A library fits any Python."""
+    """The libraries fit any Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
@@ -80,5 +96,5 @@ setup(
     package_dir=ROOMS | dict([SOURCES]),
     packages=room_packages() + source_packages(),
     distclass=PlatformDistribution,
-    cmdclass={"build_py": BuildWithLibrary, "bdist_wheel": TaggedWheel},
+    cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": TaggedWheel},
 )

@@ -19,17 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace, argv: list[str]) -> int:
     """Build, and say where it lies. 0 it is there, 1 it could not be built."""
-    from fastattn import native, native_cuda
+    from fastattn import native_cpu, native_cuda
+    from fastattn.compiler import BuildError
 
     try:
         if namespace.cuda:
-            path = native_cuda.build(force=namespace.force, retry=True)
+            path = native_cuda.LIBRARY.build(force=namespace.force, retry=True)
             said = str(path)
         else:
-            path = native.build(force=namespace.force, retry=True)
-            library = native.library()
+            path = native_cpu.LIBRARY.build(force=namespace.force, retry=True)
+            library = native_cpu.LIBRARY.get()
             said = f"{path}\ninstruction sets here: {', '.join(library.isas())}; in use: {library.isa()}"
-    except native.BuildError as refusal:
+    except BuildError as refusal:
         print(f"fastattn build: {refusal}", file=sys.stderr)
         return WRONG
     print(said)

@@ -110,7 +110,7 @@ class PagedCache(_Blocks):
                 at = len(self.owned[item])
                 fresh = [self.free_blocks.pop() for _ in range(want)]
                 self.owned[item] += fresh
-                self.table[item, at : at + want] = torch.tensor(fresh, dtype=torch.int32)
+                self.table[item, at : at + want] = torch.tensor(fresh, dtype=torch.int32, device=self.table.device)
         items, token, place = self._real(counts, new)
         if items is None:
             block = self.table.long().gather(1, place // size)

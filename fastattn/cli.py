@@ -148,7 +148,7 @@ def _machine(block: dict[str, Any]) -> dict[str, str]:
 
 def _software(block: dict[str, Any]) -> dict[str, str]:
     import fastattn
-    from fastattn import native, native_cuda
+    from fastattn import native_cpu, native_cuda
 
     commit = f", commit {block['commit'][:9]}{' with changes' if block['dirty'] else ''}" if block["commit"] else ""
     names = {name for name in os.environ if name in ("TRITON_INTERPRET", "CXX") or name.startswith("FASTATTN_")}
@@ -158,7 +158,7 @@ def _software(block: dict[str, Any]) -> dict[str, str]:
         "torch": block["torch"],
         "triton": block["triton"] or "not installed (pip install 'fastattn[triton]', Linux only)",
         "C++ compiler": block["cxx"] or "none: torch.compile cannot build for the CPU",
-        "CPU library": native.state(),
+        "CPU library": native_cpu.state(),
         "CUDA library": native_cuda.state(),
     }
     if names:

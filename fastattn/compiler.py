@@ -61,7 +61,7 @@ def sources() -> Path:
 
 
 @functools.cache
-def source_digest(room: str = "cpu") -> str:
+def source_digest(room: str) -> str:
     """Of every C++ file of a room, its name and what it says: the room's own, and those that all share."""
     root = sources()
     digest = hashlib.sha256()
@@ -99,12 +99,12 @@ def _find_compiler(named: str | None, path: str | None) -> Compiler:
     raise BuildError(NO_COMPILER.format(f"CXX={named}" if named else f"looked for {', '.join(NAMES)}"))
 
 
-def key(compiler: Compiler) -> str:
-    """One name for equal libraries: sources, flags, compiler, machine, torch's headers."""
+def key(room: str, version: str, steps: list[Step]) -> str:
+    """One name for equal libraries of a room: sources, flags, the compiler's version, machine, torch's headers."""
     import torch
 
-    said = [source_digest(), compiler.version, platform.machine(), sys.platform, *torch.__version__.split(".")[:2]]
-    for step in plan(compiler, "library"):  # where the sources and torch lie makes no other library
+    said = [source_digest(room), version, platform.machine(), sys.platform, *torch.__version__.split(".")[:2]]
+    for step in steps:  # where the sources and torch lie makes no other library
         said += [part.replace(str(sources()), "").replace(str(torch_folder()), "") for part in step.command]
     return hashlib.sha256("\0".join(said).encode()).hexdigest()[:24]
 

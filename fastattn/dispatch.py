@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from fastattn.spec import AttnSpec
+from fastattn.spec import AttnInputs, AttnSpec
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """In order of preference: `backend=None` takes the first that can run."""
@@ -59,8 +59,9 @@ def requested(backend: str | None) -> str | None:
     if backend is None:
         backend, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is not None and backend not in BACKENDS:
-        near = difflib.get_close_matches(str(backend), BACKENDS, 1, 0.0)[0]
-        raise ValueError(f"{source}: unknown backend {backend!r}; there are {', '.join(BACKENDS)} (nearest: {near!r})")
+        near = difflib.get_close_matches(str(backend).lower(), BACKENDS, 1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise ValueError(f"{source}: unknown backend {backend!r}; there are {', '.join(BACKENDS)}{hint}")
     return backend
 
 
@@ -85,13 +86,13 @@ def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> str:
     return asked
 
 
-def verdict(spec: AttnSpec, backend: str | None, notes: list[str]) -> Verdict:
+def verdict(spec: AttnSpec, inputs: AttnInputs, backend: str | None, notes: list[str]) -> Verdict:
     """The choice with everybody's reasons; raises as `choose` does."""
     asked = requested(backend)
     name = choose(spec, asked)
     reasons = {each: _reason(each, spec, False) if each == asked else free_reason(each, spec) for each in BACKENDS}
     module = room(name)
-    more = module.notes(spec) if hasattr(module, "notes") else []
+    more = module.notes(spec, inputs) if hasattr(module, "notes") else []
     return Verdict(name, module.kernel_name(spec), reasons, [*notes, *more])
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.masks import Causal, Chunked, Dense, Lengths, Mask, Packed, Prefix, Segments, Window
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Packed, Prefix, Segments, Window
+from fastattn.paged import Paged
 from fastattn.testing import Case, Problem, make_inputs
 
 BATCH, NUM_HEADS, NUM_KV_HEADS = 2, 4, 2
@@ -97,6 +98,50 @@ def with_junk(clean: Problem, seen: Tensor) -> Problem:
     )
     inputs = clean.inputs._replace(query=query, key=key, value=value)
     return dataclasses.replace(clean, inputs=inputs, d_out=d_out, d_lse=d_lse)
+
+
+_SPARE = (-1, 2**31 - 1, -(2**31))
+"""What a table of blocks says of those that hold nothing."""
+
+
+def in_blocks(
+    case: Case,
+    mask: Mask | None,
+    held: tuple[int, ...],
+    block_size: int,
+    *,
+    foreign: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[Problem, Problem]:
+    """A problem in which item b sees `mask` of its first held[b] keys; and the same keys in scattered blocks of pools
+    that are NaN everywhere else, found by a table that goes on in junk. `foreign`: heads within rows.
+    """
+    lengths = torch.tensor(held, device=device)
+    seen = (mask or Full()) & Lengths(lengths)
+    whole = make_inputs(dataclasses.replace(case, batch=len(held), mask=lambda *_: seen), device)
+    columns = -(-case.kv // block_size)
+    used = [-(-length // block_size) for length in held]
+    order = torch.randperm(sum(used) + 2, generator=torch.Generator().manual_seed(5)).tolist()
+    pools = []
+    for tensor in whole.inputs[1:3]:
+        heads, dim = tensor.shape[1], tensor.shape[3]
+        shape = (len(order), block_size, heads, dim) if foreign else (len(order), heads, block_size, dim)
+        pool = torch.full(shape, torch.nan, dtype=tensor.dtype, device=device)
+        pools.append(pool.transpose(1, 2) if foreign else pool)
+    table = torch.tensor(_SPARE, dtype=torch.int32).repeat(len(held), columns)[:, :columns]
+    for item, count in enumerate(used):
+        for column in range(count):
+            block = order.pop()
+            table[item, column] = block
+            first, last = column * block_size, min((column + 1) * block_size, held[item])
+            for pool, tensor in zip(pools, whole.inputs[1:3], strict=True):
+                pool[block, :, : last - first] = tensor[item, :, first:last]
+    bias = whole.inputs.bias
+    if bias is not None and bias.shape[-1] > 1:  # as wide as the table's room
+        bias = torch.nn.functional.pad(bias, (0, columns * block_size - case.kv), value=torch.nan)
+    inputs = whole.inputs._replace(key=pools[0], value=pools[1], bias=bias)
+    paged = dataclasses.replace(whole, inputs=inputs, mask=Paged(seen, table.to(device), block_size))
+    return whole, paged
 
 
 def _junk_like(tensor: Tensor) -> Tensor:

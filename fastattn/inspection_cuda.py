@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,15 @@ from fastattn import nvcc
 if TYPE_CHECKING:
     import argparse
 
+    from fastattn.kernels.listing import Instruction
+
 OK, BROKEN, USAGE = 0, 1, 2
 WIDE = 160  # columns, where no terminal says how many there are
 
 KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_4KindE(\d)")
 KINDS = ("plain", "masked", "everything")
 BLOCK = re.compile(r"(?<=<!-- inspect cuda -->\n).*?(?=<!-- /inspect cuda -->)", re.DOTALL)
+LEAST_UNDER_PRODUCTS = 0.9
 REGISTER_CAPS = {2: 168, 3: 128}
 """A thread, by computing warpgroups: of the 65,536 of an SM, in eights, a block's share. setmaxnreg hands them on."""
 
@@ -44,6 +48,7 @@ class Row:
     loop: dict[str, int] = field(default_factory=dict)  # on the way around the main loop, for one warp
     clocks: dict[str, float] = field(default_factory=dict)
     spelled_out: list[str] = field(default_factory=list)
+    under_products: float = 1.0  # share of a round's exponentials that stand before the wait for the values' product
 
     @property
     def name(self) -> str:
@@ -56,14 +61,17 @@ class Row:
         found = []
         if self.spilled_bytes:
             found.append(f"{self.spilled_bytes} bytes of stack")
-        if self.registers > REGISTER_CAPS[self.block_m // 64]:
-            found.append(f"{self.registers} registers")
+        cap = REGISTER_CAPS[self.block_m // 64]
+        if self.registers != cap:  # fewer would leave the pool too small for the warpgroups that ask for more
+            found.append(f"{self.registers} registers, where setmaxnreg counts on {cap}")
+        if self.under_products < LEAST_UNDER_PRODUCTS:
+            found.append(f"{self.under_products:.0%} of the softmax under the product")
         found += [f"no {name}" for name in ("HGMMA", "UTMALDG", "USETMAXREG") if not self.counts.get(name)]
         return found
 
 
 def rows(library: Any) -> list[Row]:
-    """Every forward kernel of a loaded native_cuda.Library."""
+    """Every forward kernel of a loaded library."""
     from fastattn.kernels import budget, listing, sass
 
     found = []
@@ -81,8 +89,22 @@ def rows(library: Any) -> list[Row]:
             if clocks is not None and budget.flop(parts) >= 2 * tiles.block_m * tiles.block_n * (width + width_v):
                 row.loop, row.clocks = _counted(way), clocks._asdict()
                 row.spelled_out = budget.spelled_out(parts, budget.RATES["sm90"])
+                row.under_products = under_products(way)
         found.append(row)
     return sorted(found, key=lambda row: (row.dtype, row.width, row.width_v, KINDS.index(row.kind)))
+
+
+def under_products(way: Sequence[Instruction]) -> float:
+    """Of the exponentials on a way around the loop, the share between the wait for the scores, which leaves one product
+    in flight, and the wait for that one. The compiler may move either.
+    """
+    waits = [n for n, each in enumerate(way) if each.opcode.startswith("WARPGROUP.DEPBAR")]
+    first = next((n for n in waits if way[n].operands.endswith("0x1")), None)
+    if first is None or len(waits) < 2:
+        return 0.0
+    last = waits[(waits.index(first) + 1) % len(waits)]
+    between = way[first:last] if first < last else [*way[first:], *way[:last]]
+    return _counted(between).get("MUFU", 0) / max(_counted(way).get("MUFU", 0), 1)
 
 
 def _counted(code: Any) -> dict[str, int]:
@@ -94,11 +116,12 @@ def _counted(code: Any) -> dict[str, int]:
 
 def run(namespace: argparse.Namespace) -> int:
     """Read, show, judge. 0 all promises hold, 1 one is broken, 2 there is nothing to read."""
-    from fastattn import native_cuda
+    from fastattn.compiler import BuildError
+    from fastattn.native_cuda import LIBRARY
 
     try:
-        library = native_cuda.library()
-    except native_cuda.BuildError as refusal:
+        library = LIBRARY.get()
+    except BuildError as refusal:
         print(f"fastattn inspect: {refusal}", file=sys.stderr)
         return USAGE
     found = rows(library)

@@ -26,7 +26,7 @@ class Mask:
 
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
         """At most two intervals a row whose union is what the row sees; None where there is no such closed form."""
-        return [self.interval(rows(q_len, device), q_len, kv_len)]
+        return None if self.interval_count() is None else [self.interval(rows(q_len, device), q_len, kv_len)]
 
     def interval_count(self) -> int | None:
         """How many `intervals` gives, told from the kinds of masks alone: 1, 2 or None."""
@@ -215,7 +215,7 @@ def may_look(validate: bool | None, tensors: list[Tensor]) -> bool:
 def check_masks(name: str, **parts: object) -> None:
     for argument, part in parts.items():
         if not isinstance(part, Mask):
-            raise TypeError(f"{name}: {argument} must be a mask, got {type(part).__name__}; Dense(table) is one")
+            raise TypeError(f"{name}: {argument} must be a mask, got {type(part).__name__}")
 
 
 def check_sizes(name: str, least: int, **sizes: Any) -> None:

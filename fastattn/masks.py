@@ -286,9 +286,6 @@ class Segments(Mask):
         start, stop = torch.searchsorted(keys, queries), torch.searchsorted(keys, queries, right=True)
         return start[:, None], torch.where(queries < 0, start, stop)[:, None]
 
-    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
-        return super().intervals(q_len, kv_len, device) if self.sorted else None
-
     def interval_count(self) -> int | None:
         return 1 if self.sorted else None
 
@@ -379,9 +376,6 @@ class Dense(Mask):
                 "mask: a tensor mask must be bool (True = attend) with at most 4 dimensions, "
                 f"got {got}; numbers to add to the scores go into bias="
             )
-
-    def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> None:
-        return None
 
     def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
         table = self.table[(None,) * (4 - self.table.dim())]

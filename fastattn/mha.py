@@ -187,7 +187,7 @@ def forward(
     if trust_hint:
         attn_mask = None
     elif attn_mask is not None:
-        _check_floating_or_bool(attn_mask, "attn_mask")
+        check_floating_or_bool(attn_mask, "attn_mask")
     if embed_dim != embed_dim_to_check:
         raise AssertionError(f"was expecting embedding dimension of {embed_dim_to_check}, but got {embed_dim}")
     head_dim = embed_dim // num_heads
@@ -301,7 +301,7 @@ def _near(window: tuple[int | None, int | None], q_len: int, kv_len: int, added:
 def _check_mask_kinds(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> None:
     if key_padding_mask is None:
         return
-    _check_floating_or_bool(key_padding_mask, "key_padding_mask")
+    check_floating_or_bool(key_padding_mask, "key_padding_mask")
     if attn_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
         warnings.warn(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
@@ -309,7 +309,8 @@ def _check_mask_kinds(key_padding_mask: Tensor | None, attn_mask: Tensor | None)
         )
 
 
-def _check_floating_or_bool(mask: Tensor, name: str) -> None:
+def check_floating_or_bool(mask: Tensor, name: str) -> None:
+    """Raise torch's AssertionError about a mask of another dtype."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise AssertionError(f"only bool and floating types of {name} are supported")
 

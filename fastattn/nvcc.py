@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import shutil
@@ -74,15 +73,3 @@ def plan(found: compiler.Compiler, library: str) -> list[Step]:
     torch = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
     command = (*found.command, "-shared", *ARCHITECTURE, *(step.output for step in steps), *torch, "-o", library)
     return [*steps, Step(library, command)]
-
-
-def key(found: compiler.Compiler) -> str:
-    """One name for equal libraries: sources, flags, compiler, torch's headers."""
-    import torch
-
-    said = [compiler.source_digest("cuda"), found.version, *torch.__version__.split(".")[:2]]
-    for step in plan(found, "library"):  # where the sources and torch lie makes no other library
-        said += [
-            part.replace(str(compiler.sources()), "").replace(str(compiler.torch_folder()), "") for part in step.command
-        ]
-    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:24]

@@ -38,6 +38,9 @@ class Paged(Mask):
     def intervals(self, q_len: int, kv_len: int, device: torch.device | None = None) -> list[Interval] | None:
         return self.inside.intervals(q_len, kv_len, device)
 
+    def interval_count(self) -> int | None:
+        return self.inside.interval_count()
+
     def dense(self, q_len: int, kv_len: int, *, device: torch.device | None = None) -> Tensor:
         return self.inside.dense(q_len, kv_len, device=device)
 

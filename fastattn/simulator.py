@@ -139,7 +139,7 @@ def _runtime(found: Compiler, flavour: str) -> Path:
 
 def _made(path: Path, steps: list[Step], output: str | None) -> Path:
     """Run the steps unless their result is there; it is the file `output`, or the whole folder of objects."""
-    with native._writing(), native._locked(path.with_suffix(".lock")):
+    with native.writing(), native.locked(path.with_suffix(".lock")):
         if path.exists():
             return path
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as name:

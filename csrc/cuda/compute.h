@@ -14,6 +14,10 @@ template <class F>
 struct Computer {
   using T = typename F::T;
   static constexpr bool NATURAL = F::KIND == kEverything;
+  // The next keys are waited for after the softmax and not at the loop's head: a branch, over which the compiler does not
+  // lift the wait for the values' product. Without it that stands before the softmax, which then has nothing to run
+  // under. A natural softmax has branches of its own, and no register to spare.
+  static constexpr bool WAITS_AHEAD = !NATURAL;
 
   const ForwardArgs& a;
   Shared<F>& s;
@@ -49,7 +53,9 @@ struct Computer {
 
   // Scores of a tile of keys, not waited for.
   DEVICE void issue_scores(float (&x)[F::SCORES]) {
-    const uint64_t query = arch::descriptor_128(s.query + group * 64 * 64);
+    int32_t at[1] = {group * 64 * 64};
+    if (NATURAL && F::WIDTH > 192) arch::settle_registers(at);  // made anew each time: there are none to keep them in
+    const uint64_t query = arch::descriptor_128(s.query + at[0]);
     const uint64_t key = arch::descriptor_128(s.key[keys.place()]);
     constexpr int QUERY_PIECE = F::BLOCK_M * 128 / 16, KEY_PIECE = F::BLOCK_N * 128 / 16;
     arch::settle_registers(x);
@@ -100,7 +106,7 @@ struct Computer {
     queries.next();
     {
       float x[F::SCORES];
-      arch::mbarrier_wait(&s.key_full[keys.place()], keys.round());
+      wait_for_keys();
       take_turn();
       issue_scores(x);
       pass_turn();
@@ -113,10 +119,11 @@ struct Computer {
       pack_weights(x, weights);
     }
     clear(out);
+    if (WAITS_AHEAD && steps > 1) wait_for_keys();
 #pragma unroll 1
     while (--steps > 0) {
       float x[F::SCORES];
-      arch::mbarrier_wait(&s.key_full[keys.place()], keys.round());
+      if (!WAITS_AHEAD) wait_for_keys();
       take_turn();
       issue_scores(x);
       wait_for_values(weights, softmax);
@@ -128,6 +135,7 @@ struct Computer {
       release_keys(steps == 1);
       const bool grows = soften(note, place, softmax, x, rescale);
       drop_some(note, place, x);
+      if (WAITS_AHEAD && steps > 1) wait_for_keys();
       arch::wgmma_wait<0>();
       arch::settle_registers(out);
       release_values();
@@ -149,7 +157,9 @@ struct Computer {
   // What each row sees, for the tiles that are checked: a lane for each interval of the warp's 16 rows.
   DEVICE void note_intervals(const Place& place) {
     if (F::KIND == kPlain || (F::KIND == kEverything && a.listed)) return;
-    const int local = group * 64 + thread / arch::kWarp * 16 + lane / 2, term = lane % 2;
+    int32_t at[1] = {thread};
+    arch::settle_registers(at);  // what follows is worked out here, and not kept from one job to the next
+    const int local = group * 64 + at[0] / arch::kWarp * 16 + at[0] % arch::kWarp / 2, term = at[0] % 2;
     const int2 row = row_of(a, place, local);
     int2 seen = make_int2(0, 0);
     if (term < a.terms && is_row(a, place, row))
@@ -158,6 +168,8 @@ struct Computer {
     reinterpret_cast<int2*>(&s.seen[local])[term] = seen;
     __syncwarp();
   }
+
+  DEVICE void wait_for_keys() { arch::mbarrier_wait(&s.key_full[keys.place()], keys.round()); }
 
   DEVICE void release_keys(bool last) {
     arrive_warp(&s.key_empty[keys.place()]);

@@ -15,7 +15,7 @@ __host__ __device__ constexpr int key_of(int n) { return 8 * (n / 4) + n % 2; }
 constexpr float kSlack = 8.0f;  // powers of two that a running maximum may lag behind: weights stay below 2^8
 
 // 2^x on the FMA pipes (Cody and Waite 1980: a whole part for the exponent's bits, a polynomial for the rest), relative
-// error 3e-6; for x below 128. Where 2^x is no normal number it is less than 2^-125, of -inf it is 0.
+// error 3e-6; for x below 128. Where 2^x is no normal number it is 0; of NaN it is NaN, whose bits no shift may touch.
 DEVICE float exp2_poly(float x) {
   const float bounded = arch::max_nan(x, -127.0f);  // whose exponent's bits are 0
   const float shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the whole part stands in the low bits
@@ -24,7 +24,7 @@ DEVICE float exp2_poly(float x) {
   y = fmaf(f, y, 0.24024099f);
   y = fmaf(f, y, 0.69312419f);
   y = fmaf(f, y, 1.0f);
-  return __uint_as_float(__float_as_uint(y) + (__float_as_uint(shifted) << 23));
+  return y * __uint_as_float((__float_as_uint(shifted) << 23) + (127u << 23));
 }
 
 // Of a thread's two rows, each shared with the three other threads of its quad.
@@ -42,17 +42,13 @@ struct Softmax {
   // rises by little: that saves the multiplication.
   template <int POLY_EVERY, bool NATURAL, int N>
   DEVICE bool step(float (&x)[N], float factor, float (&rescale)[2]) {
+    float top[2];
+    find_tops(x, top);
     bool grows = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = x[2 * r];
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-        if (row_of(n) == r) top = fmaxf(top, x[n]);
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      const bool rises = !((top - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
-      const float reference = rises ? fmaxf(top, most[r]) : most[r];
+      const bool rises = !((top[r] - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
+      const float reference = rises ? fmaxf(top[r], most[r]) : most[r];
       const float base = reference == -INFINITY ? 0.0f : reference;
       rescale[r] = arch::exp2_approx((most[r] - base) * factor);
       grows |= rises;
@@ -71,6 +67,25 @@ struct Softmax {
       sum[r] = fmaf(sum[r], rescale[r], added);
     }
     return __any_sync(~0u, grows);
+  }
+
+  // The rows' largest scores. Four chains side by side, as each link of one waits for the link before.
+  template <int N>
+  static DEVICE void find_tops(const float (&x)[N], float (&top)[2]) {
+    float other[2] = {x[4], x[6]};
+    top[0] = x[0];
+    top[1] = x[2];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      float& chain = n / 4 % 2 ? other[row_of(n)] : top[row_of(n)];
+      chain = fmaxf(chain, x[n]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], other[r]);
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], step));
   }
 
   // Sums over the quads.

@@ -20,6 +20,10 @@ struct Descriptor {
         mode(static_cast<int>(4 - (bits >> 62)) % 4),
         valid((bits & 0x3fffc000c000c000ull) == 0) {}
 
+  // Whether the pattern of eight rows starts where the hardware takes it to without a base offset: at a multiple of its
+  // size. Only steps within a row move the start: along k, or, MN-major, along m or n.
+  bool aligned() const { return mode == 0 || start % (8 * swizzle_span(mode)) < swizzle_span(mode); }
+
   // K-major: piece `piece` (0 or 1, eight ks each) of row `mn`.
   uint32_t k_major(uint32_t mn, uint32_t piece) const {
     const uint32_t row = start + mn / 8 * stride + mn % 8 * swizzle_span(mode);

@@ -20,6 +20,7 @@ float exp2_approx(float x);
 float log2_approx(float x);
 float tanh_approx(float x);
 float reciprocal_approx(float x);
+float max_nan(float x, float y);
 float half_to_float(uint16_t bits);
 uint32_t pack(float low, float high, bool bf16);
 

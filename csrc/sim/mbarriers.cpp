@@ -8,6 +8,7 @@ namespace {
 
 constexpr uint32_t kBytes = 8;
 constexpr int kMostArrivals = (1 << 20) - 1;
+constexpr int64_t kMostBytes = (1 << 20) - 1;  // of a phase, to land
 
 Mbarrier& mbarrier_at(uint32_t address) {
   Block& block = *self().block;
@@ -57,6 +58,9 @@ void arrive(Mbarrier& barrier) {
 
 void expect(Mbarrier& barrier, uint32_t bytes) {
   barrier.bytes += bytes;
+  if (barrier.bytes > kMostBytes) {
+    fail(std::to_string(barrier.bytes) + " bytes to land in one phase: it counts up to 1048575");
+  }
   barrier.loaded = barrier.phase + 1;
 }
 

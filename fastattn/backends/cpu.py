@@ -7,7 +7,8 @@ import os
 import torch
 from torch import Tensor
 
-from fastattn import leaves, native
+from fastattn import leaves
+from fastattn.native_cpu import LIBRARY
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,22 +21,22 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 def why_not(spec: AttnSpec) -> str | None:
     """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
-    return _spec_reason(spec) or native.why_not() or _isa_reason()
+    return _spec_reason(spec) or LIBRARY.why_not() or _isa_reason()
 
 
 def prepare(spec: AttnSpec) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or native.prepare() or _isa_reason()
+    return _spec_reason(spec) or LIBRARY.prepare() or _isa_reason()
 
 
-def notes(spec: AttnSpec) -> list[str]:
+def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
     """What is to be said of a verdict that names this room."""
-    return [] if native.available() else ["the CPU library is not built yet: the first call builds it and waits"]
+    return [] if LIBRARY.available() else ["the CPU library is not built yet: the first call builds it and waits"]
 
 
 def kernel_name(spec: AttnSpec) -> str:
     """The kernels that run the call."""
-    library = native.available()
+    library = LIBRARY.available()
     isa = "" if library is None else f" ({library.isa()})"
     return "attention forward" + (" and backward" if spec.needs_grad else "") + isa
 
@@ -44,7 +45,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    native.library().forward(*inputs, *_numbers(spec), out, lse)
+    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse)
     return out, lse
 
 
@@ -65,7 +66,7 @@ def backward(
     dbias = _empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
-    native.library().backward(
+    LIBRARY.get().backward(
         *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
     )
     return dq, dk, dv, dbias, dsinks
@@ -83,7 +84,7 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
         spec.batch, 1 if mean else spec.num_heads, count, spec.kv_len, dtype=torch.float32, device=spec.device
     )
     words, tensors, scale, softcap, _ = _numbers(spec)
-    native.library().weights(
+    LIBRARY.get().weights(
         inputs.query, inputs.key, inputs.bias, inputs.sinks, words, tensors, scale, softcap,
         lse.float().contiguous(), rows, mean, table,
     )  # fmt: skip
@@ -92,9 +93,7 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
 
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
     """The operators' arguments between the inputs and the outputs."""
-    words, tensors = spec.leaves
-    if spec.pages is not None:
-        words, tensors = [leaves.PAGES, *words], [spec.pages.table.contiguous(), *tensors]
+    words, tensors = spec.leaves if spec.pages is None else leaves.over_blocks(spec.leaves, spec.pages.table)
     return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
 
 
@@ -131,7 +130,7 @@ def _isa_reason() -> str | None:
         return None
     if asked not in ISAS:
         raise ValueError(f"FASTATTN_CPU_ISA: one of {', '.join(ISAS)} is needed, got {asked!r}")
-    library = native.available()
+    library = LIBRARY.available()
     if library is None or asked in (has := library.isas()):
         return None
     return f"FASTATTN_CPU_ISA={asked}: the library and this machine share {', '.join(has)} only"

@@ -9,16 +9,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from fastattn import leaves, native_cuda
+from fastattn import leaves
 from fastattn.leaves import Leaves
+from fastattn.native_cuda import LIBRARY, Operators
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
+READS_BLOCKS = True
 CAPABILITY = (9, 0)  # Hopper: wgmma and TMA as these kernels use them are there and nowhere else
 MAX_HEAD_DIM = 256
 MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32
 MOST_LEAVES = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
-LARGEST_SCALE = 64.0  # scores of larger ones are subtracted from their maximum before they become powers of two
+LARGEST_SCALE = 8.0  # scores of larger ones are subtracted from their maximum before they become powers of two
 ALIGNMENT = 8  # elements: 16 bytes, which the copy engine (TMA) wants addresses and strides to be multiples of
 
 PLAIN, MASKED, EVERYTHING = 0, 1, 2  # Kind of csrc/cuda/tiles.h
@@ -42,25 +44,30 @@ _KNOWN: WeakKeyDictionary[AttnSpec, Problem] = WeakKeyDictionary()
 
 def why_not(spec: AttnSpec) -> str | None:
     """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
-    return _spec_reason(spec) or _device_reason(spec.device) or native_cuda.why_not()
+    return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.why_not()
 
 
 def prepare(spec: AttnSpec) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or _device_reason(spec.device) or native_cuda.prepare()
+    return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.prepare()
 
 
-def notes(spec: AttnSpec) -> list[str]:
-    """What is to be said of a verdict that names this room."""
+def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
+    """What is to be said of a verdict that names this room: what a call would wait for, and what it would copy."""
     said = []
-    if native_cuda.available() is None:
+    if LIBRARY.available() is None:
         said.append("the CUDA library is not built yet: the first call builds it and waits")
-    if spec.head_dim % ALIGNMENT or spec.head_dim_v % ALIGNMENT:
-        widths = f"{spec.head_dim} and {spec.head_dim_v}"
-        said.append(f"TMA wants rows of whole {ALIGNMENT} elements: heads of {widths} may be copied first")
-    said.append(
-        "tensors whose strides TMA cannot take (rows apart by no multiple of 16 bytes, no side by side) are copied"
-    )
+    for name, tensor in zip(("query", "key", "value"), inputs[:3], strict=True):
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or _is_aligned(tensor, name == "query"):
+            continue
+        what = "all that the block table names, of" if spec.pages is not None and name != "query" else "the whole"
+        said.append(
+            f"each call copies {what} {name} first: the copy engine (TMA) takes columns side by side and rows at "
+            f"multiples of {2 * ALIGNMENT} bytes, not strides {list(tensor.stride())}"
+        )
+    if spec.pages is not None and spec.pages.block_size < ALIGNMENT:
+        many = f"keys lie in blocks of {spec.pages.block_size}, and each is a copy of its own"
+        said.append(f"{many}; blocks of 16 or more are read faster")
     return said
 
 
@@ -71,20 +78,26 @@ def kernel_name(spec: AttnSpec) -> str:
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
-    return run(native_cuda.library(), spec, inputs)
+    return run(LIBRARY.get(), spec, inputs)
 
 
-def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """The same with a library that is loaded: the room's, or the simulator's."""
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     if spec.kv_len == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if lse.numel() == 0:
         return out, lse
+    in_place = spec.pages is not None and _is_aligned(inputs.key) and _is_aligned(inputs.value)
+    if spec.pages is not None and not in_place:
+        key, value = spec.pages.laid_out(inputs.key), spec.pages.laid_out(inputs.value)
+        inputs = inputs._replace(key=key, value=value)
     inputs = _loadable(inputs)
     problem = _KNOWN.get(spec) or _problem(spec)
+    mask = leaves.over_blocks(problem.leaves, spec.pages.table) if in_place else problem.leaves  # type: ignore[union-attr]
     tiles = library.tiles(problem.sizes, problem.kind, problem.by_head)
     counts = listed = parts = part_lse = None
+    taken = torch.zeros(1, dtype=torch.int32, device=lse.device) if tiles.counts else None
     if problem.listed:
         lists = spec.block_list(tiles.block_m, tiles.block_n)
         counts, listed = torch.stack([lists.checked, lists.full]), lists.tiles
@@ -92,8 +105,8 @@ def run(library: native_cuda.Library, spec: AttnSpec, inputs: AttnInputs) -> tup
         parts = torch.empty(tiles.splits, *lse.shape, spec.head_dim_v, dtype=torch.float32, device=lse.device)
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=lse.device)
     library.forward(
-        *inputs, *problem.leaves, spec.scale, spec.softcap or 0.0, spec.dropout_p,
-        problem.kind, problem.hides, counts, listed, tiles.splits, parts, part_lse, out, lse,
+        *inputs, *mask, spec.scale, spec.softcap or 0.0, spec.dropout_p,
+        problem.kind, problem.hides, counts, listed, tiles.splits, taken, parts, part_lse, out, lse,
     )  # fmt: skip
     return out, lse
 
@@ -118,7 +131,8 @@ def _kind(spec: AttnSpec, listed: bool) -> int:
     plain = spec.softcap is None and spec.bias_shape is None and spec.dropout_p == 0 and 0 < spec.scale <= LARGEST_SCALE
     if listed or not plain:
         return EVERYTHING
-    return PLAIN if leaves.band(spec.mask, spec.q_len, spec.kv_len) == (-leaves.OPEN, leaves.OPEN) else MASKED
+    everything = leaves.band(spec.mask, spec.q_len, spec.kv_len) == (-leaves.OPEN, leaves.OPEN)
+    return PLAIN if everything and spec.pages is None else MASKED
 
 
 def _hides(spec: AttnSpec) -> bool:
@@ -139,26 +153,33 @@ def _varies_by_head(table: Tensor) -> bool:
 def _loadable(inputs: AttnInputs) -> AttnInputs:
     """As the kernels read memory: no negated views, strides that TMA takes, sinks float32 and side by side."""
     query, key, value, bias, sinks, seed = inputs
-    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
-        query, key, value, bias, sinks, seed = inputs.resolved()
+    if bias is None and sinks is None and _is_aligned(query, True) and _is_aligned(key) and _is_aligned(value):
+        return inputs
+    if bias is not None:
+        bias = bias.resolve_neg()
     if sinks is not None:
-        sinks = sinks.float().contiguous()
+        sinks = sinks.resolve_neg().float().contiguous()
     return AttnInputs(_aligned(query, True), _aligned(key, False), _aligned(value, False), bias, sinks, seed)
 
 
 def _aligned(tensor: Tensor, is_query: bool) -> Tensor:
-    """The tensor, or a copy of it. All of a batch, and of the keys' heads, may be one and the same (stride 0)."""
-    sizes, strides = tensor.shape, tensor.stride()
-    batch, heads, rows, step = strides
-    if step == 1 and tensor.data_ptr() % (2 * ALIGNMENT) == 0:
-        apart = rows and not (batch % ALIGNMENT or heads % ALIGNMENT or rows % ALIGNMENT)
-        if apart and not (is_query and heads == 0):
-            return tensor
-        fits = all(size == 1 or each % ALIGNMENT == 0 for size, each in zip(sizes[:3], strides[:3], strict=True))
-        if fits and (sizes[2] == 1 or rows) and not (is_query and sizes[1] > 1 and heads == 0):
-            return tensor
+    """The tensor, or a copy of it."""
+    if _is_aligned(tensor, is_query):
+        return tensor
     width = -(-tensor.shape[3] // ALIGNMENT) * ALIGNMENT
     return tensor.new_empty(*tensor.shape[:3], width)[..., : tensor.shape[3]].copy_(tensor)
+
+
+def _is_aligned(tensor: Tensor, is_query: bool = False) -> bool:
+    """Whether TMA takes it. All of a batch, and of the keys' heads, may be one and the same (stride 0)."""
+    batch, heads, rows, step = tensor.stride()
+    if step != 1 or tensor.data_ptr() % (2 * ALIGNMENT) or tensor.is_neg():
+        return False
+    if rows and (heads or not is_query) and not (batch | heads | rows) % ALIGNMENT:
+        return True
+    sizes = tensor.shape
+    fits = all(size == 1 or not each % ALIGNMENT for size, each in zip(sizes, (batch, heads, rows), strict=False))
+    return fits and (sizes[2] == 1 or rows > 0) and not (is_query and sizes[1] > 1 and heads == 0)
 
 
 def _spec_reason(spec: AttnSpec) -> str | None:
@@ -175,6 +196,11 @@ def feature_reason(spec: AttnSpec) -> str | None:
         return f"dtype {spec.dtype} has no kernel; float16 and bfloat16 have"
     if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:
         return f"head_dim {max(spec.head_dim, spec.head_dim_v)} is above {MAX_HEAD_DIM}"
+    if spec.pages is not None and (spec.head_dim % ALIGNMENT or spec.head_dim_v % ALIGNMENT):
+        return (
+            f"heads of {spec.head_dim} and {spec.head_dim_v} in blocks are not read in place here: the copy engine "
+            f"takes rows of whole {ALIGNMENT} elements"
+        )
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
     if _listed(spec) and len(spec.mask.atoms()) > MOST_LEAVES:

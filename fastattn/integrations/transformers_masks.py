@@ -54,7 +54,12 @@ def read(function: Callable[..., Any], call: Call) -> Mask:
 
 
 class _Lookups(TorchFunctionMode):
-    """`table[batch_idx, q_idx]` with symbols for indices."""
+    """`table[batch_idx, q_idx]` and `table[q_idx]` with symbols for indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By the id of a table [sequence], which is held so that the id stays its own: the same as [1, sequence].
+        self.rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -67,6 +72,8 @@ class _Lookups(TorchFunctionMode):
                 return PerItem(table)
             if axes in (["batch", "q"], ["batch", "kv"]) and places[1].is_plain:
                 return Looked(table, axes[1])
+            if axes in (["q"], ["kv"]) and places[0].is_plain and table.dim() == 1:
+                return Looked(self.rows.setdefault(id(table), (table, table[None]))[1], axes[0])
             if places:
                 raise Unreadable(f"a table looked up by {', '.join(axes)}")
         return func(*args, **(kwargs or {}))

@@ -15,8 +15,8 @@ SPEAK = ("torch", "fastattn", "transformers", "builtins")
 LOOKS = ("attention", "attn")
 PARTS = ("drop", "norm", "pool", "bias", "embed", "mask", "act")
 """Words in the name of what stands near attention and is none."""
-HEADS = ("num_heads", "heads", "num_attention_heads")
-"""What attention of another name has, such as ConViT's GPSA."""
+HEADS = ("heads", "n_head")
+"""How the names of what attention of another name has end, such as ConViT's GPSA."""
 
 
 def rows(modules: Iterable[tuple[str, nn.Module]], told: set[str]) -> Iterator[Replacement]:
@@ -45,7 +45,7 @@ def _seems_to_attend(module: nn.Module, names: frozenset[str]) -> bool:
     """By the name of its class; or as it has heads and takes a softmax."""
     if any(_looks_like_attention(base.__name__.lower()) for base in type(module).__mro__):
         return True
-    return bool(names & caught.OWN_WAY) and any(name in vars(module) for name in HEADS)
+    return bool(names & caught.OWN_WAY) and any(name.endswith(HEADS) for name in vars(module))
 
 
 def _looks_like_attention(name: str) -> bool:

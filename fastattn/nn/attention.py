@@ -158,9 +158,11 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             AssertionError, RuntimeError, ValueError: as torch does, with its messages.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            return torchs(self, "a nested tensor")(
+            return torchs(self, "a nested tensor").forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if attn_mask is not None and key_padding_mask is None:  # torch's function trusts is_causal, its module looks
+            mha.check_floating_or_bool(attn_mask, "attn_mask")
         in_proj_weight = _held(self, "in_proj_weight")
         out_proj = self._modules["out_proj"]
         packed = in_proj_weight is not None

@@ -83,7 +83,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
             AssertionError, RuntimeError: as torch does where it does not take its C++ path.
         """
         if src.is_nested:
-            return torchs(self, "a nested tensor")(src, src_mask, src_key_padding_mask, is_causal)
+            return torchs(self, "a nested tensor").forward(src, src_mask, src_key_padding_mask, is_causal)
         mask, padding = _one_kind(src_mask, "src_mask", src_key_padding_mask, src.dtype)
         if self.norm_first:
             x = src + self._sa_block(self.norm1(src), mask, padding, is_causal=is_causal)
@@ -138,7 +138,7 @@ class TransformerEncoder(DropIn, nn.TransformerEncoder):
             As src.
         """
         if src.is_nested:
-            return torchs(self, "a nested tensor")(src, mask, src_key_padding_mask, is_causal)
+            return torchs(self, "a nested tensor").forward(src, mask, src_key_padding_mask, is_causal)
         mask, padding = _one_kind(mask, "mask", src_key_padding_mask, src.dtype)
         causal = _is_causal(mask, is_causal, src, self.layers[0].self_attn.batch_first)
         x = src

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import native
+from fastattn.native_cpu import LIBRARY
 
 TILES = "-DFASTATTN_EMULATE_AMX" in os.environ.get("CXXFLAGS", "") or (
     Path("/proc/cpuinfo").exists() and " amx_bf16" in Path("/proc/cpuinfo").read_text()
@@ -18,10 +18,10 @@ ISAS = ("generic", "avx2", "avx512", *(["amx"] if TILES else []))
 @pytest.fixture(scope="session")
 def library():
     """The library, built where it is missing."""
-    reason = native.prepare()
+    reason = LIBRARY.prepare()
     if reason is not None:
         pytest.skip(reason)
-    return native.library()
+    return LIBRARY.get()
 
 
 @pytest.fixture(params=ISAS)

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 import fastattn
 from fastattn import compiler, native
 from fastattn.cli import main
+from fastattn.native_cpu import LIBRARY
 
 QUERY = torch.randn(1, 2, 5, 8)
 
@@ -62,8 +63,8 @@ def way(request, monkeypatch):
 @pytest.fixture
 def unloaded(monkeypatch):
     """As if nothing had been loaded in this process."""
-    for name, value in (("_loaded", None), ("_failure", None), ("_warned", False)):
-        monkeypatch.setattr(native, name, value)
+    for name, value in (("loaded", None), ("failure", None), ("warned", False)):
+        monkeypatch.setattr(LIBRARY, name, value)
 
 
 def left_in(folder):
@@ -72,13 +73,13 @@ def left_in(folder):
 
 def test_it_is_built_once_and_says_so_on_one_line(fake, way, tmp_path, capsys):
     log = fake()
-    path = native.build()
+    path = LIBRARY.build()
     units = len(log()) - 1
     assert path.read_text() == "half\n" and path.parent == tmp_path / "cache"
     assert "-shared" in log()[-1]
     assert capsys.readouterr().err == f"fastattn: building the CPU library, {units} files with made-up 1.0 ... 0 s\n"
-    assert native.build() == path and len(log()) == units + 1
-    assert native.build(force=True) == path and len(log()) == 2 * units + 2
+    assert LIBRARY.build() == path and len(log()) == units + 1
+    assert LIBRARY.build(force=True) == path and len(log()) == 2 * units + 2
     assert left_in(path.parent) == [".lock", native.SUFFIX]
 
 
@@ -86,7 +87,7 @@ def test_it_is_built_once_and_says_so_on_one_line(fake, way, tmp_path, capsys):
 def test_a_failed_build_says_why_and_is_remembered(fails, fake, way, tmp_path, capsys):
     log = fake(fails=fails)
     with pytest.raises(compiler.BuildError) as failure:
-        native.build()
+        LIBRARY.build()
     said = str(failure.value)
     assert "the compiler says: x.cpp:3:1: error: no such thing\nthe command was: " in said
     assert fails in said.splitlines()[-1] and "`fastattn build` tries again" in said
@@ -94,12 +95,12 @@ def test_a_failed_build_says_why_and_is_remembered(fails, fake, way, tmp_path, c
     assert left_in(tmp_path / "cache") == [".failed", ".lock"]  # and nothing half-written
     calls = len(log())
     with pytest.raises(compiler.BuildError, match="no such thing"):
-        native.build()
+        LIBRARY.build()
     assert len(log()) == calls
     assert main(["build"]) == 1
     assert len(log()) > calls
     fake()
-    assert native.build(retry=True).exists()
+    assert LIBRARY.build(retry=True).exists()
     assert left_in(tmp_path / "cache") == [".lock", native.SUFFIX]
 
 
@@ -107,7 +108,7 @@ def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
     keys = []
 
     def note():
-        keys.append(compiler.key(compiler.find_compiler()))
+        keys.append(LIBRARY.cached())
 
     fake()
     note()
@@ -115,7 +116,7 @@ def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
     note()
     monkeypatch.setenv("CXXFLAGS", "-O1")
     note()
-    monkeypatch.setattr(compiler, "source_digest", lambda: "other sources")
+    monkeypatch.setattr(compiler, "source_digest", lambda room: "other sources")
     note()
     monkeypatch.setattr(torch, "__version__", "9.9")
     note()
@@ -125,7 +126,7 @@ def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
     assert keys[-1] == keys[-2]
 
 
-BUILD = "from fastattn import native; print(native.build())"
+BUILD = "from fastattn.native_cpu import LIBRARY; print(LIBRARY.build())"
 
 
 def test_processes_that_want_it_at_once_build_it_once(fake):
@@ -147,32 +148,32 @@ def test_a_builder_that_is_killed_leaves_nothing_that_is_taken_for_the_library(f
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert native.find() is None
+    assert LIBRARY.find() is None
     fake()
-    assert native.build().exists()
+    assert LIBRARY.build().exists()
 
 
 def test_a_library_that_cannot_be_loaded(fake, unloaded):
     fake()
-    native.build()
+    LIBRARY.build()
     with pytest.warns(RuntimeWarning, match="plain reference on the CPU.*cannot be loaded"):
-        assert "FASTATTN_BUILD=force" in native.prepare()
-    assert native.available() is None
+        assert "FASTATTN_BUILD=force" in LIBRARY.prepare()
+    assert LIBRARY.available() is None
 
 
 def test_never_and_nonsense(fake, unloaded, monkeypatch):
     log = fake()
     monkeypatch.setenv("FASTATTN_BUILD", "never")
-    assert "FASTATTN_BUILD=never forbids it" in native.why_not()
+    assert "FASTATTN_BUILD=never forbids it" in LIBRARY.why_not()
     with pytest.warns(RuntimeWarning, match="FASTATTN_BUILD=never"):
         out = fastattn.attention(QUERY, QUERY, QUERY)
     assert torch.equal(out, fastattn.attention(QUERY, QUERY, QUERY, backend="reference"))
     with pytest.raises(fastattn.BackendUnavailable, match="FASTATTN_BUILD=never"):
         fastattn.attention(QUERY, QUERY, QUERY, backend="cpu")
-    monkeypatch.setattr(native, "_failure", None)
+    monkeypatch.setattr(LIBRARY, "failure", None)
     monkeypatch.setenv("FASTATTN_BUILD", "perhaps")
     with pytest.raises(ValueError, match="FASTATTN_BUILD: one of auto, never, force is needed, got 'perhaps'"):
-        native.why_not()
+        LIBRARY.why_not()
     assert log() == []
 
 
@@ -217,10 +218,10 @@ def test_whatever_is_wrong_with_the_compiler_the_reference_serves(fake, tmp_path
     for name, value in broken(tmp_path).items():
         monkeypatch.setenv(name, value)
     compiler._find_compiler.cache_clear()
-    monkeypatch.setattr(native, "_loaded", None)
-    monkeypatch.setattr(native, "_failure", None)
+    monkeypatch.setattr(LIBRARY, "loaded", None)
+    monkeypatch.setattr(LIBRARY, "failure", None)
     with pytest.raises(compiler.BuildError) as refusal:
-        native.build()
+        LIBRARY.build()
     assert says in str(refusal.value)
     assert says in fastattn.explain(QUERY, QUERY, QUERY).reasons["cpu"]
     with warnings.catch_warnings():
@@ -237,7 +238,7 @@ def test_a_file_lock_that_is_refused_is_a_sentence(fake, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(compiler.BuildError, match=r"cannot be written \(.*No locks available.*name another"):
-        native.build()
+        LIBRARY.build()
 
 
 def test_a_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):
@@ -245,7 +246,7 @@ def test_a_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(compiler.BuildError, match=r"cannot be written .*name another in FASTATTN_CACHE_DIR"):
-        native.build()
+        LIBRARY.build()
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -264,9 +265,9 @@ def test_a_library_within_the_package_comes_first_where_its_sources_are_the_ones
     folder = tmp_path / "package" / "lib"
     folder.mkdir(parents=True)
     (folder / f"fastattn_cpu_of-other-sources{native.SUFFIX}").touch()
-    assert native.find() is None
-    (folder / native.shipped_name()).touch()
-    assert native.find() == folder / native.shipped_name()
+    assert LIBRARY.find() is None
+    (folder / LIBRARY.shipped_name()).touch()
+    assert LIBRARY.find() == folder / LIBRARY.shipped_name()
 
 
 NO_COMPILER = """

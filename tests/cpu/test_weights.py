@@ -101,3 +101,10 @@ def test_dtypes_without_a_kernel_use_the_plain_formulation(by_the_room):
     for heads in ("all", "mean"):
         assert attention_weights(query, query, heads=heads).dtype == torch.float64
     assert by_the_room == []
+
+
+@pytest.mark.parametrize("heads", ["all", "mean"])
+def test_no_rows_give_no_weights(heads, by_the_room):
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    weights = attention_weights(query, key, rows=[], heads=heads)
+    assert weights.shape == ((2, 4, 0, 7) if heads == "all" else (2, 0, 7)) and by_the_room

@@ -7,9 +7,11 @@ import operator
 import pytest
 import torch
 
-from fastattn import BackendUnavailable, attention, compiler, dispatch, explain, native, native_cuda, nvcc
+from fastattn import BackendUnavailable, attention, compiler, dispatch, explain, native_cuda, nvcc
 from fastattn.backends import cuda
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
+from fastattn.native_cuda import LIBRARY
+from fastattn.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 TENSOR = torch.empty(1, 2, 16, 64, dtype=torch.bfloat16)
@@ -30,7 +32,7 @@ def chip(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         cuda._device_reason.cache_clear()
 
-    monkeypatch.setattr(native_cuda, "why_not", lambda: None)
+    monkeypatch.setattr(LIBRARY, "why_not", lambda: None)
     yield put
     cuda._device_reason.cache_clear()
 
@@ -71,6 +73,33 @@ def test_another_chip_is_none_of_its(chip, capability):
     assert f"capability {capability[0]}.{capability[1]}" in reason and "9.0 (Hopper)" in reason
 
 
+def test_keys_in_blocks_are_its_own_too(chip):
+    chip(9, 0)
+    for size in (3, 16):
+        inputs = AttnInputs(TENSOR, *(torch.zeros(5, 2, size, 64, dtype=torch.bfloat16),) * 2)
+        mask = Paged(Lengths(torch.tensor([9])), torch.zeros(1, 6, dtype=torch.int32), size)
+        spec = dataclasses.replace(AttnSpec.of(inputs, mask=mask), device=torch.device("cuda:0"))
+        assert dispatch.free_reason("cuda", spec) is None
+        assert any("keys lie in blocks of 3" in note for note in cuda.notes(spec, inputs)) == (size == 3)
+
+
+COPIED = {
+    "as-it-is": (lambda tensor: tensor, False),
+    "heads-last": (lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2), False),
+    "columns-first": (lambda tensor: tensor.mT.contiguous().mT, True),
+    "off-by-one": (lambda tensor: torch.cat([tensor[..., :1], tensor], -1)[..., 1:], True),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_is_copied_is_said_of_the_tensors_at_hand(name):
+    strides, copied = COPIED[name]
+    inputs = AttnInputs(TENSOR, strides(TENSOR), TENSOR)
+    said = [note for note in cuda.notes(AttnSpec.of(inputs), inputs) if "copies" in note]
+    assert len(said) == copied and all("the whole key first" in note for note in said)
+    assert all(str(list(inputs.key.stride())) in note for note in said)
+
+
 MANY = Dense(torch.ones(16, 16, dtype=torch.bool))
 for _ in range(cuda.MOST_LEAVES):
     MANY = MANY & Dense(torch.ones(16, 16, dtype=torch.bool))
@@ -93,14 +122,14 @@ def test_without_nvcc_the_reason_names_it(monkeypatch, tmp_path):
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(native_cuda, "_loaded", None)
+    monkeypatch.setattr(LIBRARY, "loaded", None)
     monkeypatch.setattr(nvcc.shutil, "which", lambda name, path=None: None)
     nvcc._find_nvcc.cache_clear()
     try:
-        assert "no nvcc is found" in native_cuda.why_not()
+        assert "no nvcc is found" in LIBRARY.why_not()
         assert "no nvcc is found" in native_cuda.state()
         with pytest.raises(compiler.BuildError, match="no nvcc is found"):
-            native_cuda.build()
+            LIBRARY.build()
     finally:
         nvcc._find_nvcc.cache_clear()
 
@@ -119,8 +148,8 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTATTN_BUILD", raising=False)
-    monkeypatch.setattr(native_cuda, "_loaded", None)
-    monkeypatch.setattr(native_cuda, "_failure", None)
+    monkeypatch.setattr(LIBRARY, "loaded", None)
+    monkeypatch.setattr(LIBRARY, "failure", None)
     yield put
     nvcc._find_nvcc.cache_clear()
 
@@ -130,30 +159,30 @@ WRITES = 'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done'
 
 def test_the_library_is_built_once_and_named_by_its_key(fake):
     fake("13.0", WRITES)
-    path = native_cuda.build()
-    assert path.exists() and path.name.startswith("fastattn_cuda_") and native_cuda.build() == path
-    assert native_cuda.find() == path
+    path = LIBRARY.build()
+    assert path.exists() and path.name.startswith("fastattn_cuda_") and LIBRARY.build() == path
+    assert LIBRARY.find() == path
     fake("13.1", WRITES)
-    assert native_cuda.find() is None
+    assert LIBRARY.find() is None
 
 
 def test_a_failed_build_is_remembered_and_repeated(fake):
     fake("13.0", 'echo "forward.cu(1): error: no such thing" >&2; exit 1')
     with pytest.raises(compiler.BuildError, match="no such thing"):
-        native_cuda.build()
-    assert "no such thing" in native_cuda.why_not()
-    assert "no such thing" in native_cuda.prepare()
+        LIBRARY.build()
+    assert "no such thing" in LIBRARY.why_not()
+    assert "no such thing" in LIBRARY.prepare()
 
 
 def test_an_old_nvcc_is_refused(fake):
     fake("11.8")
-    assert "nvcc 11.8 is too old" in native_cuda.why_not()
+    assert "nvcc 11.8 is too old" in LIBRARY.why_not()
 
 
 def test_a_build_that_is_forbidden_is_not_started(fake, monkeypatch):
     fake("13.0")
     monkeypatch.setenv("FASTATTN_BUILD", "never")
-    assert "FASTATTN_BUILD=never forbids it" in native_cuda.why_not()
+    assert "FASTATTN_BUILD=never forbids it" in LIBRARY.why_not()
 
 
 def test_the_rooms_do_not_share_a_key():
@@ -161,7 +190,7 @@ def test_the_rooms_do_not_share_a_key():
     assert compiler.source_digest("cpu") != compiler.source_digest("cuda")
     root = compiler.sources()
     assert any(path.suffix == ".cu" for path in (root / "cuda").iterdir())
-    assert native.recipe().key != nvcc.key(compiler.Compiler(("nvcc",), "x"))
+    assert compiler.key("cpu", "x", []) != compiler.key("cuda", "x", [])
 
 
 def test_widths_are_those_of_the_tile_table():

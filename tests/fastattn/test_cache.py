@@ -397,3 +397,14 @@ def test_a_block_mask_is_about_the_keys_that_are_given(kind):
     near = create_block_mask(lambda b, h, q, kv: q + 10 - kv <= 3, None, None, 2, keys, device="cpu")
     out = attention(query, beside.cache.key, beside.cache.value, mask=near)
     torch.testing.assert_close(out, beside.want(query, Window(3, None)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_device_elsewhere_changes_nothing(kind):
+    beside = Beside(KINDS[kind](device="cpu"))
+    _, key, value = tokens(5)
+    with torch.device("meta"):
+        beside.cache.update(key, value)
+    assert torch.equal(
+        attention_weights(tokens(1)[0], beside.cache.key)[..., :1].isfinite(), torch.ones(2, 4, 1, 1) > 0
+    )

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block
 from fastattn import attention, explain, foreign
 from fastattn.masks import Causal, Dense, Segments, Window
 
+SHARED = torch.arange(200) // 33 % 4
 IDS = torch.tensor([[0] * 70 + [1] * 60 + [2] * 70])
 
 
@@ -26,6 +27,14 @@ def same_document(b, h, q, kv):
     return IDS[b, q] == IDS[b, kv]
 
 
+def different_documents(b, h, q, kv):
+    return (SHARED + 0)[q] == (SHARED * 2)[kv]
+
+
+def equal_ids(b, h, q, kv):
+    return SHARED[q] == SHARED[kv]
+
+
 def by_head(b, h, q, kv):
     return (q >= kv) & ((q - kv) <= 10 * (h + 1))
 
@@ -39,6 +48,8 @@ RULES = {
     "causal": (causal, None, True),
     "window": (and_masks(causal, near), None, True),
     "documents": (same_document, None, True),
+    "documents of all items": (equal_ids, None, True),
+    "ids from two tables": (different_documents, None, False),
     "causal documents": (and_masks(causal, same_document), None, True),
     "by head": (by_head, 4, False),
     "arithmetic": (any_rule, None, False),
@@ -141,6 +152,65 @@ def test_a_causal_bias(make, lengths):
     want = attention(*given, mask=Causal(align=align))
     assert torch.equal(attention(*given, mask=make(*lengths)), want)
     assert isinstance(foreign.as_mask(make(*lengths), *given[:2]), Causal)
+
+
+def documents(ids):
+    """A mask_mod that refers to the tensor through another function, as those that libraries make do."""
+
+    def same(b, h, q, kv):
+        return ids[q] == ids[kv]
+
+    return and_masks(same, causal)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_block_mask_refers_to_may_change(inference):
+    """It is read again when a tensor was written to or its function replaced, and only then."""
+    given = [each.detach() for each in tensors()]
+    with torch.inference_mode(inference):
+        ids = torch.zeros(200, dtype=torch.int64)
+        mask = create_block_mask(documents(ids), None, None, 200, 200, device="cpu")
+
+        def both():
+            return attention(*given, mask=mask), flex_attention(*given, block_mask=mask, enable_gqa=True)
+
+        same(*([each] for each in both()))
+        read = foreign.as_mask(mask, *given[:2])
+        assert foreign.as_mask(mask, *given[:2]) is read
+        ids[90:] = 1
+        same(*([each] for each in both()))
+        mask.mask_mod = and_masks(causal, near)
+        same(*([each] for each in both()))
+        assert foreign.as_mask(mask, *given[:2]) is not read
+
+
+class Model(torch.nn.Module):
+    """Whose mask_mod names `self`, behind which everything lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+        self.wide, self.data, self.ids = 30, [{"items": [n]} for n in range(100_000)], SHARED.clone()
+        chain = self.chain = []
+        for _ in range(5000):
+            chain.append([])
+            chain = chain[0]
+        self.mask = create_block_mask(
+            lambda b, h, q, kv: (q - kv <= self.wide) & (q >= kv) & (self.ids[q] == self.ids[kv]),
+            None, None, 200, 200, device="cpu",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_only_the_tensors_that_were_read_are_watched(inference):
+    with torch.inference_mode(inference):
+        model, given = Model(), [each.detach() for each in tensors()]
+        read = foreign.as_mask(model.mask, *given[:2])
+        [watched] = foreign._READ[model.mask].tensors
+        assert watched is model.ids
+        model.linear.weight.data.add_(1)
+        model.linear.weight = torch.nn.Parameter(model.linear.weight * 2)
+        assert foreign.as_mask(model.mask, *given[:2]) is read
 
 
 def test_other_lengths_and_other_things_are_refused():

@@ -186,6 +186,10 @@ FORWARD_ERRORS = {
     "key 2-D": ((X, X[0], X[0]), {}),
     "query 2-D, key 3-D": ((X[0], X, X), {}),
     "mask int": ((X, X, X), {"attn_mask": torch.zeros(5, 5, dtype=torch.int64)}),
+    "mask int beside a hint": (
+        (X, X, X),
+        {"attn_mask": torch.zeros(5, 5, dtype=torch.int64), "is_causal": True, "need_weights": False},
+    ),
     "padding uint8": ((X, X, X), {"key_padding_mask": torch.zeros(3, 5, dtype=torch.uint8)}),
     "padding too short": ((X, X, X), {"key_padding_mask": torch.zeros(3, 4, dtype=torch.bool)}),
     "padding 1-D": ((X, X, X), {"key_padding_mask": torch.zeros(5, dtype=torch.bool)}),

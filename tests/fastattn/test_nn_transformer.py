@@ -351,6 +351,19 @@ def test_nested_tensors_are_torchs():
         make(ours, "encoder layer", batch_first=True, backend="reference").eval()(nested)
 
 
+@pytest.mark.parametrize("kind", ["encoder layer", "encoder", "attention"])
+def test_hooks_fire_once_for_a_nested_tensor(kind):
+    nested = torch.nested.nested_tensor([torch.randn(n, WIDTH) for n in (3, 5)])
+    attention = kind == "attention"
+    model = ours.MultiheadAttention(WIDTH, HEADS, batch_first=True) if attention else make(ours, kind, batch_first=True)
+    fired = []
+    model.register_forward_pre_hook(lambda *args: fired.append("before"))
+    model.register_forward_hook(lambda *args: fired.append("after"))
+    with torch.no_grad():
+        model.eval()(nested, nested, nested, need_weights=False) if attention else model.eval()(nested)
+    assert fired == ["before", "after"]
+
+
 def test_extras_reach_every_attention_and_outlast_modes():
     model = make(ours, "transformer", batch_first=True, window=(2, 0), backend="reference", num_kv_heads=2)
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}

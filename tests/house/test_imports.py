@@ -44,6 +44,7 @@ DOORS = (
     "fastattn.kernels",
     "fastattn.bench",
     "fastattn.native",
+    "fastattn.native_cpu",
     "fastattn.native_cuda",
     "fastattn._C",
 )
@@ -57,7 +58,7 @@ ROOMS = (
     Room(
         "fastattn.cli",
         may=("torch", "fastattn"),
-        inside=("rich", "fastattn.bench", "fastattn.backends", "fastattn.native", "fastattn.native_cuda"),
+        inside=("rich", "fastattn.bench", "fastattn.backends", "fastattn.native_cpu", "fastattn.native_cuda"),
         never=DOORS,
     ),
     Room(
@@ -75,7 +76,7 @@ ROOMS = (
     Room(
         "fastattn.building",
         may=("torch", "fastattn"),
-        inside=("fastattn.native", "fastattn.native_cuda"),
+        inside=("fastattn.native_cpu", "fastattn.native_cuda"),
         never=DOORS,
     ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
@@ -83,17 +84,16 @@ ROOMS = (
     Room("fastattn.native", may=("torch", "fastattn.compiler", "fastattn.tracing")),
     Room("fastattn.compiler", may=(), inside=("torch",)),
     Room("fastattn.nvcc", may=("fastattn.compiler",), inside=("torch",)),
-    Room(
-        "fastattn.native_cuda",
-        may=("torch", "fastattn.compiler", "fastattn.native", "fastattn.nvcc", "fastattn.tracing"),
-    ),
+    Room("fastattn.native_cpu", may=("torch", "fastattn.compiler", "fastattn.native")),
+    Room("fastattn.native_cuda", may=("torch", "fastattn.native", "fastattn.nvcc")),
     Room("fastattn.simulator", may=("torch", "fastattn.compiler", "fastattn.native")),
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
-    Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native")),
+    Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cpu")),
     Room("fastattn.backends.cuda", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cuda")),
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations.transformers", may=("torch", "fastattn"), inside=("transformers",), never=DOORS),
+    Room("fastattn.integrations.transformers_own", may=("torch", "fastattn"), inside=(AT_RUN_TIME,), never=DOORS),
     Room("fastattn.models", may=("torch", "fastattn"), inside=("transformers", "diffusers"), never=DOORS),
     Room("fastattn.integrations.timm", may=("torch", "fastattn"), inside=("timm",), never=DOORS),
     Room("fastattn.integrations.diffusers", may=("torch", "fastattn"), inside=("diffusers",), never=DOORS),

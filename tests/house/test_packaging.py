@@ -128,6 +128,42 @@ def test_the_wheel_holds_every_file_of_the_rooms_and_no_other(wheel):
     assert names == expected
 
 
+def made_up(path, says):
+    """A compiler that says its version and writes a word."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'''#!/bin/sh
+case "$*" in *--version*) echo "{says}"; exit 0;; esac
+for last; do :; done
+echo made > "$last"
+''')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="compilers that are shell scripts")
+@pytest.mark.parametrize("built", [False, True], ids=["the CUDA library is not built", "the CUDA library is built"])
+def test_a_wheel_brings_the_libraries(checkout, tmp_path, built):
+    """The CPU room's is built for the wheel, the CUDA room's taken along."""
+    nvcc = made_up(tmp_path / "cuda" / "bin" / "nvcc", "nvcc: release 13.0, V13.0.0")
+    tools = {
+        "CXX": str(made_up(tmp_path / "bin" / "c++", "made-up 1.0")),
+        "CUDA_HOME": str(nvcc.parents[1]),
+        "FASTATTN_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": str(checkout),
+    }
+    if built:
+        run([sys.executable, "-c", "from fastattn.native_cuda import LIBRARY; LIBRARY.build()"], checkout, **tools)
+    name = run([sys.executable, "-c", BUILD.format("wheel"), tmp_path], checkout, FASTATTN_BUILD="force", **tools)
+    name = name.split()[-1]
+    assert name.startswith("fastattn-") and name.split("-")[-1] != "any.whl"
+    inside = {Path(each).name for each in zipfile.ZipFile(tmp_path / name).namelist() if "fastattn/lib/" in each}
+    assert {each.split("_")[1] for each in inside} == ({"cpu", "cuda"} if built else {"cpu"})
+    within = "from fastattn.native_{0} import LIBRARY; print(LIBRARY.shipped_name())"
+    assert inside == {
+        run([sys.executable, "-c", within.format(each.split("_")[1])], checkout).strip() for each in inside
+    }
+
+
 def test_the_sdist_holds_what_a_clone_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

@@ -18,11 +18,13 @@ SMALL = {  # of mistakes.cu: what is said of each; None: nothing is wrong
     "a_partial_mask": "a mask other than",
     "a_warp_skips_the_wgmma": DIVERGENCE,
     "a_warpgroup_with_different_descriptors": "different operands",
+    "a_tile_that_starts_within_a_pattern": MISALIGNED,
     "half_the_block_syncs": DEADLOCK,
     "different_counts_at_a_barrier": "others came with",
     "a_barrier_that_does_not_exist": "barriers 0 to 15",
     "a_barrier_of_part_of_a_warp": "whole warps",
     "one_side_forgets_to_arrive": DEADLOCK,
+    "an_arrival_that_nobody_waits_for": "have arrived at barrier 1",
     "an_mbarrier_that_nobody_initialised": "no mbarrier was initialised",
     "an_mbarrier_used_before_a_barrier": f"{RACE}|no mbarrier was initialised",
     "one_arrival_too_few": DEADLOCK,
@@ -30,6 +32,8 @@ SMALL = {  # of mistakes.cu: what is said of each; None: nothing is wrong
     "the_wrong_parity": DEADLOCK,
     "polling_what_never_comes": "livelock",
     "more_registers_than_there_are": DEADLOCK,
+    "registers_that_grow_to_fewer": "grows to 40",
+    "more_bytes_than_a_phase_counts": "counts up to 1048575",
     "registers_by_one_warp": "exits while|have exited|deadlock",
     "a_read_of_what_nobody_wrote": UNWRITTEN,
     "a_store_without_a_barrier": f"{RACE}|{UNWRITTEN}",
@@ -77,7 +81,8 @@ def test_a_small_mistake_is_caught(simulate, name):
 
 
 def test_every_small_mistake_has_a_row():
-    text = (Path(__file__).parent / "kernels" / "mistakes.cu").read_text()
+    kernels = Path(__file__).parent / "kernels"
+    text = "".join((kernels / name).read_text() for name in ("mistakes.cu", "mistakes_copies.h"))
     assert set(re.findall(r"__global__ void (\w+)\(", text)) == SMALL.keys() | {"an_accumulator_read_in_flight"}
 
 

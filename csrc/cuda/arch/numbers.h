@@ -49,10 +49,10 @@ DEVICE float reciprocal_approx(float x) {
 #endif
 }
 
-// The larger one, and NaN where either is. PTX ISA: max (.NaN).
+// The larger one, and NaN where either is: the canonical one, 0x7fffffff. PTX ISA: max (.NaN).
 DEVICE float max_nan(float x, float y) {
 #ifdef FASTATTN_SIM
-  return x != x || x > y ? x : y;
+  return sim::max_nan(x, y);
 #else
   float z;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));

@@ -41,16 +41,22 @@ inline const char* encode_tensor_map(TensorMap* map, const void* base, const Ten
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  constexpr unsigned kSince = 12000;  // CUDA 12.0
   static thread_local char said[160];
   static Encode encode = nullptr;
   if (encode == nullptr) {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 13000
+    constexpr unsigned kSince = 12000;  // CUDA 12.0
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &status);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
+#endif
     if (error != cudaSuccess || status != cudaDriverEntryPointSuccess) {
-      std::snprintf(said, sizeof said, "the driver has no cuTensorMapEncodeTiled: %s", cudaGetErrorString(error));
+      cudaGetLastError();  // not sticky: the next call does not report it again
+      std::snprintf(said, sizeof said, "the driver has no cuTensorMapEncodeTiled: %s",
+                    error != cudaSuccess ? cudaGetErrorString(error) : "it is older than CUDA 12.0");
       return said;
     }
     encode = reinterpret_cast<Encode>(found);
@@ -62,10 +68,17 @@ inline const char* encode_tensor_map(TensorMap* map, const void* base, const Ten
   const cuuint32_t dense[5] = {1, 1, 1, 1, 1};
   const cuuint64_t* extent = reinterpret_cast<const cuuint64_t*>(shape.extent);
   const cuuint64_t* stride = reinterpret_cast<const cuuint64_t*>(shape.stride + 1);
-  const CUresult result =
-      encode(map, kType[static_cast<int>(shape.element)], static_cast<cuuint32_t>(shape.rank), const_cast<void*>(base),
-             extent, stride, shape.box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle[static_cast<int>(shape.swizzle)],
-             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto describe = [&] {
+    return encode(map, kType[static_cast<int>(shape.element)], static_cast<cuuint32_t>(shape.rank),
+                  const_cast<void*>(base), extent, stride, shape.box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  kSwizzle[static_cast<int>(shape.swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = describe();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // the thread's first call: the driver wants the context made current
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = describe();
+  }
   if (result == CUDA_SUCCESS) return nullptr;
   std::snprintf(said, sizeof said, "cuTensorMapEncodeTiled refuses with error %d", static_cast<int>(result));
   return said;
