@@ -139,7 +139,7 @@ def attention_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> ModelMask | None:
+) -> ModelMask | Tensor | None:
     """transformers' mask interface: a mask object in place of a bool tensor; None where nothing is hidden.
 
     Args:
@@ -162,14 +162,26 @@ def attention_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=function, attention_mask=attention_mask, use_vmap=use_vmap, device=device, **whole,
         )  # fmt: skip
-        return ModelMask(Dense(table), batch_size, q_length, kv_length, device)
+        return _handed_out(Dense(table), batch_size, q_length, kv_length, device, kwargs)
     if attention_mask is not None:
         hidden = padding(_real(attention_mask, call), q_length)
         if hidden is not None:
             mask = hidden if isinstance(mask, Full) else mask & hidden
     if isinstance(mask, Full) and allow_is_bidirectional_skip:
         return None
-    return ModelMask(mask, batch_size, q_length, kv_length, device)
+    return _handed_out(mask, batch_size, q_length, kv_length, device, kwargs)
+
+
+def _handed_out(
+    mask: Mask, batch: int, q_len: int, kv_len: int, device: torch.device, arguments: dict[str, Any]
+) -> ModelMask | Tensor:
+    """The mask as the model at hand understands it."""
+    made = ModelMask(mask, batch, q_len, kv_len, device)
+    return made.table() if getattr(arguments.get("config"), "model_type", None) in LOOKS_AT_MASKS else made
+
+
+LOOKS_AT_MASKS = frozenset({"doge"})
+"""Model types whose attention computes with the mask and takes any BlockMask, which a ModelMask is, for none."""
 
 
 def replace(model: nn.Module, *, backend: str | None = None) -> tuple[list[Replacement], list[Callable[[], None]]]:
