@@ -77,7 +77,7 @@ def test_a_softmax_that_waits_for_the_product_is_seen():
     share = inspection_cuda.under_products
     assert share([scores, exp, exp, exp, values, exp]) == share([exp, values, exp, scores, exp, exp]) == 0.75
     assert share([scores, values, exp]) == share([values, exp]) == share([exp]) == 0.0
-    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 100, 0, {"HGMMA": 8, "UTMALDG": 1, "USETMAXREG": 2})
+    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 168, 0, {"HGMMA": 8, "UTMALDG": 1, "USETMAXREG": 2})
     row.under_products = 0.05
     assert row.broken == ["5% of the softmax under the product"]
 
