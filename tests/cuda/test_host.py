@@ -21,8 +21,8 @@ ALLOWED = {
 """Of CUDA's runtime: neither memory nor a wait."""
 
 ROUND = 10e-9
-"""Seconds of a round of Python's empty loop on a free core of a server, for which the bounds are meant. A slower or busy
-machine gets as much longer as its own loop takes.
+"""Seconds of a round of Python's empty loop on a free core of a server, for which the bounds are meant. A slower or
+busy machine gets as much longer as its own loop takes.
 """
 ROOM, CALL = 15e-6, 25e-6
 """Seconds: from a checked spec to the launch; and the whole call, with its checks and the choice of a room."""
@@ -100,8 +100,8 @@ print(json.dumps(lines))
 
 
 def test_what_a_call_costs_the_host(no_kernels):
-    """Python, operator and launch code, the output's memory too; not what the driver takes for a launch. In a process of
-    its own: here fresh memory is filled, which takes longer than all the rest.
+    """Python, operator and launch code, the output's memory too; not what the driver takes for a launch. In a process
+    of its own: here fresh memory is filled, which takes longer than all the rest.
     """
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(no_kernels.path)], capture_output=True, text=True, timeout=100, check=False
