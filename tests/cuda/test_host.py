@@ -1,9 +1,6 @@
 """The host's part of a call: what it costs, what it may not do while a graph is captured, what its errors say."""
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,8 @@ import torch
 
 from fastattn import BackendUnavailable, attention, compiler, native_cuda, nvcc, simulator
 from fastattn.backends import cuda
+from fastattn.masks import Causal
+from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import Case, make_inputs
 
 NO_KERNELS = Path(__file__).parent / "kernels" / "no_kernels.cu"
@@ -19,13 +18,6 @@ ALLOWED = {
     "cudaGetLastError", "cudaGetErrorString", "cudaGetDriverEntryPoint", "cudaGetDriverEntryPointByVersion",
 }  # fmt: skip
 """Of CUDA's runtime: neither memory nor a wait."""
-
-ROUND = 10e-9
-"""Seconds of a round of Python's empty loop on a free core of a server, for which the bounds are meant. A slower or
-busy machine gets as much longer as its own loop takes.
-"""
-ROOM, CALL = 15e-6, 25e-6
-"""Seconds: from a checked spec to the launch; and the whole call, with its checks and the choice of a room."""
 
 
 @pytest.fixture(scope="module")
@@ -54,65 +46,25 @@ def taken(no_kernels, monkeypatch):
     monkeypatch.setattr(cuda, "_device_reason", lambda device: None)
 
 
-MEASURE = """
-import json, sys, time
-from pathlib import Path
-import torch
-from fastattn import attention, native_cuda, simulator
-from fastattn.backends import cuda
-from fastattn.masks import Causal
-from fastattn.spec import AttnInputs, AttnSpec
+CALLS = {"plain": (64, None), "causal": (64, Causal()), "decode": (1, None)}
+"""By name: queries, mask."""
 
-path, lines = Path(sys.argv[1]), {}
-handle = simulator.load(path)
-handle.fastattn_cuda_simulate(132)
-library = native_cuda.Operators(torch.ops.fastattn.no_kernels.default, path, handle)
-native_cuda.LIBRARY.get, native_cuda.LIBRARY.prepare = lambda: library, lambda: None
-cuda._spec_reason, cuda._device_reason = cuda.feature_reason, lambda device: None
 
-def quickest(call, times):
-    best = float("inf")
-    for _ in range(400):
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        best = min(best, (time.perf_counter() - start) / times)
-    return best
-
-def empty_loop():
-    for _ in range(1000):
-        pass
-
-def measure(name, q_len, mask):
+@pytest.mark.parametrize("part", ["room", "call"])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_a_call_costs_the_host(name, part, benchmark, taken, unfilled_memory):
+    """The room's part, from a checked spec to the launch, and the whole call: Python, operator and launch code, the
+    output's memory too; not what the driver takes for a launch.
+    """
+    q_len, mask = CALLS[name]
     query, key = torch.randn(1, 8, q_len, 128).bfloat16(), torch.randn(1, 2, 512, 128).bfloat16()
-    call = lambda: attention(query, key, key, mask=mask, backend="cuda")
     inputs = AttnInputs(query, key, key)
     spec = AttnSpec.of(inputs, mask=mask)
-    room = lambda: cuda.run(library, spec, inputs)
-    lines[name] = quickest(empty_loop, 5) / 1000, quickest(room, 20), quickest(call, 20)
-
-with torch.no_grad():
-    measure("plain", 64, None)
-    measure("causal", 64, Causal())
-    measure("decode", 1, None)
-print(json.dumps(lines))
-"""
-
-
-def test_what_a_call_costs_the_host(no_kernels):
-    """Python, operator and launch code, the output's memory too; not what the driver takes for a launch. In a process
-    of its own: here fresh memory is filled, which takes longer than all the rest.
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(no_kernels.path)], capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
-    assert measured
-    for name, (loop, room, call) in measured.items():
-        pace = max(loop / ROUND, 1.0)
-        said = f"{name}: room {room * 1e6:.1f} us, call {call * 1e6:.1f} us, the machine {pace:.2f} times as slow"
-        assert room <= ROOM * pace and call <= CALL * pace, said
+    with torch.no_grad():
+        if part == "room":
+            benchmark(cuda.forward, spec, inputs)
+        else:
+            benchmark(attention, query, key, key, mask=mask, backend="cuda")
 
 
 def test_a_launch_takes_no_memory_and_waits_for_nothing():
