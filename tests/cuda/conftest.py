@@ -71,7 +71,7 @@ def on_hopper(request):
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU here")
     tensor = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device="cuda")
-    reason = explain(tensor, tensor, tensor).reasons["cuda"] or native_cuda.prepare()
+    reason = explain(tensor, tensor, tensor).reasons["cuda"] or native_cuda.LIBRARY.prepare()
     if reason is not None:
         pytest.skip(reason)
     with watched(request.node, torch.cuda.synchronize, ENDS_WITHIN):

@@ -146,6 +146,18 @@ def test_a_call_runs_on_the_stream_that_is_current():
     assert torch.equal(got, want)
 
 
+def test_tensors_may_begin_at_any_multiple_of_16_bytes():
+    """And rows lie at any: the copy engine asks for no more, whatever allocators give."""
+    problem = make_inputs(Case("within", 300, 500, 2, 4, 2, 80, mask=lambda *_: Causal()), DEVICE)
+    inputs = problem.inputs._replace(
+        **{name: getattr(problem.inputs, name)[..., 8:72] for name in ("query", "key", "value")}
+    )
+    case = dataclasses.replace(problem.case, head_dim=64)
+    problem = dataclasses.replace(problem, case=case, inputs=inputs, d_out=problem.d_out[..., :64])
+    assert inputs.key.data_ptr() % 128 == 16 and inputs.key.stride(2) == 80
+    check_close(problem, forward(problem))
+
+
 def test_a_call_may_be_the_first_of_its_thread():
     """Tensor maps want a current context, which torch's allocator need not have made in a new thread."""
     tensor = torch.randn(1, 2, 300, 64, device=DEVICE).bfloat16()
