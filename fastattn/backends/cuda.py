@@ -97,6 +97,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
     mask = leaves.over_blocks(problem.leaves, spec.pages.table) if in_place else problem.leaves  # type: ignore[union-attr]
     tiles = library.tiles(problem.sizes, problem.kind, problem.by_head)
     counts = listed = parts = part_lse = None
+    taken = torch.zeros(1, dtype=torch.int32, device=lse.device) if tiles.counts else None
     if problem.listed:
         lists = spec.block_list(tiles.block_m, tiles.block_n)
         counts, listed = torch.stack([lists.checked, lists.full]), lists.tiles
@@ -105,7 +106,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=lse.device)
     library.forward(
         *inputs, *mask, spec.scale, spec.softcap or 0.0, spec.dropout_p,
-        problem.kind, problem.hides, counts, listed, tiles.splits, parts, part_lse, out, lse,
+        problem.kind, problem.hides, counts, listed, tiles.splits, taken, parts, part_lse, out, lse,
     )  # fmt: skip
     return out, lse
 

@@ -100,12 +100,27 @@ def is_holder(module: nn.Module) -> bool:
 
 
 def replace(
-    path: str, module: nn.Module, mode: caught.Mode, backend: str | None
+    path: str, module: nn.Module, mode: caught.Mode, backend: str | None, done: list[Any]
 ) -> tuple[Replacement, Callable[[], None] | None]:
-    """The row for one of diffusers' attention modules, exchanged where it can be, and what takes it back."""
+    """The row for one of diffusers' attention modules, exchanged where it can be, and what takes it back.
+
+    Args:
+        done: processors that were exchanged with modules before it; several may share one. Grows.
+    """
     processor: Any = module.processor
     kind: Any = type(processor)
     where = (path, type(module).__name__)
+    if any(processor is other for other in done):
+        return Replacement(*where, True, f"{kind.__name__}, the same as another module's"), None
+    row, undo = _replace_processor(where, processor, kind, mode, backend)
+    if row.changed:
+        done.append(processor)
+    return row, undo
+
+
+def _replace_processor(
+    where: tuple[str, str], processor: Any, kind: Any, mode: caught.Mode, backend: str | None
+) -> tuple[Replacement, Callable[[], None] | None]:
     if isinstance(processor, caught.Caught):
         return Replacement(*where, False, "it is on fastattn already"), None
     if not kind.__module__.startswith("diffusers."):

@@ -81,13 +81,14 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
     dispatch.requested(backend)
     report = Report()
     modules = list(model.named_modules())
+    processors: list[Any] = []
     try:
         _replace_transformers(report, model, modules, backend)
         for path, module in modules:
             if isinstance(module, TORCH_MODULE):
                 report.add(*_replace_torchs(path, module, backend))
             elif diffusers.is_holder(module):
-                report.add(*diffusers.replace(path, module, patch, backend))
+                report.add(*diffusers.replace(path, module, patch, backend, processors))
             elif torchvision.is_known(module):
                 report.add(*torchvision.replace(path, module, backend))
             elif vision.is_known(module):

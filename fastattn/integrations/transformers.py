@@ -140,7 +140,7 @@ def attention_mask(
         q_offset, kv_offset: positions of the first query and of the first key.
         mask_function: (batch_idx, head_idx, q_idx, kv_idx) -> bool; causal when None.
         attention_mask: 2-D, [batch, tokens] from position 0, nonzero = real; missing columns are not real.
-        use_vmap: the function is somebody's own; it is not asked for its rule but drawn as a table.
+        use_vmap: a part of the function is somebody's own. It, too, is read where it compares; else drawn as a table.
     """
     from transformers import masking_utils
 
@@ -149,8 +149,6 @@ def attention_mask(
     device = torch.device(device)
     call = Call(q_length, kv_length, q_offset, kv_offset, device)
     try:
-        if use_vmap:
-            raise Unreadable("a function of somebody's own")
         mask: Mask = read(function, call)
     except Unreadable:
         whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # not None for a rule
