@@ -19,14 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 WATCH = ("-O1", "-g", "-fno-omit-frame-pointer")
 ADDRESSES = (*WATCH, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 RACES = (*WATCH, "-fsanitize=thread")
-TESTS = ("tests/cpu/test_attention.py", "tests/cpu/test_weights.py", "tests/sim/test_instructions.py")
+TESTS = (
+    "tests/cpu/test_attention.py",
+    "tests/cpu/test_weights.py",
+    "tests/sim/test_instructions.py",
+    "tests/cuda/test_forward.py",
+)
 KERNELS = ("ampere", "barriers", "boxes", "copies", "matrices", "numbers", "product", "products")
 BUILD = """
-import pathlib, sys
+import pathlib, runpy, sys
 from fastattn import native_cpu, simulator
 native_cpu.LIBRARY.build()
 for name in sys.argv[1:]:
     simulator.build(pathlib.Path("tests/sim/kernels", name + ".cu"), "addresses")
+runpy.run_path("tests/cuda/conftest.py")["build"]("addresses")
 """
 
 

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 TESTS = {
     "cuda": (
-        ("-m", "gpu", "tests"),
+        ("-m", "gpu", "tests/sim"),
+        ("-m", "gpu", "tests", "--ignore=tests/sim"),
         ("-m", "not gpu", *(f"tests/kernels/test_{name}.py" for name in ("attention", "features", "decode"))),
     ),
     "cpu": (("tests/cpu/test_attention.py",),),
 }
-"""Arguments of pytest. A GPU's: what nothing else can run, then the Triton room's own cases, which take the best device
-there is."""
+"""Arguments of pytest. A GPU's: each instruction by itself, whose failures explain others; the rest of what only a GPU
+runs; then the Triton room's own cases, which take the best device there is."""
 
 TEST_LINE = re.compile(r"\[gw\d+\] (?:\[ *\d+%\] )?(PASSED|FAILED|ERROR|SKIPPED|XFAIL) (\S+::.+)")
 PLAIN_TEST_LINE = re.compile(r"(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")

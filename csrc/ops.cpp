@@ -28,6 +28,7 @@
 
 namespace {
 
+using fastattn::Column;
 using fastattn::DType;
 using fastattn::MaskLeaf;
 using fastattn::Params;
@@ -106,8 +107,16 @@ void read_pages(Params& p, const Tensor& blocks, int64_t pool_blocks) {
 //   elements  bool [batch, heads, q_len, kv_len]
 //   ids       int64 [batch, q_len], int64 [batch, kv_len]
 //   band      no tensor: two more words, low and high
+//   reach     three more words, low, high and which of offset (1), first (2) and end (4) there are: int32 or int64 [batch]
 // kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is their
 // table.
+Column column(const Tensor& tensor) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  const Shape shape(tensor);
+  return {pointer<void>(tensor), dtype == aoti_torch_dtype_int64(), shape.stride[3]};
+}
+
 void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors, int64_t pool_blocks) {
   STD_TORCH_CHECK(words.size() <= fastattn::kMostWords, "a mask of at most 64 words is needed, got ", words.size());
   size_t next = 0;
@@ -125,11 +134,15 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
     if (word < 0) continue;
     STD_TORCH_CHECK(p.mask.leaves < fastattn::kMostLeaves, "a mask of at most 32 leaves is needed");
     MaskLeaf& leaf = p.mask.leaf[p.mask.leaves++];
-    leaf.kind = static_cast<fastattn::LeafKind>(word);
+    leaf.kind = word == fastattn::kReach ? fastattn::kBand : static_cast<fastattn::LeafKind>(word);
     if (leaf.kind == fastattn::kBand) {
-      STD_TORCH_CHECK(at + 2 < words.size(), "a band of a mask's program lacks its ends");
+      STD_TORCH_CHECK(at + (word == fastattn::kReach ? 3 : 2) < words.size(), "a band of a mask's program lacks its ends");
       leaf.low = words[++at];
       leaf.high = words[++at];
+      const int64_t columns = word == fastattn::kReach ? words[++at] : 0;
+      if (columns & 1) leaf.offset = column(take());
+      if (columns & 2) leaf.first = column(take());
+      if (columns & 4) leaf.end = column(take());
       continue;
     }
     const Tensor& first = take();
@@ -283,7 +296,7 @@ fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
 void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
                   double dropout_p, int64_t kind, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
-                  Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
+                  Maybe taken, Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
   fastattn::cuda::Request request;
   Params& p = request.problem;
   p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
@@ -293,6 +306,7 @@ void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
   request.hides = hides;
   if (list_counts) request.lists = lists_of(*list_counts, list_tiles.value());
   request.splits = static_cast<int32_t>(splits);
+  if (taken) request.taken = pointer<int32_t>(*taken);
   if (splits > 1) {
     request.parts = pointer<float>(parts.value());
     request.part_lse = pointer<float>(part_lse.value());
@@ -332,8 +346,8 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def(FASTATTN_CUDA_OPERATOR "(" FASTATTN_PROBLEM
-        "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(c!)? parts, "
-        "Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(e!)? taken, "
+        "Tensor(c!)? parts, Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {

@@ -59,8 +59,9 @@ def requested(backend: str | None) -> str | None:
     if backend is None:
         backend, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
     if backend is not None and backend not in BACKENDS:
-        near = difflib.get_close_matches(str(backend), BACKENDS, 1, 0.0)[0]
-        raise ValueError(f"{source}: unknown backend {backend!r}; there are {', '.join(BACKENDS)} (nearest: {near!r})")
+        near = difflib.get_close_matches(str(backend).lower(), BACKENDS, 1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise ValueError(f"{source}: unknown backend {backend!r}; there are {', '.join(BACKENDS)}{hint}")
     return backend
 
 

@@ -47,9 +47,12 @@ def dropout_mask(batch: int, num_heads: int, q_len: int, kv_len: int, *, p: floa
 
     Raises:
         TypeError: p is not a Python number.
-        ValueError: p outside [0, 1], or a seed that is not an int64 tensor of shape [1].
+        ValueError: p outside [0, 1], a seed that is not an int64 tensor of shape [1], or a size below 0.
     """
     check_dropout(p, seed)
+    for name, size in (("batch", batch), ("num_heads", num_heads), ("q_len", q_len), ("kv_len", kv_len)):
+        if not isinstance(size, (int, torch.SymInt)) or size < 0:
+            raise ValueError(f"{name}: an int of at least 0 is needed, got {size!r}")
 
     def axis(size: int, dim: int) -> Tensor:
         return torch.arange(size, device=seed.device).view([-1 if d == dim else 1 for d in range(4)])
@@ -79,8 +82,10 @@ def check_dropout(p: float, seed: Tensor | None) -> None:
         )
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise TypeError for anything but a Python number: no derivative would reach a tensor here."""
-    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+def check_number(name: str, value: object, *, bools: bool = True) -> None:
+    """Raise TypeError for anything but a Python number: no derivative would reach a tensor here. `bools`: True and
+    False are 1 and 0, as in `training and 0.1`.
+    """
+    if not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or (not bools and isinstance(value, bool)):
         hint = "; a learned factor goes into the query" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name}: a Python number is needed, got {type(value).__name__}{hint}")

@@ -6,15 +6,15 @@ who has none of their objects should pay for.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastattn import tracing
 from fastattn.blocks import Grid, classify
@@ -22,7 +22,7 @@ from fastattn.masks import Causal, Dense, Full, Mask
 
 
 class _Reading(NamedTuple):
-    """What a BlockMask said, and what that was read from: its function, and the state of each tensor it refers to."""
+    """What a BlockMask said, and what that was read from: its function, and the state of each tensor that it read."""
 
     mask: Mask
     mask_mod: Any
@@ -60,6 +60,8 @@ def as_mask(mask: object, query: Tensor, key: Tensor) -> Mask:
         return Dense(mask)
     if is_block_mask(mask):
         return of_block_mask(mask, query.shape[2], key.shape[2])
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(f"mask: the class {mask.__name__} itself is none; {mask.__name__}(...) makes one")
     raise TypeError(
         "mask: a fastattn.masks.Mask, a bool tensor (True = attend), or torch's CausalBias or BlockMask is needed, got "
         f"{type(mask).__name__}"
@@ -95,7 +97,8 @@ def of_block_mask(mask: Any, q_len: int, kv_len: int) -> Mask:
     A mask_mod that compares positions, or numbers looked up by them, is read as a rule (a window, chunks, equal ids) if
     the blocks agree with it. Any other is a Python function of indices that no kernel here can call: it becomes a bool
     table [batch or 1, num_heads or 1, q_len, kv_len]. Either is found once for each BlockMask, with one look at the
-    device, and again when a tensor that mask_mod refers to was written to; while a compiler traces, it is the table.
+    device, and again when mask_mod was exchanged or a tensor that it read written to (a number or a name that it refers
+    to is taken for what it was); while a compiler traces, it is the table.
 
     Raises:
         ValueError: it was made for other lengths.
@@ -106,40 +109,52 @@ def of_block_mask(mask: Any, q_len: int, kv_len: int) -> Mask:
             f"{q_len} and {kv_len}; make one for these lengths"
         )
     if tracing.being_transformed():
-        return _table(mask, q_len, kv_len)
+        return _table(mask, mask.mask_mod, q_len, kv_len)
     known = _READ.get(mask)
     if known is None or not known.holds(mask):
-        rule = _rule(mask, q_len, kv_len)
-        said = _table(mask, q_len, kv_len) if rule is None else rule
-        tensors = list(_tensors(mask.mask_mod, set()))
-        known = _READ[mask] = _Reading(said, mask.mask_mod, tensors, [_state(each) for each in tensors])
+        noting = _Noting()
+        mask_mod = noting.over(mask.mask_mod)
+        rule = _rule(mask, mask_mod, q_len, kv_len)
+        said = _table(mask, mask_mod, q_len, kv_len) if rule is None else rule
+        states = [_state(each) for each in noting.tensors]
+        known = _READ[mask] = _Reading(said, mask.mask_mod, noting.tensors, states)
     return known.mask
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor that a function or what it refers to holds."""
-    if id(value) in seen or isinstance(value, (types.ModuleType, type)):
-        return
-    seen.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-        return
-    held: list[Any] = []
-    if isinstance(value, types.FunctionType):
-        names = inspect.getclosurevars(value)
-        held = [*names.nonlocals.values(), *names.globals.values(), *(value.__defaults__ or ())]
-    elif isinstance(value, types.MethodType):
-        held = [value.__func__, value.__self__]
-    elif isinstance(value, functools.partial):
-        held = [value.func, value.args, value.keywords]
-    elif isinstance(value, (list, tuple)):
-        held = list(value)
-    elif isinstance(value, dict):
-        held = list(value.values())
-    elif hasattr(value, "__dict__"):
-        held = [vars(value), type(value).__dict__.get("__call__")]
-    for each in held:
-        yield from _tensors(each, seen)
+class _Noting(TorchFunctionMode):
+    """Notes the tensors that a function reads and has not made itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+        self.known: MutableMapping[Tensor, None] = WeakIdKeyDictionary()  # noted, or made by the function
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for each in _tensors((args, kwargs)):
+            if each not in self.known:
+                self.known[each] = None
+                self.tensors.append(each)
+        result = func(*args, **(kwargs or {}))
+        for each in _tensors(result):
+            self.known[each] = None
+        return result
+
+    def over(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A mask_mod, watched."""
+
+        def watched(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Any:  # torch counts the arguments
+            with self:
+                return function(batch, head, q_idx, kv_idx)
+
+        return watched
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Those in nested containers whose memory is their own: none that a transform has wrapped."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return [each for each in tree_leaves(tree) if isinstance(each, Tensor) and not wrapped(each)]
 
 
 def _state(tensor: Tensor) -> int | Tensor:
@@ -151,13 +166,13 @@ def _unchanged(tensor: Tensor, state: int | Tensor) -> bool:
     return tensor._version == state if isinstance(state, int) else torch.equal(tensor, state)
 
 
-def _rule(mask: Any, q_len: int, kv_len: int) -> Mask | None:
+def _rule(mask: Any, mask_mod: Callable[..., Any], q_len: int, kv_len: int) -> Mask | None:
     """mask_mod as a rule, if it can be read as one that hides what is in no block and shows what is in a full one."""
     from fastattn.integrations.transformers_masks import Call, Unreadable, read
 
     device = mask.kv_indices.device
     try:
-        rule = read(mask.mask_mod, Call(q_len, kv_len, 0, 0, device))
+        rule = read(mask_mod, Call(q_len, kv_len, 0, 0, device))
         block_m, block_n = mask.BLOCK_SIZE
         found = classify(rule, Grid(q_len, kv_len, block_m, block_n, device))
     except (Unreadable, NotImplementedError):
@@ -183,11 +198,11 @@ def _tiles(mask: Any) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def _table(mask: Any, q_len: int, kv_len: int) -> Dense:
+def _table(mask: Any, mask_mod: Callable[..., Any], q_len: int, kv_len: int) -> Dense:
     from torch.nn.attention.flex_attention import create_mask
 
     batch, num_heads = mask.kv_num_blocks.shape[:2]
-    seen = create_mask(mask.mask_mod, batch, num_heads, q_len, kv_len, device=mask.kv_indices.device)
+    seen = create_mask(mask_mod, batch, num_heads, q_len, kv_len, device=mask.kv_indices.device)
     rows, columns = (
         torch.arange(length, device=seen.device) // size
         for length, size in zip((q_len, kv_len), mask.BLOCK_SIZE, strict=True)

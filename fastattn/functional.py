@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,6 +112,9 @@ def explain(
     Raises:
         As `attention` does.
     """
+    for name in arguments.keys() - inspect.signature(attention).parameters.keys():
+        near = difflib.get_close_matches(name, inspect.signature(attention).parameters, 1)
+        raise TypeError(f"explain: attention takes no {name}=" + (f" (nearest: {near[0]})" if near else ""))
     arguments.pop("return_lse", None)
     bias, sinks, seed = (arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed"))
     if isinstance(key, CacheView) or isinstance(value, CacheView):
@@ -220,9 +225,13 @@ def _check_lse(lse: Tensor, query: Tensor) -> None:
 
 
 def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
-    index = torch.as_tensor(rows, device=spec.device)
+    needed = "rows: a list of ints or an int tensor [n] is needed"
+    try:
+        index = torch.as_tensor(rows, device=spec.device)
+    except (TypeError, ValueError, RuntimeError) as failure:
+        raise TypeError(f"{needed}, got {rows!r}") from failure
     if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
-        raise ValueError(f"rows: a list of ints or an int tensor [n] is needed, got {index.dtype} {list(index.shape)}")
+        raise ValueError(f"{needed}, got {index.dtype} {list(index.shape)}")
     index = index.long()
     if (
         index.device.type == "cpu"

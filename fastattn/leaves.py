@@ -5,6 +5,8 @@
     elements   bool [.., q_len or 1, kv_len or 1], up to 4 axes
     ids        int64 [batch or 1, q_len], int64 [batch or 1, kv_len]: equal ids see each other, negative ones nobody
     band       no tensor; two more words, low and high: query i sees the keys i + low <= j < i + high. Asked for only
+    reach      a band of each batch item: three more words, low, high and the sum of 1, 2, 4 for those of its tensors
+               that are there, offset, first, end, int32 or int64 [batch or 1]: see Reach. Asked for only, and alone
 
 Whatever has intervals becomes intervals, however it is put together; O(q_len) memory. Those of masks without tensors
 are kept for the next call.
@@ -19,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fastattn import flat
-from fastattn.masks import And, Causal, Dense, Full, Interval, Mask, Or, Segments, Window
+from fastattn.masks import And, Causal, Dense, Full, Interval, Lengths, Mask, Or, Segments, Window
 
 CPU = torch.device("cpu")
-INTERVAL, ELEMENTS, IDS, BAND, PAGES = 0, 1, 2, 3, 4
+INTERVAL, ELEMENTS, IDS, BAND, PAGES, REACH = 0, 1, 2, 3, 4, 5
 """PAGES is no leaf: before the others, where keys lie in blocks; its tensor is their table."""
 AND, OR = -1, -2
 MOST_LEAVES = 32
@@ -59,9 +61,13 @@ def why_not(mask: Mask) -> str | None:
 
 
 def make_leaves(mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False) -> Leaves:
-    """The leaves of a mask that `why_not` lets pass, on the device. `bands`: Causal and Window in closed form."""
+    """The leaves of a mask that `why_not` lets pass, on the device. `bands`: in closed form what is a `Reach`."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
+    closed = reach(mask, q_len, kv_len) if bands else None
+    if closed is not None and any(each is not None for each in closed[2:]):
+        there = sum(1 << n for n, each in enumerate(closed[2:]) if each is not None)
+        return Leaves([REACH, *closed[:2], there], [each for each in closed[2:] if each is not None])
     if bands or device != CPU:
         return _leaves(mask, q_len, kv_len, device, bands)
     if q_len <= LONGEST_KEPT and flat.is_plain(mask):
@@ -100,19 +106,56 @@ def stack_of(words: list[int]) -> int:
     return most
 
 
-def band(mask: Mask, q_len: int, kv_len: int) -> tuple[int, int] | None:
-    """low, high of a mask that shows query i the keys i + low <= j < i + high; None of any other."""
+class Reach(NamedTuple):
+    """In batch item b query i sees the keys from i + low + offset[b] up to and without i + high + offset[b], of those
+    from first[b] up to and without end[b].
+    """
+
+    low: int
+    high: int
+    offset: Tensor | None = None
+    first: Tensor | None = None
+    end: Tensor | None = None
+
+
+def reach(mask: Mask, q_len: int, kv_len: int) -> Reach | None:
+    """What a mask shows, where that is a `Reach`; None of any other. Computes nothing."""
     if isinstance(mask, And):
-        one, other = band(mask.left, q_len, kv_len), band(mask.right, q_len, kv_len)
-        return None if one is None or other is None else (max(one[0], other[0]), min(one[1], other[1]))
+        one, other = reach(mask.left, q_len, kv_len), reach(mask.right, q_len, kv_len)
+        return None if one is None or other is None else _meet(one, other)
     if isinstance(mask, Full):
-        return -OPEN, OPEN
-    if not isinstance(mask, (Causal, Window)) or isinstance(mask.offset, Tensor):
+        return Reach(-OPEN, OPEN)
+    if isinstance(mask, Lengths):
+        return Reach(-OPEN, OPEN, None, mask.kv_starts, mask.kv_lengths) if mask.q_lengths is None else None
+    if not isinstance(mask, (Causal, Window)):
         return None
     left, right = (None, 0) if isinstance(mask, Causal) else (mask.left, mask.right)
-    place: Any = mask.position(0, q_len, kv_len)  # type: ignore[arg-type]
+    offset = mask.offset if isinstance(mask.offset, Tensor) else None
+    place: Any = 0 if offset is not None else mask.position(0, q_len, kv_len)  # type: ignore[arg-type]
     low, high = -OPEN if left is None else place - left, OPEN if right is None else place + right + 1
-    return max(-OPEN, min(OPEN, low)), max(-OPEN, min(OPEN, high))
+    return Reach(max(-OPEN, min(OPEN, low)), max(-OPEN, min(OPEN, high)), offset)
+
+
+def _meet(one: Reach, other: Reach) -> Reach | None:
+    """What both show; None where that would take more than one tensor of a kind."""
+    moved = [each for each in (one, other) if (each.low, each.high) != (-OPEN, OPEN)]
+    if len(moved) == 2 and one.offset is not other.offset:
+        return None
+    if (one.first is not None and other.first is not None) or (one.end is not None and other.end is not None):
+        return None
+    return Reach(
+        max(one.low, other.low),
+        min(one.high, other.high),
+        moved[0].offset if moved else None,
+        other.first if one.first is None else one.first,
+        other.end if one.end is None else one.end,
+    )
+
+
+def band(mask: Mask, q_len: int, kv_len: int) -> tuple[int, int] | None:
+    """low, high of a mask that shows query i the keys i + low <= j < i + high; None of any other."""
+    found = reach(mask, q_len, kv_len)
+    return None if found is None or any(each is not None for each in found[2:]) else found[:2]
 
 
 def _put(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool, found: Leaves) -> None:

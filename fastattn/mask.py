@@ -215,7 +215,7 @@ def may_look(validate: bool | None, tensors: list[Tensor]) -> bool:
 def check_masks(name: str, **parts: object) -> None:
     for argument, part in parts.items():
         if not isinstance(part, Mask):
-            raise TypeError(f"{name}: {argument} must be a mask, got {type(part).__name__}; Dense(table) is one")
+            raise TypeError(f"{name}: {argument} must be a mask, got {type(part).__name__}")
 
 
 def check_sizes(name: str, least: int, **sizes: Any) -> None:

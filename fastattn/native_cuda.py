@@ -16,11 +16,14 @@ from fastattn import native, nvcc
 
 
 class Tiles(NamedTuple):
-    """How the library cuts a problem: queries and keys of a tile, and how many programs share a tile's keys."""
+    """How the library cuts a problem: queries and keys of a tile, how many programs share a tile's keys, and whether
+    blocks take their tiles by a counter.
+    """
 
     block_m: int
     block_n: int
     splits: int
+    counts: int
 
 
 class Operators(NamedTuple):
@@ -41,7 +44,7 @@ class Operators(NamedTuple):
 
 @functools.lru_cache(256)
 def _tiles(handle: ctypes.CDLL, sizes: tuple[int, ...], kind: int, by_head: bool, multiprocessors: int) -> Tiles:
-    cut = (ctypes.c_int32 * 3)()
+    cut = (ctypes.c_int32 * 4)()
     handle.fastattn_cuda_plan((ctypes.c_int64 * len(sizes))(*sizes), kind, int(by_head), multiprocessors, cut)
     return Tiles(*cut)
 

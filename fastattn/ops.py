@@ -184,7 +184,12 @@ def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the tensors for the backward pass and the primitives beside them."""
+    """Keep the tensors for the backward pass and the primitives beside them. A room asked for by name that has no
+    backward says so here: within the operator, where it was chosen, nobody records gradients.
+    """
+    _, spec, backend = _unpack(inputs)
+    if backend is not None:
+        dispatch.choose(dataclasses.replace(spec, needs_grad=True), backend)
     mask_tensors = inputs[N_INPUTS + 2]
     ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output)
     ctx.primitives = inputs[N_INPUTS:]

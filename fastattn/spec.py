@@ -159,27 +159,10 @@ class AttnSpec:
         wants = query.requires_grad or key.requires_grad or value.requires_grad
         wants = wants or (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
         return cls(
-            batch,
-            num_heads,
-            num_kv_heads,
-            q_len,
-            kv_len,
-            head_dim,
-            head_dim_v,
-            query.dtype,
-            query.device,
-            mask,
-            scale,
-            packed.softcap,
-            None if bias is None else tuple(bias.shape),
-            sinks is not None,
-            packed.dropout_p,
-            packed.deterministic,
-            wants and torch.is_grad_enabled(),
-            DotProduct(),
-            Softmax(),
-            pages,
-        )
+            batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, head_dim_v, query.dtype, query.device,
+            mask, scale, packed.softcap, None if bias is None else tuple(bias.shape), sinks is not None,
+            packed.dropout_p, packed.deterministic, wants and torch.is_grad_enabled(), DotProduct(), Softmax(), pages,
+        )  # fmt: skip
 
     def flat(self) -> FlatSpec:
         """The spec as primitives; `from_flat` of the same tensors brings it back."""
@@ -260,8 +243,15 @@ def _plain_call(
     """
     if torch.compiler.is_compiling() or rest != _PLAIN_REST:
         return None
-    query, key, value, bias, sinks, _ = inputs
-    if not (bias is None and sinks is None and type(query) in _KNOWN and type(key) in _KNOWN and type(value) in _KNOWN):
+    query, key, value, bias, sinks, seed = inputs
+    if not (
+        bias is None
+        and sinks is None
+        and seed is None
+        and type(query) in _KNOWN
+        and type(key) in _KNOWN
+        and type(value) in _KNOWN
+    ):
         return None
     if not (mask is None or type(mask) in _MASKS) or type(scale) not in _NUMBER or type(softcap) not in _NUMBER:
         return None
@@ -371,15 +361,17 @@ def _check_numbers(spec: AttnSpec, inputs: AttnInputs) -> None:
     check_dropout(spec.dropout_p, inputs.dropout_seed)
     computed = torch.finfo(torch.float64 if spec.dtype == torch.float64 else torch.float32)  # what scores are kept in
     if spec.softcap is not None:
-        check_number("softcap", spec.softcap)
+        check_number("softcap", spec.softcap, bools=False)
         if not computed.tiny <= spec.softcap <= computed.max:
             raise ValueError(
                 f"softcap: a positive finite number or None is needed, {computed.tiny:.3g} to {computed.max:.3g}, "
                 f"got {spec.softcap}"
             )
-    check_number("scale", spec.scale)
+    check_number("scale", spec.scale, bools=False)
     if not -computed.max <= spec.scale <= computed.max:
         raise ValueError(f"scale: a finite number is needed, at most {computed.max:.3g} in size, got {spec.scale}")
+    if not isinstance(spec.deterministic, bool):
+        raise TypeError(f"deterministic: True or False is needed, got {spec.deterministic!r}")
     if not spec.deterministic and torch.are_deterministic_algorithms_enabled():
         raise ValueError(
             "deterministic=False: torch.use_deterministic_algorithms(True) is set, which an unordered backward would "

@@ -17,8 +17,16 @@ struct Table {
   int64_t blocks_stride = 0, block_size = 1, block_count = 0;
 };
 
+// An int of each batch item, of 32 or 64 bits; a stride of 0 repeats. data null: none.
+struct Column {
+  const void* data = nullptr;
+  bool wide = false;
+  int64_t stride = 0;
+};
+
 // What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
-// interval [query + low, query + high) in closed form.
+// interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`, and
+// it is cut to [first, end).
 enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
 struct MaskLeaf {
@@ -31,11 +39,13 @@ struct MaskLeaf {
   int64_t stride[4] = {0, 0, 0, 0};
   int64_t kv_id_stride[2] = {0, 0};
   int64_t low = 0, high = 0;
+  Column offset, first, end;
 };
 
 constexpr int kMostLeaves = 32;
 constexpr int kMostWords = 64;
 constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
+constexpr int32_t kReach = 5;  // a kBand with columns
 constexpr int32_t kAnd = -1;
 constexpr int32_t kOr = -2;
 
@@ -74,11 +84,11 @@ struct Params {
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;
-  // `rows` null: every query.
+  // `row_count` negative: every query, and `rows` is null. An empty list has no address either.
   Table weights;
   bool mean_heads = false;
   const int64_t* rows = nullptr;
-  int64_t row_count = 0;
+  int64_t row_count = -1;
 
   int threads = 1;
   ParallelFor parallel_for = nullptr;

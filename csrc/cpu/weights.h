@@ -112,7 +112,7 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
 
 template <class Dot>
 static const char* run_weights(const Params& p) {
-  const int64_t rows = p.rows ? p.row_count : p.q_len, tiles = (rows + BLOCK_M - 1) / BLOCK_M;
+  const int64_t rows = p.row_count < 0 ? p.q_len : p.row_count, tiles = (rows + BLOCK_M - 1) / BLOCK_M;
   const int64_t heads = p.mean_heads ? 1 : p.num_heads;
   const bool done = run_items(p, p.batch * heads * tiles, [&](int64_t item, Scratch& scratch) {
     WeightsWork<Dot> work;

@@ -10,11 +10,20 @@ constexpr int32_t kFar = 1 << 29;  // beyond every position; the sum of three fi
 constexpr int kMostProgramLeaves = 8;
 constexpr int kMostProgramWords = 16;
 
-// An interval of keys for each query: from tables, or, where they are null, [query + low, query + high).
+// An int of each batch item, of 32 or 64 bits, `step` bytes apart. data null: none.
+struct Numbers {
+  const char* data;
+  int32_t step;
+  bool wide;
+};
+
+// An interval of keys for each query: from tables, or, where they are null, [query + low, query + high), moved and cut
+// by what the columns say of the batch item (common/params.h, MaskLeaf).
 struct Interval {
   const int32_t *start, *stop;  // inside [0, kv_len]
   int64_t stride[3];            // of batch, heads, queries
   int32_t low, high;
+  Numbers column[3];  // offset, first, end
 };
 
 // What the mask shows of one pair, where lists of tiles are walked: leaves joined in postfix (common/params.h).
@@ -49,6 +58,8 @@ struct ForwardArgs {
   int32_t section;   // units whose keys and values stay in the L2 cache together
   int32_t splits;    // programs that share one tile's keys
   int32_t programs;  // tiles to compute, over all units and splits
+  int32_t blocks;    // of the launch
+  int32_t* taken;    // how many have been taken beyond each block's first; null: none, or in turn
 
   float factor;  // turns scores into powers of two; includes the scale where scores are raw products
   float scale, softcap;  // kEverything, whose scores are natural

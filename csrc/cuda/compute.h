@@ -53,7 +53,9 @@ struct Computer {
 
   // Scores of a tile of keys, not waited for.
   DEVICE void issue_scores(float (&x)[F::SCORES]) {
-    const uint64_t query = arch::descriptor_128(s.query + group * 64 * 64);
+    int32_t at[1] = {group * 64 * 64};
+    if (NATURAL && F::WIDTH > 192) arch::settle_registers(at);  // made anew each time: there are none to keep them in
+    const uint64_t query = arch::descriptor_128(s.query + at[0]);
     const uint64_t key = arch::descriptor_128(s.key[keys.place()]);
     constexpr int QUERY_PIECE = F::BLOCK_M * 128 / 16, KEY_PIECE = F::BLOCK_N * 128 / 16;
     arch::settle_registers(x);
@@ -155,7 +157,9 @@ struct Computer {
   // What each row sees, for the tiles that are checked: a lane for each interval of the warp's 16 rows.
   DEVICE void note_intervals(const Place& place) {
     if (F::KIND == kPlain || (F::KIND == kEverything && a.listed)) return;
-    const int local = group * 64 + thread / arch::kWarp * 16 + lane / 2, term = lane % 2;
+    int32_t at[1] = {thread};
+    arch::settle_registers(at);  // what follows is worked out here, and not kept from one job to the next
+    const int local = group * 64 + at[0] / arch::kWarp * 16 + at[0] % arch::kWarp / 2, term = at[0] % 2;
     const int2 row = row_of(a, place, local);
     int2 seen = make_int2(0, 0);
     if (term < a.terms && is_row(a, place, row))

@@ -18,12 +18,15 @@ struct Loader {
   static DEVICE bool leads() { return lane() == 0; }
 
   DEVICE void run() {
-    if (leads()) s.program = blockIdx.x;
+    if (leads()) {
+      s.program = blockIdx.x;
+      s.round = 0;
+    }
     __syncwarp();
-    for (int32_t round = 0;; ++round) {
+    for (;;) {
+      Job& job = s.job[s.round & 1];
+      arch::mbarrier_wait(&s.job_empty[s.round & 1], ~s.round >> 1 & 1);
       const bool there = s.program < a.programs;
-      Job& job = s.job[round & 1];
-      arch::mbarrier_wait(&s.job_empty[round & 1], ~round >> 1 & 1);
       if (there) {
         if (leads()) job.place = place_of<F::BLOCK_M>(a, s.program);
         __syncwarp();
@@ -32,12 +35,15 @@ struct Loader {
       if (leads()) {
         job.steps = there ? s.steps.end - s.steps.begin : 0;
         job.there = there;
-        arch::mbarrier_arrive(&s.job_full[round & 1]);
+        arch::mbarrier_arrive(&s.job_full[s.round & 1]);
       }
       __syncwarp();
       if (!there) return;
       load(job.place);
-      if (leads()) s.program = next_program(s.program, round);
+      if (leads()) {
+        s.program = next_program<F::KIND>(a, s.program, s.round);
+        ++s.round;
+      }
       __syncwarp();
     }
   }
@@ -45,7 +51,6 @@ struct Loader {
   // Keys run one tile ahead of the values.
   DEVICE void load(const Place& place) {
     Ring<F::STAGES> values = ring;
-    int32_t before = 0;
 #pragma unroll 1
     for (int32_t n = s.steps.begin; n < s.steps.end; ++n) {
       const int32_t tile = key_tile(s.steps, n), note = pack_note(tile, needs_check(s.steps, n, tile));
@@ -53,13 +58,12 @@ struct Loader {
       if (n == s.steps.begin) {
         load_queries(place);
       } else {
-        load_values(place, before, values);
+        load_values(place, values);
         values.next();
       }
       ring.next();
-      before = note;
     }
-    if (s.steps.begin < s.steps.end) load_values(place, before, values);
+    if (s.steps.begin < s.steps.end) load_values(place, values);
   }
 
   DEVICE void load_queries(const Place& at) {
@@ -87,7 +91,9 @@ struct Loader {
     copy_tile<F::PIECES>(s.key[ring.place()], &a.key, full, at, first, a.key_step, run);
   }
 
-  DEVICE void load_values(const Place& at, int32_t note, const Ring<F::STAGES>& values) {
+  DEVICE void load_values(const Place& at, const Ring<F::STAGES>& values) {
+    __syncwarp();
+    const int32_t note = s.note[values.place()];  // of its keys
     const bool looks = F::KIND != kPlain && a.hides && (F::KIND == kEverything || checks(note));
     const int32_t first = tile_of(note) * F::BLOCK_N;
     arch::Mbarrier* full = looks ? &s.value_landed : &s.value_full[values.place()];

@@ -20,6 +20,7 @@ struct Request {
   bool hides = false;  // a key may be hidden from every query, and its values then be anything
   Lists lists{};       // of the tiles that `plan` names; counts null: intervals are walked
   int32_t splits = 1;
+  int32_t* taken = nullptr;  // 0 before the launch; null where `plan` does not ask for it
   float *parts = nullptr, *part_lse = nullptr;  // where there are splits: [splits, batch, num_heads, q_len(, head_dim_v)]
   void* stream = nullptr;
   int32_t device = 0;

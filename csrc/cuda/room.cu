@@ -22,14 +22,15 @@ int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_diviso
 
 thread_local char said[800];
 
-const char* refuse(const char* what, const char* why, const Params& p) {
+const char* refuse(const char* what, const char* why, const Request& request) {
+  const Params& p = request.problem;
+  const auto number = [](int64_t n) { return static_cast<long long>(n); };
   std::snprintf(said, sizeof said,
-                "%s: %s (batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, kv_len %lld, head_dim %lld, "
-                "head_dim_v %lld)",
-                what, why, static_cast<long long>(p.batch), static_cast<long long>(p.num_heads),
-                static_cast<long long>(p.num_kv_heads), static_cast<long long>(p.q_len),
-                static_cast<long long>(p.kv_len), static_cast<long long>(p.head_dim),
-                static_cast<long long>(p.head_dim_v));
+                "%s: %s (device %d, %s, kind %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
+                "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
+                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.kind, request.splits,
+                number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len), number(p.kv_len),
+                number(p.head_dim), number(p.head_dim_v), number(p.key.blocks ? p.key.block_size : 0));
   return said;
 }
 
@@ -89,11 +90,17 @@ const char* describe_queries(ForwardArgs& a, const Params& p) {
   return arch::encode_tensor_map(&a.query, p.query.data, shape);
 }
 
+bool is_near(const Column& column) { return column.stride * 8 <= INT32_MAX && column.stride * 8 >= INT32_MIN; }
+
 Interval interval_of(const MaskLeaf& leaf) {
   Interval interval{};
   if (leaf.kind == kBand) {
     interval.low = static_cast<int32_t>(leaf.low);
     interval.high = static_cast<int32_t>(leaf.high);
+    const Column* columns[3] = {&leaf.offset, &leaf.first, &leaf.end};
+    for (int n = 0; n < 3; ++n)
+      interval.column[n] = {static_cast<const char*>(columns[n]->data),
+                            static_cast<int32_t>(columns[n]->stride * (columns[n]->wide ? 8 : 4)), columns[n]->wide};
   } else {
     interval.start = leaf.start;
     interval.stop = leaf.stop;
@@ -118,6 +125,8 @@ const char* take_mask(ForwardArgs& a, const Request& request) {
     return "the mask is not one or two intervals a query";
   for (int n = 0; n < mask.leaves; ++n) {
     if (mask.leaf[n].kind != kInterval && mask.leaf[n].kind != kBand) return "the mask has no intervals";
+    if (!is_near(mask.leaf[n].offset) || !is_near(mask.leaf[n].first) || !is_near(mask.leaf[n].end))
+      return "the mask's numbers of each batch item lie too far apart";
     a.interval[n] = interval_of(mask.leaf[n]);
   }
   if (mask.leaves == 0 && request.kind != kPlain) {  // everything, as an interval
@@ -142,6 +151,8 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   a.q_tiles = ceil_div(p.q_len, cut.tile_rows);
   a.unit_heads = ceil_div(p.group, cut.tile_heads);
   a.splits = request.splits;
+  a.taken = request.taken;
+  if (cut.counts && !a.taken) return "so many tiles want a counter";
   const int64_t units = p.batch * p.num_kv_heads * a.unit_heads, programs = units * a.q_tiles * a.splits;
   if (programs > INT32_MAX / 2) return "there are too many tiles";
   a.programs = static_cast<int32_t>(programs);
@@ -188,16 +199,18 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
 
 // Launches go to the current device: a call's own, and the one before afterwards.
 struct OnDevice {
+  const char* refused = nullptr;
 #ifdef FASTATTN_SIM
   explicit OnDevice(int32_t) {}
 #else
   int before = 0, here;
   explicit OnDevice(int32_t device) : here(device) {
-    cudaGetDevice(&before);
-    if (before != here) cudaSetDevice(here);
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before != here) error = cudaSetDevice(here);
+    if (error != cudaSuccess) refused = cudaGetErrorString(error);
   }
   ~OnDevice() {
-    if (before != here) cudaSetDevice(before);
+    if (!refused && before != here) cudaSetDevice(before);
   }
 #endif
 };
@@ -231,28 +244,32 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
   const int64_t units = p.batch * p.num_kv_heads * ceil_div(p.group, cut.tile_heads);
   const int64_t tiles = units * ceil_div(p.q_len, cut.tile_rows);
   cut.splits = choose_splits(tiles, ceil_div(p.kv_len, cut.tile.block_n), multiprocessors);
+  cut.counts = kind != kPlain && tiles * cut.splits > multiprocessors;
   return cut;
 }
 
 const char* forward(const Request& request) {
   const Params& p = request.problem;
   const OnDevice on(request.device);
+  if (on.refused) return refuse("the CUDA forward cannot use its device", on.refused, request);
   if (p.batch * p.num_heads * p.q_len == 0) return nullptr;
-  if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", p);
+  if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", request);
   const bool listed = request.lists.counts != nullptr;
   bool by_head = listed;
   for (int n = 0; n < p.mask.leaves; ++n) by_head = by_head || p.mask.leaf[n].stride[1] != 0;
   const int32_t here = multiprocessors();
+  if (here < 1) return refuse("the CUDA forward", "the device names no multiprocessors", request);
   const Plan cut = plan(p, request.kind, by_head, here);
-  if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", p);
+  if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", request);
   ForwardArgs args{};
-  if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, p);
+  if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
-  how.grid = dim3(args.programs < here ? args.programs : here);
+  args.blocks = args.programs < here ? args.programs : here;
+  how.grid = dim3(args.blocks);
   how.stream = request.stream;
   const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)
                                          : launch_width<arch::f16>(cut.width, request.kind, args, how);
-  if (why) return refuse("the CUDA forward", why, p);
+  if (why) return refuse("the CUDA forward", why, request);
   if (request.splits == 1) return nullptr;
   MergeArgs merged{};
   merged.parts = request.parts;
@@ -272,7 +289,7 @@ const char* forward(const Request& request) {
   merge.stream = request.stream;
   why = p.dtype == kBFloat16 ? arch::launch(merge_kernel<arch::bf16>, merge, merged)
                              : arch::launch(merge_kernel<arch::f16>, merge, merged);
-  return why ? refuse("the CUDA merge", why, p) : nullptr;
+  return why ? refuse("the CUDA merge", why, request) : nullptr;
 }
 
 #ifdef FASTATTN_SIM
@@ -300,7 +317,8 @@ int32_t multiprocessors() {
 
 #define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// For the host's side in Python: block_m, block_n and splits into `cut`; 1 where there is such a kernel, else 0.
+// For the host's side in Python: block_m, block_n, splits and whether a counter is wanted into `cut`; 1 where there is such
+// a kernel, else 0.
 FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32_t by_head, int32_t multiprocessors,
                                        int32_t* cut) {
   fastattn::Params p;
@@ -317,6 +335,7 @@ FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32
   cut[0] = plan.tile.block_m;
   cut[1] = plan.tile.block_n;
   cut[2] = plan.splits;
+  cut[3] = plan.counts;
   return plan.width >= 0;
 }
 

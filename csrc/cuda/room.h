@@ -10,6 +10,7 @@ struct Plan {
   TileSize tile;
   int32_t tile_heads, tile_rows;
   int32_t splits;
+  bool counts;  // tiles differ and are more than blocks: a counter hands them out, the heaviest first
 };
 
 // How a problem is cut. `by_head`: heads see different keys, so that none share a tile.

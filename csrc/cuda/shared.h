@@ -33,7 +33,7 @@ struct alignas(1024) Shared {
   int4 seen[F::KIND == kPlain ? 1 : F::BLOCK_M];  // each row's intervals
   Job job[2];
   Steps steps;      // the loading warp's own, as it has few registers
-  int32_t program;  // the same
+  int32_t program, round;  // the same
   int32_t note[F::STAGES];  // about the tile of keys
   uint32_t odd[F::STAGES][(F::BLOCK_N + 31) / 32];  // keys whose values were not finite and were set to 0
   arch::Mbarrier job_full[2], job_empty[2], query_full, query_empty;

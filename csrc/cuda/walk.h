@@ -23,6 +23,7 @@ struct Steps {
   int32_t full[2][2];         // that it covers: they need no check
   int32_t checked;            // lists: the first so many are checked
   const int32_t* listed;      // or null
+  int32_t number[3];          // of an interval's columns, while it is looked at
 };
 
 // What the loading warp tells the others: a tile of queries, how many tiles of keys it visits, which come with theirs.
@@ -48,9 +49,12 @@ DEVICE bool needs_check(const Steps& steps, int32_t n, int32_t tile) {
            (tile >= steps.full[1][0] && tile < steps.full[1][1]));
 }
 
-// A block's programs: forth and back over the blocks, so that each gets heavy and light tiles.
-DEVICE int32_t next_program(int32_t program, int32_t round) {
-  return program + (round & 1 ? 2 * blockIdx.x + 1 : 2 * (gridDim.x - blockIdx.x) - 1);
+// A block's program after `program`. Equal tiles forth and back over the blocks; others to who is ready, by a counter, or,
+// without one, to nobody: there are no more than blocks.
+template <Kind KIND>
+DEVICE int32_t next_program(const ForwardArgs& a, int32_t program, int32_t round) {
+  if (KIND == kPlain) return program + (round & 1 ? 2 * blockIdx.x + 1 : 2 * (a.blocks - blockIdx.x) - 1);
+  return a.taken ? a.blocks + atomicAdd(a.taken, 1) : a.programs;
 }
 
 // Splits of a tile run side by side, then the units of a section, then its tiles, then the sections.
@@ -73,9 +77,32 @@ DEVICE Place place_of(const ForwardArgs& a, int32_t program) {
 
 DEVICE int32_t clamp(int32_t x, int32_t high) { return x < 0 ? 0 : x < high ? x : high; }
 
-// The keys that one query sees through an interval: x the first, y the one after the last.
+// What a column says of a batch item, no farther from 0 than kFar; of no column `otherwise`.
+DEVICE int32_t number_of(const Numbers& column, int32_t batch, int32_t otherwise) {
+  if (!column.data) return otherwise;
+  const int32_t* at = reinterpret_cast<const int32_t*>(column.data + static_cast<int64_t>(batch) * column.step);
+  int32_t number = at[0];
+  if (column.wide && at[1] != number >> 31) number = at[1] < 0 ? -kFar : kFar;
+  return max(-kFar, min(kFar, number));
+}
+
+DEVICE int32_t number_of(const Interval& of, int n, int32_t batch) {
+  return number_of(of.column[n], batch, n == 2 ? kFar : 0);
+}
+
+// The keys that one query sees through a band, x the first, y the one after the last; `number` is what its columns say.
+// An end that is open stays so.
+DEVICE int2 keys_of_band(const Interval& of, const int32_t (&number)[3], int32_t q_idx, int32_t kv_len) {
+  const int32_t low = of.low > -kFar ? of.low + number[0] : of.low, high = of.high < kFar ? of.high + number[0] : of.high;
+  return make_int2(max(clamp(q_idx + low, kv_len), min(number[1], kv_len)), min(clamp(q_idx + high, kv_len), number[2]));
+}
+
+// The same through any interval.
 DEVICE int2 keys_of(const ForwardArgs& a, const Interval& of, int32_t batch, int32_t head, int32_t q_idx) {
-  if (!of.start) return make_int2(clamp(q_idx + of.low, a.kv_len), clamp(q_idx + of.high, a.kv_len));
+  if (!of.start) {
+    const int32_t number[3] = {number_of(of, 0, batch), number_of(of, 1, batch), number_of(of, 2, batch)};
+    return keys_of_band(of, number, q_idx, a.kv_len);
+  }
   const int64_t at = batch * of.stride[0] + head * of.stride[1] + q_idx * of.stride[2];
   return make_int2(of.start[at], of.stop[at]);
 }
@@ -90,11 +117,18 @@ DEVICE bool is_row(const ForwardArgs& a, const Place& place, int2 row) {
   return row.x < place.heads && row.y < a.q_len;
 }
 
-// What the rows of a tile see through one interval. Called by a whole warp.
-DEVICE SpanOf<int32_t> tile_span(const ForwardArgs& a, const Interval& of, const Place& place) {
+// What the rows of a tile see through one interval. Called by a whole warp, which keeps the columns' numbers in shared
+// memory.
+DEVICE SpanOf<int32_t> tile_span(const ForwardArgs& a, const Interval& of, const Place& place, int32_t (&number)[3]) {
   const int32_t left = a.q_len - place.q_first, queries = left < a.tile_rows ? left : a.tile_rows;
   if (!of.start) {  // both ends rise with the query
-    const int2 first = keys_of(a, of, 0, 0, place.q_first), last = keys_of(a, of, 0, 0, place.q_first + queries - 1);
+#pragma unroll 1
+    for (int n = 0; n < 3; ++n)
+      if (threadIdx.x % arch::kWarp == 0) number[n] = number_of(of, n, place.batch);
+    __syncwarp();
+    const int2 first = keys_of_band(of, number, place.q_first, a.kv_len);
+    const int2 last = keys_of_band(of, number, place.q_first + queries - 1, a.kv_len);
+    __syncwarp();
     return {first.x, last.y, last.x, first.y};
   }
   SpanOf<int32_t> span = {INT32_MAX, INT32_MIN, INT32_MIN, INT32_MAX};
@@ -138,7 +172,7 @@ DEVICE void note_steps(const ForwardArgs& a, const Place& place, Steps& steps) {
     for (int term = 0; term < 2; ++term) {
       SpanOf<int32_t> span = {0, 0, 0, 0};
       if (KIND == kPlain && term == 0) span = {0, a.kv_len, 0, a.kv_len};
-      if (KIND != kPlain && term < a.terms) span = tile_span(a, a.interval[term], place);
+      if (KIND != kPlain && term < a.terms) span = tile_span(a, a.interval[term], place, steps.number);
       if (leads) {
         const bool empty = span.lo >= span.hi;
         steps.cut[term][0] = empty ? 0 : span.lo / BLOCK_N;

@@ -84,11 +84,13 @@ void registers_set(int count, bool grow) {
     for (void* each : members.arguments) {
       if (static_cast<Call*>(each)->count != first.count) fail("threads of the warpgroup ask for different counts");
     }
-    if (first.grow ? first.count < changed.registers : first.count > changed.registers) {
+    // Where its first call grows to fewer than the launch allows, ptxas has the kernel launched with that many.
+    if (first.grow ? changed.shared_out && first.count < changed.registers : first.count > changed.registers) {
       fail("the warpgroup has " + std::to_string(changed.registers) + " registers a thread, and " +
            (first.grow ? "grows to " : "shrinks to ") + std::to_string(first.count));
     }
-    in.registers_left += changed.registers - first.count;
+    if (!first.grow || first.count > changed.registers) in.registers_left += changed.registers - first.count;
+    changed.shared_out = true;
     if (in.registers_left < 0) fail("the registers that were free are taken by another warpgroup");
     changed.registers = first.count;
     for (Thread* waiter : in.register_waiters) machine->make_ready(waiter);

@@ -1,6 +1,7 @@
 // Blocks and their threads, from the start to the end.
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 #include "machine.h"
 #include "wgmma_state.h"
@@ -141,6 +142,12 @@ void Machine::finish_block(const Thread& last) {
   Block& block = *last.block;
   for (auto& group : block.warpgroups) {
     if (!group->idle()) fail(last, "the block ends with a wgmma in flight");
+  }
+  for (size_t id = 0; id < std::size(block.barriers); ++id) {
+    if (const int arrived = block.barriers[id].arrived; arrived != 0) {
+      fail(last, "the block ends while " + std::to_string(arrived) + " threads have arrived at barrier " +
+                     std::to_string(id) + ", which " + std::to_string(block.barriers[id].threads) + " complete");
+    }
   }
   const std::string left = unobserved(block);
   if (!left.empty()) fail(last, left);

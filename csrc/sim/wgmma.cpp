@@ -118,8 +118,9 @@ void look(Block& block, uint64_t bits, bool mn_major, uint32_t mns, const Team& 
   const Descriptor at(bits);
   if (!at.valid) fail("a descriptor with a base offset, or with bits that the format leaves out");
   if (!at.aligned()) {
-    fail("misaligned: the descriptor's start, " + std::to_string(at.start) + ", is not in the first row of a pattern of " +
-         std::to_string(8 * swizzle_span(at.mode)) + " bytes, and has no base offset");
+    fail("misaligned: the descriptor's start, " + std::to_string(at.start) +
+         ", is not in the first row of a pattern of " + std::to_string(8 * swizzle_span(at.mode)) +
+         " bytes, and has no base offset");
   }
   Knowledge common;
   Thread* lacking = &self();

@@ -34,7 +34,8 @@ struct Warpgroup {
   std::vector<std::shared_ptr<Product>> open;                  // not committed
   std::vector<std::vector<std::shared_ptr<Product>>> batches;  // committed, not waited for
   bool fenced = false;
-  int registers = 0;  // setmaxnreg's
+  int registers = 0;        // setmaxnreg's
+  bool shared_out = false;  // it has executed one
 
   bool idle() const { return open.empty() && batches.empty(); }
 };

@@ -83,8 +83,6 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
     table = torch.empty(
         spec.batch, 1 if mean else spec.num_heads, count, spec.kv_len, dtype=torch.float32, device=spec.device
     )
-    if not count:  # no rows have no address, which the library reads as all of them
-        return table.squeeze(1) if mean else table
     words, tensors, scale, softcap, _ = _numbers(spec)
     LIBRARY.get().weights(
         inputs.query, inputs.key, inputs.bias, inputs.sinks, words, tensors, scale, softcap,

@@ -97,6 +97,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
     mask = leaves.over_blocks(problem.leaves, spec.pages.table) if in_place else problem.leaves  # type: ignore[union-attr]
     tiles = library.tiles(problem.sizes, problem.kind, problem.by_head)
     counts = listed = parts = part_lse = None
+    taken = torch.zeros(1, dtype=torch.int32, device=lse.device) if tiles.counts else None
     if problem.listed:
         lists = spec.block_list(tiles.block_m, tiles.block_n)
         counts, listed = torch.stack([lists.checked, lists.full]), lists.tiles
@@ -105,7 +106,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=lse.device)
     library.forward(
         *inputs, *mask, spec.scale, spec.softcap or 0.0, spec.dropout_p,
-        problem.kind, problem.hides, counts, listed, tiles.splits, parts, part_lse, out, lse,
+        problem.kind, problem.hides, counts, listed, tiles.splits, taken, parts, part_lse, out, lse,
     )  # fmt: skip
     return out, lse
 
@@ -152,6 +153,8 @@ def _varies_by_head(table: Tensor) -> bool:
 def _loadable(inputs: AttnInputs) -> AttnInputs:
     """As the kernels read memory: no negated views, strides that TMA takes, sinks float32 and side by side."""
     query, key, value, bias, sinks, seed = inputs
+    if bias is None and sinks is None and _is_aligned(query, True) and _is_aligned(key) and _is_aligned(value):
+        return inputs
     if bias is not None:
         bias = bias.resolve_neg()
     if sinks is not None:
@@ -169,15 +172,14 @@ def _aligned(tensor: Tensor, is_query: bool) -> Tensor:
 
 def _is_aligned(tensor: Tensor, is_query: bool = False) -> bool:
     """Whether TMA takes it. All of a batch, and of the keys' heads, may be one and the same (stride 0)."""
-    sizes, strides = tensor.shape, tensor.stride()
-    batch, heads, rows, step = strides
-    if step == 1 and not tensor.is_neg() and tensor.data_ptr() % (2 * ALIGNMENT) == 0:
-        apart = rows and not (batch % ALIGNMENT or heads % ALIGNMENT or rows % ALIGNMENT)
-        if apart and not (is_query and heads == 0):
-            return True
-        fits = all(size == 1 or each % ALIGNMENT == 0 for size, each in zip(sizes[:3], strides[:3], strict=True))
-        return fits and (sizes[2] == 1 or rows > 0) and not (is_query and sizes[1] > 1 and heads == 0)
-    return False
+    batch, heads, rows, step = tensor.stride()
+    if step != 1 or tensor.data_ptr() % (2 * ALIGNMENT) or tensor.is_neg():
+        return False
+    if rows and (heads or not is_query) and not (batch | heads | rows) % ALIGNMENT:
+        return True
+    sizes = tensor.shape
+    fits = all(size == 1 or not each % ALIGNMENT for size, each in zip(sizes, (batch, heads, rows), strict=False))
+    return fits and (sizes[2] == 1 or rows > 0) and not (is_query and sizes[1] > 1 and heads == 0)
 
 
 def _spec_reason(spec: AttnSpec) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, sdpa
 from fastattn.integrations import caught
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement
 
 NAME = "fastattn"
@@ -99,12 +100,27 @@ def is_holder(module: nn.Module) -> bool:
 
 
 def replace(
-    path: str, module: nn.Module, mode: caught.Mode, backend: str | None
+    path: str, module: nn.Module, mode: caught.Mode, backend: str | None, done: list[Any]
 ) -> tuple[Replacement, Callable[[], None] | None]:
-    """The row for one of diffusers' attention modules, exchanged where it can be, and what takes it back."""
+    """The row for one of diffusers' attention modules, exchanged where it can be, and what takes it back.
+
+    Args:
+        done: processors that were exchanged with modules before it; several may share one. Grows.
+    """
     processor: Any = module.processor
     kind: Any = type(processor)
     where = (path, type(module).__name__)
+    if any(processor is other for other in done):
+        return Replacement(*where, True, f"{kind.__name__}, the same as another module's"), None
+    row, undo = _replace_processor(where, processor, kind, mode, backend)
+    if row.changed:
+        done.append(processor)
+    return row, undo
+
+
+def _replace_processor(
+    where: tuple[str, str], processor: Any, kind: Any, mode: caught.Mode, backend: str | None
+) -> tuple[Replacement, Callable[[], None] | None]:
     if isinstance(processor, caught.Caught):
         return Replacement(*where, False, "it is on fastattn already"), None
     if not kind.__module__.startswith("diffusers."):
@@ -128,8 +144,7 @@ def replace(
 
         return Replacement(*where, True, f"{kind.__name__} sends it to the backend {member.value!r}"), undo
     if names & caught.CALLS and not names & caught.OWN_WAY:
-        processor.__class__ = caught.caught(kind, "__call__", mode, backend)
-        back = partial(setattr, processor, "__class__", kind)
+        back = exchange(processor, caught.caught(kind, "__call__", mode, backend))
         return Replacement(*where, True, f"{kind.__name__} calls F.scaled_dot_product_attention: on fastattn"), back
     what = (
         f"its processor {kind.__name__} computes the weights itself; give it one that calls torch's SDPA first, "

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, mha, sdpa
 from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -80,13 +81,14 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
     dispatch.requested(backend)
     report = Report()
     modules = list(model.named_modules())
+    processors: list[Any] = []
     try:
         _replace_transformers(report, model, modules, backend)
         for path, module in modules:
             if isinstance(module, TORCH_MODULE):
                 report.add(*_replace_torchs(path, module, backend))
             elif diffusers.is_holder(module):
-                report.add(*diffusers.replace(path, module, patch, backend))
+                report.add(*diffusers.replace(path, module, patch, backend, processors))
             elif torchvision.is_known(module):
                 report.add(*torchvision.replace(path, module, backend))
             elif vision.is_known(module):
@@ -128,12 +130,12 @@ def _replace_torchs(
     reason = _why_not(module)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    module.__class__ = MultiheadAttention
+    back = exchange(module, MultiheadAttention)
     if backend is not None:
         module.backend = backend  # type: ignore[assignment]
 
     def undo() -> None:
-        module.__class__ = TORCH_MODULE
+        back()
         if backend is not None:
             del module.backend
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement
 
 HOME = "torchvision.models.swin_transformer"
@@ -49,12 +50,12 @@ def replace(path: str, module: Any, backend: str | None) -> tuple[Replacement, C
     function = getattr(sys.modules[HOME], "shifted_window_attention", None)
     if function is None or tuple(inspect.signature(function).parameters) != TAKES:
         return row(False, "this torchvision's windowed attention takes other arguments than the ones known here"), None
-    module.__class__ = exchanged(kind)
+    back = exchange(module, exchanged(kind))
     if backend is not None:
         module.fastattn_backend = backend
 
     def undo() -> None:
-        module.__class__ = kind
+        back()
         vars(module).pop("fastattn_backend", None)
 
     return row(True, "its formula on fastattn.attention, windows in the batch"), undo

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, functional
 from fastattn.functional import attention, attention_weights
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement
 from fastattn.integrations.transformers_mask import ModelMask, padding
 from fastattn.integrations.transformers_masks import Call, Unreadable, read
@@ -101,7 +102,8 @@ def attention_forward(
                 "model.set_attn_implementation('eager') runs it"
             )
     mask, bias = _visibility(module, query, key, attention_mask, is_causal)
-    window = getattr(module, "fastattn_window", None)
+    told = module.__dict__  # where `truncate` and `replace` leave word; a failing getattr of a module takes its time
+    window = told.get("fastattn_window")
     if window is not None:
         mask = _truncated(module, query, key, mask, window)
     if position_bias is not None:
@@ -112,7 +114,7 @@ def attention_forward(
     wanted = _weights_wanted(module, kwargs)
     if wanted:
         _check_size(module, query, key)
-    backend = getattr(module, "fastattn_backend", None)
+    backend = told.get("fastattn_backend")
     result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=wanted)
     out, lse = result if wanted else (result, None)
     weights = attention_weights(query, key, lse=lse, **shared).to(query.dtype) if wanted else None
@@ -138,7 +140,7 @@ def attention_mask(
         q_offset, kv_offset: positions of the first query and of the first key.
         mask_function: (batch_idx, head_idx, q_idx, kv_idx) -> bool; causal when None.
         attention_mask: 2-D, [batch, tokens] from position 0, nonzero = real; missing columns are not real.
-        use_vmap: the function is somebody's own; it is not asked for its rule but drawn as a table.
+        use_vmap: a part of the function is somebody's own. It, too, is read where it compares; else drawn as a table.
     """
     from transformers import masking_utils
 
@@ -147,8 +149,6 @@ def attention_mask(
     device = torch.device(device)
     call = Call(q_length, kv_length, q_offset, kv_offset, device)
     try:
-        if use_vmap:
-            raise Unreadable("a function of somebody's own")
         mask: Mask = read(function, call)
     except Unreadable:
         whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # not None for a rule
@@ -193,11 +193,12 @@ def replace(model: nn.Module, *, backend: str | None = None) -> tuple[list[Repla
             outer = f"{path}." if path else ""
             rows.append(_set_implementation(path, module, undo))
         kind = own_class(module)
-        if kind is not None:
+        if kind is type(module):
+            rows.append(Replacement(path, kind.__name__, False, "it is on fastattn already"))
+        elif kind is not None:
             what = f"{kind.__name__}, the same around fastattn.attention"
             rows.append(Replacement(path, type(module).__name__, True, what))
-            undo.append(partial(setattr, module, "__class__", type(module)))
-            module.__class__ = kind
+            undo.append(exchange(module, kind))
     if backend is not None and any(row.changed for row in rows):
         undo.append(_remember(model, "fastattn_backend", backend))
     return rows, undo
@@ -235,14 +236,32 @@ def _remember(model: nn.Module, name: str, value: object) -> Callable[[], None]:
 
 def _set_implementation(path: str, model: Any, undo: list[Callable[[], None]]) -> Replacement:
     name = type(model).__name__
-    before = model.config._attn_implementation
+    before, others = model.config._attn_implementation, _implementations(model)
     if not model._can_set_attn_implementation():
         return Replacement(path, name, False, "its attention is code of its own, not behind transformers' interface")
     if before == NAME:
         return Replacement(path, name, False, "it is on fastattn already")
     model.set_attn_implementation(NAME)
-    undo.append(partial(model.set_attn_implementation, before))
+    undo.append(partial(_set_back, others))
     return Replacement(path, name, True, f"attn_implementation {NAME!r} in place of {before!r}")
+
+
+def _implementations(model: nn.Module) -> list[tuple[Any, str | None]]:
+    """Each configuration inside a model, and the attention implementation that it names."""
+    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    found: dict[int, tuple[Any, str | None]] = {}
+    while waiting:
+        config = waiting.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = config, config._attn_implementation_internal
+        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(found.values())
+
+
+def _set_back(implementations: list[tuple[Any, str | None]]) -> None:
+    for config, name in implementations:
+        config._attn_implementation_internal = name
 
 
 def _real(attention_mask: Tensor, call: Call) -> Tensor:

@@ -28,6 +28,7 @@ from fastattn.integrations.transformers_rules import (
     SameId,
     Unreadable,
     groups,
+    undecided,
 )
 from fastattn.masks import Mask
 
@@ -43,7 +44,9 @@ def read(function: Callable[..., Any], call: Call) -> Mask:
     try:
         with _Lookups():
             rule = function(Place("batch"), Place("head"), Place("q"), Place("kv"))
-    except (TypeError, AttributeError, IndexError) as failure:
+    except Unreadable:
+        raise
+    except Exception as failure:  # of anybody's code, on what it was not written for
         raise Unreadable(f"{type(failure).__name__}: {failure}") from failure
     if not isinstance(rule, Rule):
         raise Unreadable(f"a rule is needed, got {type(rule).__name__}")
@@ -90,6 +93,7 @@ class Place:
     """The index on an axis, moved by a number and by one for each batch item."""
 
     __hash__ = None  # type: ignore[assignment]
+    __bool__ = undecided
 
     def __init__(self, axis: str, moved: int = 0, moved_by: Tensor | None = None) -> None:
         self.axis, self.moved, self.moved_by = axis, moved, moved_by
@@ -189,6 +193,7 @@ class Group:
     """floor(place / size)."""
 
     __hash__ = None  # type: ignore[assignment]
+    __bool__ = undecided
 
     def __init__(self, place: Place, size: int) -> None:
         self.place, self.size = place, size

@@ -5,6 +5,7 @@ Each keeps the module's parameters, hooks and outputs; only what lies between th
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -137,11 +138,24 @@ _MADE: dict[type, type] = {}
 
 
 def own_class(module: nn.Module) -> type | None:
-    """The class that computes with fastattn what the module's class does, or None where none is known."""
+    """The class that computes with fastattn what the module's class does, its own if it does already; None where none
+    is known.
+    """
     kind = type(module)
+    if kind in _MADE.values():
+        return kind
     methods = OWN.get(f"{kind.__module__}.{kind.__qualname__}")
     if methods is None:
         return None
     if kind not in _MADE:
         _MADE[kind] = type(f"Fast{kind.__name__}", (kind,), {**methods, "__module__": __name__})
     return _MADE[kind]
+
+
+def __getattr__(name: str) -> Any:
+    """The classes made here, for those who look them up by name: pickle."""
+    for where in OWN:
+        home, _, kind = where.rpartition(".")
+        if name == f"Fast{kind}":
+            return own_class(object.__new__(getattr(importlib.import_module(home), kind)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

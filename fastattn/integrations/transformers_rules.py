@@ -52,10 +52,16 @@ class Call:
         return table[:, offset : offset + length]
 
 
+def undecided(symbol: object) -> bool:
+    """A symbol's truth, which Python asks for in `if`, `and`, `or` and `not`: it has none."""
+    raise Unreadable(f"a decision by a {type(symbol).__name__}")
+
+
 class Rule:
     """What a comparison of symbols gives: what is visible."""
 
     device = None
+    __bool__ = undecided
 
     @property
     def parts(self) -> tuple[Rule, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.integrations import caught
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement
 
 PACKAGES = ("timm", "torchvision", "open_clip", "clip")
@@ -42,10 +43,10 @@ def replace(
             return Replacement(path, kind.__name__, False, reason), None
     if switched:
         module.fused_attn = True  # type: ignore[assignment]
-    module.__class__ = caught.caught(kind, "forward", mode, backend)
+    back = exchange(module, caught.caught(kind, "forward", mode, backend))
 
     def undo() -> None:
-        module.__class__ = kind
+        back()
         if switched:
             module.fused_attn = False  # type: ignore[assignment]
 

@@ -6,12 +6,12 @@ Tested with x-transformers 2.31.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from fastattn.integrations import caught
+from fastattn.integrations.classes import exchange
 from fastattn.integrations.report import Replacement
 
 KIND = "x_transformers.attend.Attend"
@@ -32,9 +32,9 @@ def replace(
     reason = _why_not(attend)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    module.__class__ = caught.caught(kind, "forward", mode, backend)
+    back = exchange(module, caught.caught(kind, "forward", mode, backend))
     what = "its own code, whose scaled_dot_product_attention runs on fastattn"
-    return Replacement(path, kind.__name__, True, what), partial(setattr, module, "__class__", kind)
+    return Replacement(path, kind.__name__, True, what), back
 
 
 def _why_not(attend: Any) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastattn.models import report
+from fastattn.models import overhead, report
 from fastattn.models.compare import Compared, cases, compare
 from fastattn.models.zoo import ZOO
 
@@ -44,7 +44,9 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
                     row = compare(model, case, dtype)
                 rows.append(row)
                 print(_line(key, row), flush=True)
-    measured = report.record(rows)
+    measured = report.record(rows, overhead.measured())
+    for each in measured["overheads"]:
+        print(f"{each['way']}: {each['more_us']:.1f} us more than {each['bare']}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

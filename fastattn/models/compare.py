@@ -38,7 +38,9 @@ DROPPED = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout
 
 @dataclass
 class Seen:
-    """What reached fastattn in one run: every call's mask, and how often a table of [q_len, kv_len] was among them."""
+    """What reached fastattn in one run: every call's mask, and how often a table of [q_len, kv_len] was among them, or
+    was made of one by the model.
+    """
 
     masks: list[str] = field(default_factory=list)
     tables: int = 0
@@ -116,7 +118,24 @@ def watching(seen: Seen, off: float = 1.0) -> Iterator[None]:
         seen.biases += bias is not None and bias.dim() > 1 and min(bias.shape[-2:]) > 1
         return inner(inputs._replace(query=inputs.query * off) if off != 1.0 else inputs, spec, backend)
 
-    with mock.patch.object(functional.ops, "attention", attention):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(functional.ops, "attention", attention))
+        stack.enter_context(_tables_of_models(seen))
+        yield
+
+
+@contextmanager
+def _tables_of_models(seen: Seen) -> Iterator[None]:
+    """Notes where a transformers model computes with its mask, which makes the table of it."""
+    from fastattn.integrations.transformers_mask import ModelMask
+
+    inner = ModelMask.table
+
+    def table(mask: ModelMask) -> Tensor:
+        seen.tables += 1
+        return inner(mask)
+
+    with mock.patch.object(ModelMask, "table", table):
         yield
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastattn.models.compare import FACTOR, SLACK, Compared
+from fastattn.models.overhead import CALLS, ROUNDS, Overhead
 from fastattn.models.zoo import ZOO, Model
 
 PACKAGES = ("torch", "transformers", "diffusers")
@@ -44,13 +45,23 @@ itself. Where neither stands, no tensor of `[q_len, kv_len]` reaches the attenti
 `train` is a training step, in training mode without dropout; `padding`: one of two sequences padded, compared at real
 tokens, with gradients; `decoding`: a prefill and four tokens one by one, with a cache."""
 
+OVERHEADS = """
+## What the way in costs
+
+The host's time for one query on one key, where nothing else counts: a call by the way that a model takes, less a call
+of the function that it leads to, taken in turn. Medians of {rounds} rounds of {calls} calls, in the thread's own time,
+and where the middle 60% lie.
+
+| the way | the function | microseconds more | middle 60% |
+|---|---|--:|--:|"""
+
 TAIL = """
 Beside these, the pretrained MiniLM embeds real sentences in the tests, with fastattn and without it. Left out: dropout
 (fastattn draws its own bits), and a query that sees no key, which gives 0 here and the average of everything in eager
 attention."""
 
 
-def record(rows: list[Compared]) -> dict[str, Any]:
+def record(rows: list[Compared], overheads: list[Overhead]) -> dict[str, Any]:
     """Everything measured, as plain JSON types."""
     import fastattn
 
@@ -64,6 +75,7 @@ def record(rows: list[Compared]) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "room": f"{verdict.backend}, {verdict.kernel}",
         "rows": [{**asdict(row), "seen": _seen(row), "ok": row.ok} for row in rows],
+        "overheads": [{**asdict(each), "more_us": each.more_us, "interval_us": each.interval_us} for each in overheads],
     }
 
 
@@ -95,6 +107,10 @@ def markdown(measured: dict[str, Any]) -> str:
             own = [row for row in rows if row["case"] == case]
             figures = [_worst(own, dtype, part) for dtype in DTYPES for part in ("forward", "gradient")]
             lines.append(f"| {name} | {case} | " + " | ".join(figures) + " |")
+    lines += OVERHEADS.format(rounds=ROUNDS, calls=CALLS).splitlines()
+    for each in measured["overheads"]:
+        low, high = each["interval_us"]
+        lines.append(f"| {each['way']} | {each['bare']} | {each['more_us']:.1f} | {low:.1f} to {high:.1f} |")
     lines += TAIL.splitlines()
     return "\n".join([*lines, ""])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter, init
@@ -161,13 +163,8 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             )
         if attn_mask is not None and key_padding_mask is None:  # torch's function trusts is_causal, its module looks
             mha.check_floating_or_bool(attn_mask, "attn_mask")
-        # nn.Module looks for a parameter in three places, a microsecond each; one that is parametrized is not in here.
-        held = self._parameters
-        if "in_proj_weight" in held and "in_proj_bias" in held:
-            in_proj_weight, in_proj_bias = held["in_proj_weight"], held["in_proj_bias"]
-        else:
-            in_proj_weight, in_proj_bias = self.in_proj_weight, self.in_proj_bias
-        out_proj = self.out_proj
+        in_proj_weight = _held(self, "in_proj_weight")
+        out_proj = self._modules["out_proj"]
         packed = in_proj_weight is not None
         return mha.route(
             query,
@@ -176,13 +173,13 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             self.embed_dim,
             self.num_heads,
             in_proj_weight,
-            in_proj_bias,
+            _held(self, "in_proj_bias"),
             self.bias_k,
             self.bias_v,
             self.add_zero_attn,
             self.dropout,
-            out_proj.weight,
-            out_proj.bias,
+            _held(out_proj, "weight"),
+            _held(out_proj, "bias"),
             training=self.training,
             key_padding_mask=key_padding_mask,
             need_weights=need_weights,
@@ -198,6 +195,12 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             num_kv_heads=self.num_kv_heads,
             backend=self.backend,
         )
+
+
+def _held(module: Any, name: str) -> Any:
+    """A module's parameter, past `__getattr__`, which takes a microsecond; one that is parametrized is not held."""
+    held = module._parameters
+    return held[name] if name in held else getattr(module, name)
 
 
 def _check_heads(num_heads: int, num_kv_heads: int | None) -> None:

@@ -1,15 +1,19 @@
 """The CUDA room's library for the simulator: the same translation units, compiled by the C++ compiler."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from fastattn import compiler, native_cuda, nvcc, simulator
+from fastattn import compiler, explain, native_cuda, nvcc, simulator
 from fastattn.backends import cuda
 from fastattn.testing import poison
 
+ENDS_WITHIN = 180.0  # seconds, of a test on a GPU: the longest waits 140 for compute-sanitizer
+watched = runpy.run_path(str(Path(__file__).parents[1] / "gpu_watch.py"))["watched"]
 MULTIPROCESSORS = 4  # of the simulated GPU: small problems meet persistent blocks and splits
 QUIET = ("-Wno-psabi", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-missing-field-initializers")
 
@@ -36,24 +40,49 @@ class Room(NamedTuple):
         return self.library.tiles(known.sizes, known.kind, known.by_head).splits
 
 
+def operator(flavour):
+    """Its name; a process may load several."""
+    return f"simulated_{flavour}"
+
+
+def build(flavour):
+    """The library, of one flavour of the simulator."""
+    told = (f'-DFASTATTN_CUDA_OPERATOR="{operator(flavour)}"', *QUIET)
+    parts = [simulator.Part(source, (*flags, *told)) for source, flags in nvcc.parts().values()]
+    link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
+    return simulator.build_library("cuda", parts, flavour, link)
+
+
 def simulated(flavour):
     refused = simulator.why_not()
     if refused is not None:
         pytest.skip(refused)
-    name = f"simulated_{flavour}"  # a process may load several
-    told = (f'-DFASTATTN_CUDA_OPERATOR="{name}"', *QUIET)
-    parts = [simulator.Part(source, (*flags, *told)) for source, flags in nvcc.parts().values()]
-    link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
-    path = simulator.build_library("cuda", parts, flavour, link)
+    path = build(flavour)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return Room(native_cuda.Operators(getattr(torch.ops.fastattn, name).default, path, handle))
+    return Room(native_cuda.Operators(getattr(torch.ops.fastattn, operator(flavour)).default, path, handle))
+
+
+@pytest.fixture
+def on_hopper(request):
+    """Skips where the room cannot run a plain call; builds its library first. A test that hangs, or leaves a CUDA
+    context that no later test can use, ends the process and is named.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    tensor = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device="cuda")
+    reason = explain(tensor, tensor, tensor).reasons["cuda"] or native_cuda.LIBRARY.prepare()
+    if reason is not None:
+        pytest.skip(reason)
+    with watched(request.node, torch.cuda.synchronize, ENDS_WITHIN):
+        yield
 
 
 @pytest.fixture(scope="session")
 def room():
-    """For results: the quickest."""
-    return simulated("plain")
+    """For results: the quickest, or the one that watches addresses where this process was started for that."""
+    watched = simulator.usual_flavour() == "addresses"
+    return simulated("addresses" if watched else "plain")
 
 
 @pytest.fixture(scope="session")

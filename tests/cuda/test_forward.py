@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from fastattn.backends import cuda
 from fastattn.hiding import HIDING, hidden_pair, with_junk
+from fastattn.leaves import INTERVAL, REACH
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, with_dtype
 
@@ -61,6 +63,45 @@ def test_every_mask_at_every_width(width, mask, room):
     results = room.forward(problem)
     check_close(problem, results)
     same(results, room.forward(problem, seed=1))
+
+
+FAR = torch.tensor([2**40, -(2**40)])
+REACHES = {
+    "offsets": lambda: Causal(offset=torch.tensor([170, 30])),
+    "offsets-int32": lambda: Window(60, 3, offset=torch.tensor([170, -100], dtype=torch.int32)),
+    "one-of-a-batch": lambda: Causal(offset=torch.tensor([200])) & Lengths(torch.tensor([280])),
+    "held": lambda: (
+        Window(90, 0, offset=torch.tensor([97, 30]))
+        & Lengths(torch.tensor([300, 233]), kv_starts=torch.tensor([0, 50]))
+    ),
+    "one-offset": lambda: (lambda offset: Causal(offset=offset) & Window(40, None, offset=offset))(
+        torch.tensor([97, 3])
+    ),
+    "far": lambda: Window(9, None, offset=FAR) & Lengths(FAR.abs()),
+    "far-open": lambda: Window(None, None, offset=FAR),
+    "scattered-numbers": lambda: Lengths(torch.arange(100, 300).view(2, 100)[:, 5], kv_starts=torch.arange(40)[::20]),
+}
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_what_a_batch_item_sees_needs_no_table(name, room):
+    """Offsets, lengths and starts of a batch are read as they are: nothing is made of them for a call."""
+    mask = REACHES[name]()
+    leaves = cuda._problem(make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask)).spec).leaves
+    assert leaves.words[0] == REACH and {each.data_ptr() for each in leaves.tensors} <= {
+        each.data_ptr() for each in mask.tensors
+    }
+    problem = make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask))
+    results = room.forward(problem)
+    check_close(problem, results)
+    same(results, room.forward(problem, seed=1))
+
+
+def test_two_offsets_at_once_are_a_table(room):
+    mask = Causal(offset=torch.tensor([90, 0])) & Window(20, None, offset=torch.tensor([80, 3]))
+    problem = make_inputs(Case("two", 103, 200, 2, 2, 1, 64, mask=lambda *_: mask))
+    assert cuda._problem(problem.spec).leaves.words == [INTERVAL]
+    check_close(problem, room.forward(problem))
 
 
 FEATURES = Case("features", 150, 330, 1, 4, 2, bias=(1, 4, 150, 330), softcap=9.0, sinks=True, dropout_p=0.2)

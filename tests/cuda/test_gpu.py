@@ -1,10 +1,14 @@
-"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show."""
+"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
+
+Where a test fails here, tests/sim/test_instructions.py says first whether one of the instructions is what is wrong.
+"""
 
 import dataclasses
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,22 +19,11 @@ from fastattn.hiding import HIDING, hidden_pair, in_blocks
 from fastattn.masks import Causal, Lengths, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run, with_dtype
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
 DEVICE = "cuda"
 HALVES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 24), (100, 100))
-
-
-@pytest.fixture(autouse=True)
-def hopper():
-    """Skips where the room cannot run a plain call."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU here")
-    tensor = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device=DEVICE)
-    reason = explain(tensor, tensor, tensor).reasons["cuda"]
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def forward(problem):
@@ -136,6 +129,49 @@ def test_a_call_runs_on_the_stream_that_is_current():
     assert torch.equal(got, want)
 
 
+def test_tensors_may_begin_at_any_multiple_of_16_bytes():
+    """And rows lie at any: the copy engine asks for no more, whatever allocators give."""
+    problem = make_inputs(Case("within", 300, 500, 2, 4, 2, 80, mask=lambda *_: Causal()), DEVICE)
+    inputs = problem.inputs._replace(
+        **{name: getattr(problem.inputs, name)[..., 8:72] for name in ("query", "key", "value")}
+    )
+    case = dataclasses.replace(problem.case, head_dim=64)
+    problem = dataclasses.replace(problem, case=case, inputs=inputs, d_out=problem.d_out[..., :64])
+    assert inputs.key.data_ptr() % 128 == 16 and inputs.key.stride(2) == 80
+    check_close(problem, forward(problem))
+
+
+def test_a_call_may_be_the_first_of_its_thread():
+    """Tensor maps want a current context, which torch's allocator need not have made in a new thread."""
+    tensor = torch.randn(1, 2, 300, 64, device=DEVICE).bfloat16()
+    want = attention(tensor, tensor, tensor, backend="cuda")
+    found = []
+
+    def call():
+        try:
+            found.append(attention(tensor, tensor, tensor, backend="cuda"))
+        except RuntimeError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], torch.Tensor), found[0]
+    assert torch.equal(found[0], want)
+
+
+def test_a_call_runs_on_the_device_of_its_tensors():
+    """Whichever device is current, before and after."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU is here")
+    tensor = torch.randn(1, 2, 300, 64).bfloat16()
+    first, last = (tensor.to(f"cuda:{n}") for n in (0, torch.cuda.device_count() - 1))
+    want = attention(first, first, first, backend="cuda")
+    got = attention(last, last, last, backend="cuda")
+    assert got.device == last.device and torch.cuda.current_device() == 0
+    assert torch.equal(got.cpu(), want.cpu())
+
+
 def test_a_gradient_is_left_to_another_room():
     tensor = torch.randn(1, 2, 64, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     verdict = explain(tensor, tensor, tensor)
@@ -150,6 +186,19 @@ def test_more_tiles_than_an_axis_of_a_grid_has():
         out = attention(tensor, tensor, tensor, backend="cuda")
         few = attention(tensor[-100:], tensor[-100:], tensor[-100:], backend="reference")
     assert (out[-100:].float() - few.float()).abs().max() < 0.05
+
+
+def test_tensors_of_more_than_2_to_the_31_elements():
+    """Rows of the last batch item lie beyond what an int32 counts."""
+    shape = 2**18 + 3, 16, 8, 64
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 40 * 2**30:
+        pytest.skip("it takes 40 GiB of a GPU's memory")
+    tensor = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+    assert tensor.numel() > 2**31
+    with torch.no_grad():
+        out = attention(tensor, tensor, tensor, mask=Causal(), backend="cuda")
+        few = attention(tensor[-9:], tensor[-9:], tensor[-9:], mask=Causal(), backend="reference")
+    assert (out[-9:].float() - few.float()).abs().max() < 0.05
 
 
 CHECKED = ("one-by-one", "odd", "dim40", "causal-cross", "gqa", "lengths", "table", "everything", "strided")

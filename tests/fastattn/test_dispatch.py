@@ -113,6 +113,11 @@ def test_explain_works_on_meta_tensors_and_refuses_as_the_call_does(made_up):
         explain(meta, meta, meta, backend="fast")
 
 
+def test_explain_names_an_argument_that_attention_has_not(made_up):
+    with pytest.raises(TypeError, match=r"explain: attention takes no masks= \(nearest: mask\)"):
+        explain(Q, Q, Q, masks=3)
+
+
 def test_explain_mentions_autocast(made_up):
     made_up()
     with torch.autocast("cpu", torch.bfloat16):

@@ -67,3 +67,9 @@ def test_probabilities_outside_0_to_1_are_refused(p):
 def test_seeds_of_another_kind_are_refused(seed):
     with pytest.raises(ValueError, match="dropout_seed: an int64 tensor of shape"):
         dropout_mask(1, 1, 1, 1, p=0.5, seed=seed)
+
+
+@pytest.mark.parametrize("sizes", [(1, -1, 2, 2), (1, 1.5, 2, 2), (1, 1, 2, "2")], ids=str)
+def test_sizes_that_are_none(sizes):
+    with pytest.raises(ValueError, match=r"(num_heads|kv_len): an int of at least 0 is needed, got"):
+        dropout_mask(*sizes, p=0.5, seed=torch.tensor([1]))

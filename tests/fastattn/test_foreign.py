@@ -184,6 +184,35 @@ def test_what_a_block_mask_refers_to_may_change(inference):
         assert foreign.as_mask(mask, *given[:2]) is not read
 
 
+class Model(torch.nn.Module):
+    """Whose mask_mod names `self`, behind which everything lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16)
+        self.wide, self.data, self.ids = 30, [{"items": [n]} for n in range(100_000)], SHARED.clone()
+        chain = self.chain = []
+        for _ in range(5000):
+            chain.append([])
+            chain = chain[0]
+        self.mask = create_block_mask(
+            lambda b, h, q, kv: (q - kv <= self.wide) & (q >= kv) & (self.ids[q] == self.ids[kv]),
+            None, None, 200, 200, device="cpu",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_only_the_tensors_that_were_read_are_watched(inference):
+    with torch.inference_mode(inference):
+        model, given = Model(), [each.detach() for each in tensors()]
+        read = foreign.as_mask(model.mask, *given[:2])
+        [watched] = foreign._READ[model.mask].tensors
+        assert watched is model.ids
+        model.linear.weight.data.add_(1)
+        model.linear.weight = torch.nn.Parameter(model.linear.weight * 2)
+        assert foreign.as_mask(model.mask, *given[:2]) is read
+
+
 def test_other_lengths_and_other_things_are_refused():
     given = tensors(24, 24)
     with pytest.raises(ValueError, match="the BlockMask was made for 200 queries and 200 keys, got 24 and 24"):

@@ -16,6 +16,7 @@ from transformers import masking_utils as given
 from fastattn import masks
 from fastattn.integrations import transformers as ours
 from fastattn.integrations.transformers_mask import ModelMask, padding
+from fastattn.integrations.transformers_masks import Call, Unreadable, read
 
 BATCH, LENGTH = 2, 11
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])
@@ -134,16 +135,45 @@ def test_functions_that_a_model_adds_to_its_mask(which):
     assert torch.equal(got[:, :, 1:], want[:, :, 1:]) and want.any() and not want.all()
 
 
-def test_somebodys_own_function_is_drawn_and_not_asked():
-    calls = []
+SQUARES = torch.arange(LENGTH) ** 2
+OWN = {  # a function of somebody's own: whether its rule is read
+    "compares": (lambda b, h, q, k: (k <= q) & (q - k < 5), True),
+    "images-in-a-window": (
+        given.and_masks(
+            given.or_masks(given.causal_mask_function, given.blockwise_overlay(BLOCKS)), given.sliding_window_overlay(4)
+        ),
+        True,
+    ),
+    "computes": (lambda b, h, q, k: (k <= q) & ((q - k) % 3 == 0), False),
+    "looks up": (lambda b, h, q, k: SQUARES[k] <= q, False),
+    "is-equal": (lambda b, h, q, k: (k <= q) & (q == k), False),
+    "is-not-equal": (lambda b, h, q, k: (k <= q) & (q != k + 1), False),
+    "a-head": (lambda b, h, q, k: (h >= 1) | (k <= q), False),
+    "torchs": (lambda b, h, q, k: torch.logical_or(k <= q, k < 3), False),
+    "all": (lambda b, h, q, k: torch.tensor(True), False),
+    "not": (lambda b, h, q, k: ~(k <= q), False),
+}
 
-    def own(b, h, q, k):
-        calls.append(type(q))
-        return k <= q
 
-    mask, table = made(own, None, PLACES["prefill"], use_vmap=True)
-    assert isinstance(mask.mask, masks.Dense) and torch.equal(mask.table(), table)
-    assert all(issubclass(kind, torch.Tensor) for kind in calls)
+@pytest.mark.parametrize("name", OWN)
+def test_somebodys_own_function_is_read_or_drawn(name):
+    function, is_read = OWN[name]
+    mask, table = made(function, PADDINGS["right"], PLACES["prefill"], use_vmap=True)
+    assert isinstance(mask.mask, masks.Dense) != is_read
+    assert torch.equal(mask.table().expand(table.shape), table)
+
+
+@pytest.mark.parametrize("decide", [
+    lambda q, k: (q >= k) and (q - k < 5),
+    lambda q, k: (q >= k) or (k < 3),
+    lambda q, k: k <= q if q else k >= q,
+    lambda q, k: not (k > q),
+    lambda q, k: q // 3 == k // 3 if q // 3 else k <= q,
+])  # fmt: skip
+def test_what_decides_by_a_symbol_is_not_read(decide):
+    """Python would take any object for true."""
+    with pytest.raises(Unreadable, match="a decision by a"):
+        read(lambda b, h, q, k: decide(q, k), Call(LENGTH, LENGTH, 0, 0, torch.device("cpu")))
 
 
 def test_padding_says_lengths_where_it_can():

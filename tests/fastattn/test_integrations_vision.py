@@ -239,6 +239,7 @@ class Zoo(nn.Module):
         self.patched.forward = lambda x: x
         self.swin = SwinTransformerV2(**SWIN).layers[0].blocks[0].attn
         self.drop = timm.layers.DropPath(0.1)
+        self.gated = timm.models.convit.GPSA(32, 4)
 
 
 LEFT_ALONE = {
@@ -246,6 +247,7 @@ LEFT_ALONE = {
     "somebodys": "SomebodysAttention is not known here, and its forward calls none of torch's attention functions",
     "calls": "CallsTorch is not known here; it calls scaled_dot_product_attention, which fastattn.patch() catches",
     "cosine": "with scaled_cosine=True it computes the weights itself",
+    "gated": "GPSA is not known here, and its forward calls none of torch's attention functions",
     "patched": "its forward was replaced on the instance",
     "swin": "WindowAttention is not known here, and its forward calls none of torch's attention functions",
 }

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import cli
+from fastattn import cli, spec
+from fastattn.masks import Dense
+from fastattn.models import overhead
 from fastattn.models.compare import cases, compare
 from fastattn.models.zoo import ZOO
 
@@ -16,6 +18,7 @@ ROWS = [
     for key, model in ZOO.items()
     for case in cases(model)
 ]
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -43,6 +46,21 @@ def test_a_wrong_scale_is_noticed(key):
     assert not compare(ZOO[key], "eval", torch.float32, off=1.01).ok
 
 
+@pytest.mark.parametrize("key", [key for key in ZOO if key != "clip-attention-pool"])  # whose one query has one row
+def test_a_dense_mask_is_noticed(key, monkeypatch):
+    """Every mask said by a table: each row would then say that it was."""
+    needs(ZOO[key])
+    as_mask = spec.as_mask
+
+    def dense(mask, query, key):
+        return Dense(as_mask(mask, query, key).dense(query.shape[2], key.shape[2]))
+
+    monkeypatch.setattr(spec, "as_mask", dense)
+    monkeypatch.setattr(spec, "_plain_call", lambda *_: None)  # specs that are known from other calls
+    found = compare(ZOO[key], "eval", torch.float32)
+    assert found.seen.tables == len(found.seen.masks) > 0
+
+
 @pytest.mark.parametrize("key", ZOO)
 def test_two_runs_are_bit_equal(key):
     needs(ZOO[key])
@@ -64,8 +82,24 @@ def test_an_unknown_row_is_named(capsys):
     assert "no row that 'nothing' finds; there are vit, clip" in capsys.readouterr().err
 
 
+def test_a_way_in_costs_what_it_costs_over_its_function():
+    found = overhead.measured(rounds=3, calls=3)
+    assert len(found) == 4 + (importlib.util.find_spec("transformers") is not None)
+    assert all(min(row.way_us) > 0 and len(row.way_us) == len(row.bare_us) == 3 for row in found)
+    known = overhead.Overhead("way", "function", [3.0, 9.0, 5.0, 7.0, 1.0], [1.0] * 5)
+    assert known.more_us == 4.0 and known.interval_us == (2.0, 6.0)
+
+
+def test_the_committed_module_path_costs_under_10_microseconds():
+    measured = json.loads((ROOT / "bench/results/models/cpu.json").read_text())["overheads"]
+    modules = [row for row in measured if row["bare"] == "fastattn.multi_head_attention_forward"]
+    assert len(modules) == 2 and all(row["more_us"] < 10 for row in modules)
+    page = (ROOT / "docs/models.md").read_text()
+    assert all(f"| {row['way']} | {row['bare']} | {row['more_us']:.1f} |" in page for row in measured)
+
+
 def test_the_committed_page_has_every_row_right():
-    page = (Path(__file__).resolve().parents[2] / "docs/models.md").read_text()
+    page = (ROOT / "docs/models.md").read_text()
     for model in ZOO.values():
         assert f"| {model.name} | {model.what} |" in page
         assert all(f"| {model.name} | {case} |" in page for case in cases(model))

@@ -91,6 +91,18 @@ REFUSED = {
     "score": ((Q, K, K), {"score": "additive"}, ValueError, "score: only DotProduct.. .the default. is there yet"),
     "normalizer": ((Q, K, K), {"normalizer": "sigmoid"}, ValueError, "normalizer: only Softmax.. .the default."),
     "backend": ((Q, K, K), {"backend": "tritn"}, ValueError, "unknown backend 'tritn'; there are .*nearest: 'triton'"),
+    "backend-case": ((Q, K, K), {"backend": "CPU"}, ValueError, "unknown backend 'CPU'; there are .*nearest: 'cpu'"),
+    "backend-number": ((Q, K, K), {"backend": 3}, ValueError, "unknown backend 3; there are [a-z, ]*$"),
+    "seed-unused": ((Q, K, K), {"dropout_seed": torch.tensor([1.0])}, ValueError, "dropout_seed: an int64 tensor"),
+    "scale-bool": ((Q, K, K), {"scale": True}, TypeError, "scale: a Python number is needed, got bool"),
+    "softcap-bool": ((Q, K, K), {"softcap": True}, TypeError, "softcap: a Python number is needed, got bool"),
+    "deterministic": ((Q, K, K), {"deterministic": "no"}, TypeError, "deterministic: True or False .* got 'no'"),
+    "mask-class": (
+        (Q, K, K),
+        {"mask": Window},
+        TypeError,
+        r"mask: the class Window itself is none; Window\(\.\.\.\) makes",
+    ),
 }
 
 
@@ -108,6 +120,7 @@ def test_bad_input_is_refused_with_a_sentence_and_nothing_is_computed(name, monk
         ({"heads": "max"}, "heads: 'all' or 'mean' is needed"),
         ({"rows": [[1]]}, "rows: a list of ints"),
         ({"rows": [0.5]}, "rows: a list of ints"),
+        ({"rows": slice(0, 2)}, r"rows: a list of ints .* got slice\(0, 2, None\)"),
         ({"rows": [5]}, "rows: .*from -5 to 4"),
         ({"rows": [-6]}, "rows: .*from -5 to 4"),
         ({"lse": t(2, 4, 6)}, r"lse: floating \[batch, num_heads, q_len\] = \[2, 4, 5\] on cpu"),
@@ -117,7 +130,7 @@ def test_bad_input_is_refused_with_a_sentence_and_nothing_is_computed(name, monk
     ids=lambda value: str(value)[:20],
 )
 def test_bad_input_to_attention_weights(arguments, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((TypeError, ValueError), match=says):
         attention_weights(Q, K, **arguments)
 
 

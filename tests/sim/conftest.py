@@ -1,8 +1,8 @@
 """Small kernels of tests/sim/kernels: compiled for the simulator, and by nvcc for a GPU; kept in the cache folder."""
 
-import ctypes
 import functools
 import hashlib
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from fastattn import native, nvcc, simulator
+from fastattn.backends import cuda
 from fastattn.compiler import BuildError
 
 KERNELS = Path(__file__).parent / "kernels"
+ON_GPU = runpy.run_path(str(Path(__file__).parent / "on_gpu.py"))
+call = ON_GPU["call"]
 HOPPER = "arch=compute_90a,code=sm_90a"
 
 
@@ -45,18 +48,6 @@ def compiled(name, architecture=HOPPER):
     return library, said.read_text()
 
 
-def passed(value):
-    """A tensor as a pointer; numbers and bytes as they are."""
-    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else value
-
-
-def call(library, name, arguments):
-    function = getattr(library, f"run_{name}")
-    function.restype = ctypes.c_char_p
-    said = function(*map(passed, arguments))
-    return None if said is None else said.decode()
-
-
 @pytest.fixture(scope="session")
 def simulate():
     """A kernel file's function under a schedule: None, or what the simulator says is wrong."""
@@ -78,11 +69,27 @@ def compile_for_gpu():
     return compiled
 
 
+@pytest.fixture(scope="session")
+def runner_on():
+    """A process that runs kernels on a device; see on_gpu.py."""
+    runners = {}
+
+    def start(device):
+        return runners.setdefault(device, ON_GPU["Runner"](device))
+
+    yield start
+    for runner in runners.values():
+        runner.stop()
+
+
 @pytest.fixture
-def execute(device, simulate):
+def execute(device, simulate, runner_on):
     """A kernel file's function in the simulator, under a few schedules; and on a GPU, where the test's device is one:
     the tensors named in `outputs` must come out as the simulator leaves them.
     """
+
+    if device.type == "cuda" and torch.cuda.get_device_capability() != cuda.CAPABILITY:
+        pytest.skip("the PTX halves are compiled for Hopper, sm_90a, and this GPU is another")
 
     def run(name, *arguments, outputs, atol=0.0, rtol=0.0):
         originals = [each.clone() for each in outputs]
@@ -93,13 +100,17 @@ def execute(device, simulate):
             if said is not None:
                 return said
         if device.type == "cuda":
-            moved = {id(each): each.to(device) for each in arguments if isinstance(each, torch.Tensor)}
-            for output, original in zip(outputs, originals, strict=True):
-                moved[id(output)].copy_(original)
-            said = call(ctypes.CDLL(str(compiled(name)[0])), name, [moved.get(id(each), each) for each in arguments])
-            assert said is None, said
-            for output in outputs:
-                torch.testing.assert_close(moved[id(output)].cpu(), output, atol=atol, rtol=rtol, equal_nan=True)
+            places = [next(at for at, each in enumerate(arguments) if each is output) for output in outputs]
+            given = list(arguments)
+            for place, original in zip(places, originals, strict=True):
+                given[place] = original
+            said, after = runner_on("cuda")(compiled(name)[0], name, given)
+            assert said is None, f"the PTX half, run_{name}: {said}"
+            for place, output in zip(places, outputs, strict=True):
+                torch.testing.assert_close(
+                    after[place], output, atol=atol, rtol=rtol, equal_nan=True,
+                    msg=lambda words: f"the PTX half and the simulator differ, run_{name}: {words}",
+                )  # fmt: skip
         return None
 
     return run

@@ -174,10 +174,10 @@ def box_case(rank, swizzle, element, place):
     return shape, tensor, sides, dtype
 
 
-def swizzled_order(count, itemsize, swizzle):
+def swizzled_order(count, itemsize, swizzle, offset=0):
     """Where each element of the box lies: 16-byte pieces change places by bits 7 to 9 of the address."""
-    address = np.arange(count) * itemsize
-    return torch.from_numpy((address ^ ((address >> 7) & ((1 << swizzle) - 1)) << 4) // itemsize)
+    address = offset + np.arange(count) * itemsize
+    return torch.from_numpy(((address ^ ((address >> 7) & ((1 << swizzle) - 1)) << 4) - offset) // itemsize)
 
 
 def visit(sides, place, extents):
@@ -194,12 +194,44 @@ def test_tma_load(execute, rank, swizzle, place):
     shape, tensor, sides, dtype = box_case(rank, swizzle, "bf16", place)
     count = math.prod(sides)
     out = torch.full((count,), math.nan, dtype=dtype)
-    assert execute("boxes", rank, 0, shape, tensor, out, outputs=[out]) is None
+    assert execute("boxes", rank, 0, shape, 0, 0, tensor, out, outputs=[out]) is None
     want = torch.zeros(count, dtype=dtype)
     for number, at, inside in visit(sides, PLACES[place], EXTENTS):
         if inside:
             want[number] = tensor[at]
     assert torch.equal(out[swizzled_order(count, dtype.itemsize, swizzle)], want)
+
+
+@pytest.mark.parametrize("offset", [128, 384, 896])
+@pytest.mark.parametrize("swizzle", range(4), ids=["plain", "swizzle32", "swizzle64", "swizzle128"])
+def test_a_box_that_begins_within_the_pattern_is_swizzled_by_its_addresses(execute, swizzle, offset):
+    """So that boxes of fewer than eight rows, one below another, make one tile."""
+    shape, tensor, sides, dtype = box_case(4, swizzle, "bf16", "inside")
+    count = math.prod(sides)
+    out = torch.full((count,), math.nan, dtype=dtype)
+    assert execute("boxes", 4, 0, shape, offset, 0, tensor, out, outputs=[out]) is None
+    want = torch.zeros(count, dtype=dtype)
+    for number, at, inside in visit(sides, PLACES["inside"], EXTENTS):
+        if inside:
+            want[number] = tensor[at]
+    assert torch.equal(out[swizzled_order(count, dtype.itemsize, swizzle, offset)], want)
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_a_tensor_may_begin_at_any_multiple_of_16_bytes(execute, rank):
+    """Nothing more is asked of its address, swizzled or not."""
+    shape, tensor, sides, dtype = box_case(rank, 3, "bf16", "inside")
+    memory = torch.zeros(tensor.numel() + 64, dtype=dtype)
+    count = math.prod(sides)
+    for first in (8, 24, 40):
+        memory[first : first + tensor.numel()] = tensor.flatten()
+        out = torch.full((count,), math.nan, dtype=dtype)
+        assert execute("boxes", rank, 0, shape, 0, 2 * first, memory, out, outputs=[out]) is None
+        want = torch.zeros(count, dtype=dtype)
+        for number, at, inside in visit(sides, PLACES["inside"], EXTENTS):
+            if inside:
+                want[number] = tensor[at]
+        assert torch.equal(out[swizzled_order(count, dtype.itemsize, 3)], want)
 
 
 @pytest.mark.parametrize("place", ["inside", "outside"])  # one policy each
@@ -208,8 +240,8 @@ def test_tma_load_with_a_policy(execute, element, place):
     shape, tensor, sides, dtype = box_case(4, 3, element, place)
     out = torch.full((math.prod(sides),), math.nan, dtype=dtype)
     hinted = out.clone()
-    assert execute("boxes", 4, 0, shape, tensor, out, outputs=[out]) is None
-    assert execute("boxes", 4, 1, shape, tensor, hinted, outputs=[hinted]) is None
+    assert execute("boxes", 4, 0, shape, 0, 0, tensor, out, outputs=[out]) is None
+    assert execute("boxes", 4, 1, shape, 0, 0, tensor, hinted, outputs=[hinted]) is None
     assert torch.equal(out, hinted) and not out.isnan().any()
 
 
@@ -225,7 +257,7 @@ def test_tma_store_and_add(execute, rank, action, element, place):
             want[at] = want[at] + box[number] if action == 3 else box[number]
     laid = torch.empty_like(box)
     laid[swizzled_order(len(box), dtype.itemsize, 3)] = box
-    assert execute("boxes", rank, action, shape, tensor, laid, outputs=[tensor]) is None
+    assert execute("boxes", rank, action, shape, 0, 0, tensor, laid, outputs=[tensor]) is None
     assert torch.equal(tensor, want)
 
 
@@ -243,7 +275,7 @@ REFUSED = {
 def test_a_tensor_map_that_cuda_refuses_is_refused(simulate, case):
     shape, words_of_it = REFUSED[case]
     tensor = torch.zeros(4096)
-    said = simulate("boxes", 2, 0, numbers(*shape, 0, 0), tensor, tensor)
+    said = simulate("boxes", 2, 0, numbers(*shape, 0, 0), 0, 0, tensor, tensor)
     assert said is not None and words_of_it in said
 
 
@@ -278,10 +310,11 @@ BARRIERS = {
         torch.cat([torch.full((32,), -1), torch.tensor([5, 6, 7, 8])]),
         [10 * turn + i + 5 + i for turn in range(8) for i in range(4)] + [5, 6, 7, 8],
     ),
-    "registers change hands": (3, torch.full((256,), -1), list(range(256))),
+    "registers change hands": (3, torch.full((384,), -1), list(range(384))),
     "blocks in turn": (4, torch.zeros(13), doubling(12)),
     "a fence before the copy engine reads global memory": (5, torch.full((8,), -1), [0, 7, 14, 21, 1, 8, 15, 22]),
-    "a launch that waits for the one before": (6, torch.zeros(32), [3] * 32),
+    "shared memory starts at a multiple of 1024": (6, torch.full((1,), -1), [0]),
+    "a launch that waits for the one before": (7, torch.zeros(32), [3] * 32),
 }
 
 

@@ -24,6 +24,7 @@ SMALL = {  # of mistakes.cu: what is said of each; None: nothing is wrong
     "a_barrier_that_does_not_exist": "barriers 0 to 15",
     "a_barrier_of_part_of_a_warp": "whole warps",
     "one_side_forgets_to_arrive": DEADLOCK,
+    "an_arrival_that_nobody_waits_for": "have arrived at barrier 1",
     "an_mbarrier_that_nobody_initialised": "no mbarrier was initialised",
     "an_mbarrier_used_before_a_barrier": f"{RACE}|no mbarrier was initialised",
     "one_arrival_too_few": DEADLOCK,
@@ -80,7 +81,8 @@ def test_a_small_mistake_is_caught(simulate, name):
 
 
 def test_every_small_mistake_has_a_row():
-    text = (Path(__file__).parent / "kernels" / "mistakes.cu").read_text()
+    kernels = Path(__file__).parent / "kernels"
+    text = "".join((kernels / name).read_text() for name in ("mistakes.cu", "mistakes_copies.h"))
     assert set(re.findall(r"__global__ void (\w+)\(", text)) == SMALL.keys() | {"an_accumulator_read_in_flight"}
 
 

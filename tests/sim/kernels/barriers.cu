@@ -73,8 +73,8 @@ __global__ void hand_over(int* out) {
   }
 }
 
-// Registers go from the first warpgroup to the second.
-__global__ void __launch_bounds__(256, 1) registers(int* out) {
+// Registers go from the first warpgroup to the two others: each starts with 168, which is all that there are.
+__global__ void __launch_bounds__(3 * kWarpgroup, 1) registers(int* out) {
   if (threadIdx.x < kWarpgroup) {
     registers_shrink_to<40>();
   } else {
@@ -109,6 +109,9 @@ __global__ void global_fence(int* out) {
   }
 }
 
+// Swizzled tiles want it at a multiple of 1024.
+__global__ void start_of_shared(int* out) { *out = static_cast<int>(shared_address(dynamic_shared()) % 1024); }
+
 // The second of two launches waits for what the first one writes.
 __global__ void chained(int* out, int add) {
   wait_for_dependencies();
@@ -124,9 +127,10 @@ EXPORT run_barriers(int which, void* memory) {
   if (which == 0) return run(ping_pong, 1, 2 * kWarpgroup, kShared, out);
   if (which == 1) return run(elect, 1, 128, 0, out);
   if (which == 2) return run(hand_over, 1, 2 * kWarp, kShared, out);
-  if (which == 3) return run(registers, 1, 2 * kWarpgroup, 0, out);
+  if (which == 3) return run(registers, 1, 3 * kWarpgroup, 0, out);
   if (which == 4) return run(in_turn, 12, kWarp, 0, out);
   if (which == 5) return run(global_fence, 1, kWarp, kShared, out);
+  if (which == 6) return run(start_of_shared, 1, kWarp, kShared, out);
   Launch how;
   how.threads = kWarp;
   how.overlap = true;

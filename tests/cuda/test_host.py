@@ -1,0 +1,135 @@
+"""The host's part of a call: what it costs, what it may not do while a graph is captured, what its errors say."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn import BackendUnavailable, attention, compiler, native_cuda, nvcc, simulator
+from fastattn.backends import cuda
+from fastattn.masks import Causal
+from fastattn.testing import Case, make_inputs
+
+NO_KERNELS = Path(__file__).parent / "kernels" / "no_kernels.cu"
+ALLOWED = {
+    "cudaGetDevice", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaLaunchKernelEx",
+    "cudaGetLastError", "cudaGetErrorString", "cudaGetDriverEntryPoint", "cudaGetDriverEntryPointByVersion",
+}  # fmt: skip
+"""Of CUDA's runtime: neither memory nor a wait."""
+
+ROUND = 20e-9
+"""Seconds of a round of Python's empty loop on a quiet core of a server, for which 15 microseconds are meant. A slower
+or busy machine gets as much longer as its own loop takes.
+"""
+CALL = 15e-6
+
+
+@pytest.fixture(scope="module")
+def no_kernels():
+    """The room's library without its kernels: all that a call does but the launch itself."""
+    refused = simulator.why_not()
+    if refused is not None:
+        pytest.skip(refused)
+    told = ('-DFASTATTN_CUDA_OPERATOR="no_kernels"', "-w")
+    units = [(source, flags) for name, (source, flags) in nvcc.parts().items() if not name.startswith("forward")]
+    parts = [simulator.Part(source, (*flags, *told)) for source, flags in [*units, (NO_KERNELS, ())]]
+    link = ("-L" + str(compiler.torch_folder() / "lib"), "-ltorch_cpu")
+    path = simulator.build_library("cuda_host", parts, "plain", link)
+    handle = simulator.load(path)
+    handle.fastattn_cuda_simulate(132)
+    return native_cuda.Operators(torch.ops.fastattn.no_kernels.default, path, handle)
+
+
+@pytest.fixture
+def taken(no_kernels, monkeypatch):
+    """The room takes CPU tensors, and its library is the one without kernels."""
+    monkeypatch.setattr(native_cuda.LIBRARY, "get", lambda: no_kernels)
+    monkeypatch.setattr(native_cuda.LIBRARY, "prepare", lambda: None)
+    monkeypatch.setattr(native_cuda.LIBRARY, "why_not", lambda: None)
+    monkeypatch.setattr(cuda, "_spec_reason", cuda.feature_reason)
+    monkeypatch.setattr(cuda, "_device_reason", lambda device: None)
+
+
+def quickest(call, times, batches=300):
+    """Seconds of one of `times` calls in the best of the batches."""
+    best = float("inf")
+    for _ in range(batches):
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        best = min(best, (time.perf_counter() - start) / times)
+    return best
+
+
+def empty_loop():
+    for _ in range(1000):
+        pass
+
+
+CALLS = {
+    "plain": (512, None),
+    "causal": (512, Causal()),
+    "decode": (1, None),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_costs_the_host_no_more_than_15_microseconds(name, taken):
+    """Python, operator and launch code, the output's memory too; not what the driver takes for a launch."""
+    q_len, mask = CALLS[name]
+    query = torch.randn(1, 8, q_len, 128).bfloat16()
+    key = torch.randn(1, 2, 512, 128).bfloat16()
+    call = lambda: attention(query, key, key, mask=mask, backend="cuda")
+    with torch.no_grad():
+        call()
+        pace = max(quickest(empty_loop, 5) / 1000 / ROUND, 1.0)
+        took = quickest(call, 20)
+    assert took <= CALL * pace, f"{took * 1e6:.1f} us where an empty loop takes {pace:.2f} times its usual time"
+
+
+def test_a_launch_takes_no_memory_and_waits_for_nothing():
+    """What a CUDA graph could not capture."""
+    root = compiler.sources()
+    files = [root / "ops.cpp", *(root / "cuda").rglob("*.h"), *(root / "cuda").rglob("*.cu")]
+    used = set().union(*(re.findall(r"\b(cuda[A-Z]\w*)\(", path.read_text()) for path in files))
+    assert used and used <= ALLOWED, used - ALLOWED
+
+
+def test_an_error_names_the_launch(no_kernels):
+    problem = make_inputs(Case("error", 5, 40, 1, 4, 2, 64, dtype=torch.float16))
+    query, key, value = problem.inputs[:3]
+    odd = torch.cat([key[..., :1], key], -1)[..., 1:]  # rows at no multiple of 16 bytes
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:3])
+    with pytest.raises(RuntimeError) as refusal:
+        no_kernels.forward(
+            query, odd, value, None, None, None, [], [], 0.1, 0.0, 0.0,
+            cuda.MASKED, False, None, None, 1, None, None, None, out, lse,
+        )  # fmt: skip
+    said = str(refusal.value)
+    assert "the CUDA forward: tensor map" in said
+    for part in (
+        "float16",
+        "kind 1",
+        "splits 1",
+        "num_heads 4",
+        "num_kv_heads 2",
+        "q_len 5",
+        "kv_len 40",
+        "head_dim 64",
+    ):
+        assert part in said, said
+
+
+def test_a_gradient_is_refused_at_the_forward_when_compiled_too(taken):
+    """Compiled graphs run their forward without grad mode: the room would be found to have no backward too late."""
+    query = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(lambda each: attention(each, each, each, backend="cuda"), backend="aot_eager")
+    with pytest.raises(Exception, match="backward does not exist yet"):
+        compiled(query)
+    with pytest.raises(BackendUnavailable, match="backward does not exist yet"):
+        attention(query, query, query, backend="cuda")
+    with torch.no_grad():
+        compiled(query)
+    torch._dynamo.reset()
