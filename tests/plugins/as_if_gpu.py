@@ -1,0 +1,51 @@
+"""A pytest plugin (`-p as_if_gpu`, with this folder on the path) under which tests marked gpu run where no GPU is: the
+simulator is in the place of what nvcc makes, and tensors stay on the CPU. It tries their Python, which nothing else
+runs here.
+"""
+
+import torch
+
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.device_count = lambda: 1
+torch.cuda.synchronize = lambda *_: None
+
+
+def pytest_collection_finish(session):
+    for plugin in session.config.pluginmanager.get_plugins():
+        if hasattr(plugin, "ON_GPU"):
+            of_wrappers(plugin)
+        if hasattr(plugin, "simulated") and hasattr(plugin, "Room"):
+            of_the_room(plugin)
+    for item in session.items:
+        item.module.DEVICE = "cpu"
+
+
+def of_wrappers(conftest):
+    """tests/sim: the process that runs kernels gets the simulator's libraries."""
+    from fastattn import simulator
+
+    class Runner(conftest.ON_GPU["Runner"]):
+        def __init__(self, device):
+            super().__init__("cpu")
+
+    conftest.ON_GPU["Runner"] = Runner
+    conftest.compiled = lambda name: (simulator.build(conftest.KERNELS / f"{name}.cu"), "")
+
+
+def of_the_room(conftest):
+    """tests/cuda: the room takes tensors on the CPU, and its library is the simulator's."""
+    from fastattn import native_cuda
+    from fastattn.backends import cuda
+
+    library = conftest.simulated("plain").library
+    cuda._device_reason = lambda device: None
+    cuda._spec_reason = cuda.feature_reason
+    for name, answer in {"get": library, "available": library, "prepare": None, "why_not": None}.items():
+        setattr(native_cuda.LIBRARY, name, lambda answer=answer: answer)
+    empty = torch.empty
+
+    def on_cpu(*shape, device=None, **how):
+        return empty(*shape, device="cpu" if device == "cuda" else device, **how)
+
+    torch.empty = on_cpu
