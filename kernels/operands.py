@@ -47,10 +47,11 @@ def operands(
 
 
 def in_blocks(pool: Tensor, table: Tensor) -> tuple:
-    """Five in place of four strides: the pool's own, the table int32 [batch, blocks of an item] with adjacent columns,
-    its row's step, a block's length, how many blocks there are.
+    """Five in place of four strides: the pool's own, the table int32 [batch, blocks of an item] with adjacent columns
+    (a copy where they are not), its row's step, a block's length, how many blocks there are.
     """
     blocks, _, size, _ = pool.shape
+    table = table if table.stride(1) == 1 else table.contiguous()
     return _strides(pool), table, veil(table.stride(0)), veil(size), veil(blocks)
 
 

@@ -76,6 +76,7 @@ def poisoned(allocate):
                 tensor.fill_(float("nan"))
         return tensor
 
+    allocate_poisoned.__wrapped__ = allocate
     return allocate_poisoned
 
 
@@ -98,3 +99,10 @@ def poison_fresh_memory():
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, poisoned(getattr(owner, name)))
         yield
+
+
+@pytest.fixture
+def unfilled_memory(monkeypatch):
+    """Fresh memory as it comes, for who times a call: to fill it takes longer than a small one."""
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)

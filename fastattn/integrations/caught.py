@@ -15,6 +15,9 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fastattn.integrations.classes import exchange
+from fastattn.integrations.report import ALREADY, Replacement
+
 CALLS = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
 """What `patch` answers."""
 OWN_WAY = frozenset({"softmax", "softmax_", "_softmax"})
@@ -87,6 +90,17 @@ def caught(kind: Any, method: str, mode: Mode, backend: str | None) -> type:
         "__doc__": kind.__doc__,
     }
     return type(kind.__name__, (Caught, kind), members)
+
+
+def already(
+    where: tuple[str, str], thing: Caught, backend: str | None
+) -> tuple[Replacement, Callable[[], None] | None]:
+    """The row for what is caught; it changes the room where another one is asked for."""
+    kind, method, mode, room = thing.caught_from
+    if backend is None or backend == room:
+        return Replacement(*where, False, ALREADY), None
+    back = exchange(thing, caught(kind, method, mode, backend))
+    return Replacement(*where, True, f"{ALREADY}, now in the room {backend!r}"), back
 
 
 def _blank(kind: type, method: str, mode: Mode, backend: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""An object given another class, and its own again."""
+"""An object given another class or attribute, and its own again."""
 
 from __future__ import annotations
 
@@ -32,3 +32,17 @@ def _based_on(kind: type, ours: type, own: type) -> type:
         return kind
     members = {name: each for name, each in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     return type(kind.__name__, tuple(_based_on(base, ours, own) for base in kind.__bases__), members)
+
+
+def assign(thing: Any, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute; returns what takes that back."""
+    held = vars(thing)
+    had, before = name in held, held.get(name)
+    setattr(thing, name, value)
+
+    def undo() -> None:
+        held.pop(name, None)
+        if had:
+            held[name] = before
+
+    return undo

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastattn import dispatch, sdpa
 from fastattn.integrations import caught
 from fastattn.integrations.classes import exchange
-from fastattn.integrations.report import Replacement
+from fastattn.integrations.report import ALREADY, Replacement
 
 NAME = "fastattn"
 DISPATCHER = "dispatch_attention_fn"
@@ -122,7 +122,7 @@ def _replace_processor(
     where: tuple[str, str], processor: Any, kind: Any, mode: caught.Mode, backend: str | None
 ) -> tuple[Replacement, Callable[[], None] | None]:
     if isinstance(processor, caught.Caught):
-        return Replacement(*where, False, "it is on fastattn already"), None
+        return caught.already(where, processor, backend)
     if not kind.__module__.startswith("diffusers."):
         what = (
             f"its processor {kind.__module__}.{kind.__qualname__} is not diffusers' own; fastattn.patch() may reach it"
@@ -133,7 +133,7 @@ def _replace_processor(
         member = register(backend)
         had = vars(processor).get("_attention_backend", processor)
         if had is member:
-            return Replacement(*where, False, "it is on fastattn already"), None
+            return Replacement(*where, False, ALREADY), None
         processor._attention_backend = member
 
         def undo() -> None:

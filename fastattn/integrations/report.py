@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+ALREADY = "it is on fastattn already"
+
 
 class Replacement(NamedTuple):
     """One row of a report: the module's path, its class, whether it was changed, and how or why not."""

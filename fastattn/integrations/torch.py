@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, mha, sdpa
 from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
-from fastattn.integrations.classes import exchange
+from fastattn.integrations.classes import assign, exchange
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -127,6 +127,11 @@ def _replace_torchs(
     path: str, module: nn.MultiheadAttention, backend: str | None
 ) -> tuple[Replacement, Callable[[], None] | None]:
     kind = type(module)
+    if isinstance(module, MultiheadAttention):
+        if backend is None or backend == module.backend:
+            return Replacement(path, kind.__name__, False, "it is fastattn's already"), None
+        what = f"it is fastattn's already, now in the room {backend!r}"
+        return Replacement(path, kind.__name__, True, what), assign(module, "backend", backend)
     reason = _why_not(module)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
@@ -144,8 +149,6 @@ def _replace_torchs(
 
 def _why_not(module: nn.MultiheadAttention) -> str | None:
     kind = type(module)
-    if isinstance(module, MultiheadAttention):
-        return "it is fastattn's already"
     if kind is not TORCH_MODULE:
         does = "has a forward of its own" if kind.forward is not TORCH_MODULE.forward else "is a subclass of torch's"
         return (

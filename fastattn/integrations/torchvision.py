@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention
-from fastattn.integrations.classes import exchange
-from fastattn.integrations.report import Replacement
+from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.report import ALREADY, Replacement
 
 HOME = "torchvision.models.swin_transformer"
 KNOWN = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
@@ -44,7 +44,10 @@ def replace(path: str, module: Any, backend: str | None) -> tuple[Replacement, C
     kind: Any = type(module)
     row = partial(Replacement, path, kind.__name__)
     if isinstance(module, OnFastattn):
-        return row(False, "it is on fastattn already"), None
+        if backend is None or backend == module.fastattn_backend:
+            return row(False, ALREADY), None
+        moved = assign(module, "fastattn_backend", backend)
+        return row(True, f"{ALREADY}, now in the room {backend!r}"), moved
     if "forward" in vars(module):
         return row(False, "its forward was replaced on the instance"), None
     function = getattr(sys.modules[HOME], "shifted_window_attention", None)

@@ -10,6 +10,7 @@ attention in code of their own and are known here. Masks stay what they say (cau
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, functional
 from fastattn.functional import attention, attention_weights
-from fastattn.integrations.classes import exchange
-from fastattn.integrations.report import Replacement
+from fastattn.integrations import transformers_arguments as arguments
+from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.report import ALREADY, Replacement
 from fastattn.integrations.transformers_mask import ModelMask, padding
 from fastattn.integrations.transformers_masks import Call, Unreadable, read
 from fastattn.integrations.transformers_own import hiding, own_class
@@ -34,9 +36,6 @@ NAME = "fastattn"
 
 TESTED = ((5, 20), (5, 23))
 """The first and the last version of transformers that the tests have run with."""
-
-NOT_DONE = ("indices", "block_indices", "head_mask")
-"""Arguments of single families that change the attention and that have no place in `fastattn.attention`."""
 
 
 def register() -> None:
@@ -87,6 +86,8 @@ def attention_forward(
             first key where the module is, and everything else.
         dropout, scaling, softcap, s_aux (sinks [num_heads]), position_bias (added, differentiable): as their names say.
         sliding_window: not looked at, the mask holds it.
+        kwargs: cu_seq_lens_q and cu_seq_lens_k, where packed sequences begin; sinks [batch, num_heads, q_len, 1], a
+            logit for each query; what else changes the attention of the model at hand is refused.
 
     Returns:
         out [batch, q_len, num_heads, head_dim_v]; the exact weights before dropout
@@ -95,13 +96,10 @@ def attention_forward(
     Raises:
         ValueError: arguments that do not fit, or that change the attention in a way that is not done here.
     """
-    for name in NOT_DONE:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} passes {name}=, which changes its attention and is not done by fastattn; "
-                "model.set_attn_implementation('eager') runs it"
-            )
+    arguments.check(module, kwargs, KNOWN)
     mask, bias = _visibility(module, query, key, attention_mask, is_causal)
+    mask = arguments.packed(mask, query, key, kwargs)
+    own_sinks = arguments.sinks_of(module, query, kwargs)
     told = module.__dict__  # where `truncate` and `replace` leave word; a failing getattr of a module takes its time
     window = told.get("fastattn_window")
     if window is not None:
@@ -115,10 +113,18 @@ def attention_forward(
     if wanted:
         _check_size(module, query, key)
     backend = told.get("fastattn_backend")
-    result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=wanted)
-    out, lse = result if wanted else (result, None)
+    with_lse = wanted or own_sinks is not None
+    result: Any = attention(query, key, value, **shared, dropout_p=dropout, backend=backend, return_lse=with_lse)
+    lse: Any
+    out, lse = result if with_lse else (result, None)
     weights = attention_weights(query, key, lse=lse, **shared).to(query.dtype) if wanted else None
+    if own_sinks is not None:
+        out = arguments.absorbed(out, lse, own_sinks)
+        weights = None if weights is None else arguments.absorbed(weights, lse, own_sinks)
     return out.transpose(1, 2).contiguous(), weights
+
+
+KNOWN = frozenset(inspect.signature(attention_forward).parameters) | {"sinks"}
 
 
 def attention_mask(
@@ -191,10 +197,10 @@ def replace(model: nn.Module, *, backend: str | None = None) -> tuple[list[Repla
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and (outer is None or not f"{path}.".startswith(outer)):
             outer = f"{path}." if path else ""
-            rows.append(_set_implementation(path, module, undo))
+            rows.append(_set_implementation(path, module, backend, undo))
         kind = own_class(module)
         if kind is type(module):
-            rows.append(Replacement(path, kind.__name__, False, "it is on fastattn already"))
+            rows.append(_already(path, kind.__name__, module, backend))
         elif kind is not None:
             what = f"{kind.__name__}, the same around fastattn.attention"
             rows.append(Replacement(path, type(module).__name__, True, what))
@@ -223,24 +229,28 @@ def truncate(model: nn.Module, left: int | None, right: int | None) -> Callable[
 
 def _remember(model: nn.Module, name: str, value: object) -> Callable[[], None]:
     """Set an attribute on every module, for the attention among them to read; returns what takes it away again."""
-    modules = list(model.modules())
-    for module in modules:
-        setattr(module, name, value)
+    undos = [assign(module, name, value) for module in model.modules()]
 
     def undo() -> None:
-        for module in modules:
-            module.__dict__.pop(name, None)
+        for each in undos:
+            each()
 
     return undo
 
 
-def _set_implementation(path: str, model: Any, undo: list[Callable[[], None]]) -> Replacement:
+def _already(path: str, name: str, module: Any, backend: str | None) -> Replacement:
+    """The row for what is on fastattn; exchanged where another room is asked for."""
+    moved = backend is not None and module.__dict__.get("fastattn_backend") != backend
+    return Replacement(path, name, moved, f"{ALREADY}, now in the room {backend!r}" if moved else ALREADY)
+
+
+def _set_implementation(path: str, model: Any, backend: str | None, undo: list[Callable[[], None]]) -> Replacement:
     name = type(model).__name__
     before, others = model.config._attn_implementation, _implementations(model)
     if not model._can_set_attn_implementation():
         return Replacement(path, name, False, "its attention is code of its own, not behind transformers' interface")
     if before == NAME:
-        return Replacement(path, name, False, "it is on fastattn already")
+        return _already(path, name, model, backend)
     model.set_attn_implementation(NAME)
     undo.append(partial(_set_back, others))
     return Replacement(path, name, True, f"attn_implementation {NAME!r} in place of {before!r}")

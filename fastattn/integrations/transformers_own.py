@@ -5,7 +5,6 @@ Each keeps the module's parameters, hooks and outputs; only what lies between th
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -148,14 +147,18 @@ def own_class(module: nn.Module) -> type | None:
     if methods is None:
         return None
     if kind not in _MADE:
-        _MADE[kind] = type(f"Fast{kind.__name__}", (kind,), {**methods, "__module__": __name__})
+        _MADE[kind] = type(f"Fast{kind.__name__}", (OnFastattn, kind), {**methods, "__module__": __name__})
     return _MADE[kind]
 
 
-def __getattr__(name: str) -> Any:
-    """The classes made here, for those who look them up by name: pickle."""
-    for where in OWN:
-        home, _, kind = where.rpartition(".")
-        if name == f"Fast{kind}":
-            return own_class(object.__new__(getattr(importlib.import_module(home), kind)))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+class OnFastattn:
+    """Base of the classes made here: pickled by what they came from."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (type(self).__mro__[2],), *made[2:])
+
+
+def _blank(kind: type) -> Any:
+    bare: Any = object.__new__(kind)
+    return object.__new__(own_class(bare) or kind)

@@ -31,7 +31,7 @@ def replace(
     """The row for such a module, exchanged where it can be, and what takes it back."""
     kind: Any = type(module)
     if isinstance(module, caught.Caught):
-        return Replacement(path, kind.__name__, False, "it is on fastattn already"), None
+        return caught.already((path, kind.__name__), module, backend)
     if "forward" in vars(module):
         what = "its forward was replaced on the instance; fastattn.patch() reaches it"
         return Replacement(path, kind.__name__, False, what), None

@@ -29,6 +29,8 @@ def replace(
     """The row for an Attend, exchanged where it can be, and what takes it back."""
     attend: Any = module
     kind: Any = type(module)
+    if isinstance(attend, caught.Caught):
+        return caught.already((path, kind.__name__), attend, backend)
     reason = _why_not(attend)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
@@ -38,8 +40,6 @@ def replace(
 
 
 def _why_not(attend: Any) -> str | None:
-    if isinstance(attend, caught.Caught):
-        return "it is on fastattn already"
     if "forward" in vars(attend):
         return "its forward was replaced on the instance; fastattn.patch() reaches it"
     if not caught.names_in(getattr(type(attend), "flash_attn", attend.forward)) & caught.CALLS:

@@ -11,6 +11,7 @@ from fastattn import cli, compiler, inspection_cuda, nvcc
 from fastattn.native_cuda import LIBRARY
 
 pytest.importorskip("triton", reason="triton, whose disassemblers read the kernels, is not installed")
+from fastattn.kernels import sass
 from fastattn.kernels.listing import Instruction
 
 MOST_KERNELS = 120
@@ -45,6 +46,21 @@ def test_no_promise_is_broken(rows):
     assert {row.name: row.broken for row in rows if row.broken} == {}
 
 
+def test_nvcc_waits_for_no_product_that_the_source_does_not_wait_for(library):
+    """A batch of products is begun four times, ended four times, and waited for four times: for all, then, in the loop,
+    for all but one and for all, and at the end for all. A fifth wait would be nvcc's, for registers that are touched in
+    flight.
+    """
+    for name, binary in sass.read_all(Path(library.path)).items():
+        if inspection_cuda.KERNEL.search(name) is None:
+            continue
+        begun = [each for each in binary.code if each.opcode == "WARPGROUP.ARRIVE"]
+        ended = [each for each in binary.code if each.name == "HGMMA" and "gsb0" in each.operands]
+        waits = [each.operands for each in binary.code if each.opcode.startswith("WARPGROUP.DEPBAR")]
+        assert (len(begun), len(ended)) == (4, 4), name
+        assert [each.split(",")[1].strip() for each in waits] == ["0x0", "0x1", "0x0", "0x0"], name
+
+
 def test_the_tensor_cores_are_the_busiest_unit_of_what_people_meet_first(rows):
     """In the kernels for plain and masked attention nothing takes longer than the products."""
     shares = {row.name: row.clocks["bound"] for row in rows if row.kind != "everything"}
@@ -77,7 +93,7 @@ def test_a_softmax_that_waits_for_the_product_is_seen():
     share = inspection_cuda.under_products
     assert share([scores, exp, exp, exp, values, exp]) == share([exp, values, exp, scores, exp, exp]) == 0.75
     assert share([scores, values, exp]) == share([values, exp]) == share([exp]) == 0.0
-    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 100, 0, {"HGMMA": 8, "UTMALDG": 1, "USETMAXREG": 2})
+    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 168, 0, {"HGMMA": 8, "UTMALDG": 1, "USETMAXREG": 2})
     row.under_products = 0.05
     assert row.broken == ["5% of the softmax under the product"]
 

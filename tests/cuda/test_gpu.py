@@ -95,6 +95,23 @@ def test_blocks_of_any_size_are_read_in_place(q_len, size, foreign):
         same(results, forward(paged))
 
 
+@pytest.mark.parametrize("mask", [None, "causal", "lengths"], ids=str)
+def test_a_call_waits_for_nothing(mask):
+    """Not for the device either: a synchronisation is an error here."""
+    query = torch.randn(2, 40, 2048, 64, device=DEVICE).bfloat16()
+    masks = {"causal": Causal(), "lengths": Lengths(torch.tensor([2000, 900], device=DEVICE))}
+    call = lambda: attention(query, query, query, mask=masks.get(mask), backend="cuda")
+    with torch.no_grad():
+        want = call()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+
+
 def test_a_graph_of_calls_can_be_captured_and_replayed():
     problem = make_inputs(Case("graph", 300, 500, 2, 4, 2, 64, mask=lambda *_: Causal()), DEVICE)
     query, key, value = (each.clone() for each in problem.inputs[:3])

@@ -15,7 +15,8 @@ SHAPES = {  # batch, num_kv_heads, group, q_tiles, splits, section
     "one": (1, 1, 1, 1, 1, 1),
     "fewer-than-blocks": (1, 5, 3, 4, 1, 15),
     "one-section": (2, 8, 1, 32, 1, 16),
-    "sections": (4, 8, 2, 16, 1, 12),
+    "sections": (4, 8, 2, 16, 1, 32),
+    "uneven-sections": (1, 7, 2, 16, 1, 4),
     "long": (1, 4, 4, 128, 1, 4),
     "splits": (2, 4, 1, 3, 7, 8),
 }

@@ -170,11 +170,13 @@ def test_long_sequences_in_blocks(dtype, size):
         assert torch.equal(got, again)
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("room", ROOMS)
-def test_somebody_elses_blocks(room):
+def test_somebody_elses_blocks(room, layout):
     """flash-attn's layout; entries past the end of a sequence may be anything."""
     keys, values = torch.randn(7, 4, HEADS, DIM), torch.randn(7, 4, HEADS, DIM_V)
     table = torch.tensor([[5, 0, 3, -9], [2, 6, 10**6, 10**6]], dtype=torch.int32)
+    table = table if layout == "rows" else table.T.contiguous().T
     cache = KVCache.from_blocks(keys, values, table, [11, 6])
     assert cache.held == [11, 6]
     query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)

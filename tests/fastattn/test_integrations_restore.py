@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastattn import replace_attention
+from fastattn import functional, replace_attention
 from fastattn.models.compare import Seen, watching
 
 pytestmark = pytest.mark.filterwarnings(
@@ -154,6 +154,28 @@ def test_copies_stay_exchanged(name):
             close(run(twin, given), want)
         assert seen.masks and len(replace_attention(twin)) == 0
     assert torch.equal(run(model, given), want)
+
+
+@each
+def test_another_room_for_what_is_exchanged(name):
+    model, given, *_, count = made(name)
+    first = replace_attention(model)
+    before = state(model)
+    second = replace_attention(model, backend="reference")
+    assert len(second) == count and all("reference" in row.what for row in second.rows if row.changed)
+    assert len(replace_attention(model, backend="reference")) == 0
+    rooms = []
+    with pytest.MonkeyPatch.context() as patch:
+        inner = functional.ops.attention
+        patch.setattr(functional.ops, "attention", lambda a, b, room: rooms.append(room) or inner(a, b, room))
+        run(model, given)
+        assert set(rooms) == {"reference"}
+        second.restore()
+        assert state(model) == before
+        del rooms[:]
+        run(model, given)
+        assert set(rooms) == {None}
+    first.restore()
 
 
 class Longer(nn.Module):

@@ -260,8 +260,16 @@ def test_own_code_gives_its_weights_too(row):
     assert not any(type(module).__name__.startswith("Fast") for module in model.modules())
 
 
+class Slanted(torch.nn.Module):
+    """Attention whose file has an eager attention of its own, below."""
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, slant=None, **kwargs):
+    raise NotImplementedError
+
+
 def call(**rest):
-    module = torch.nn.Module()
+    module = Slanted()
     shape = (2, 2, 5, 8)
     query, key, value = (torch.randn(shape) for _ in range(3))
     arguments = {"attention_mask": None, **rest}
@@ -270,6 +278,11 @@ def call(**rest):
 
 REFUSED = {
     "sparse": ({"indices": torch.zeros(1)}, "indices=.*set_attn_implementation\\('eager'\\)"),
+    "what eager attention names": ({"slant": torch.zeros(1)}, "Slanted passes slant=, which changes its attention"),
+    "sinks of other queries": (
+        {"sinks": torch.zeros(2, 2, 4, 1)},
+        r"sinks= \[batch, num_heads, q_len, 1\] = \[2, 2, 5, 1\] is needed, got",
+    ),
     "ints": ({"attention_mask": torch.ones(2, 1, 5, 5, dtype=torch.long)}, "bool.*got torch.int64"),
     "2-D": ({"attention_mask": torch.ones(2, 7).bool()}, "does not broadcast"),
     "of-another-call": (
@@ -277,6 +290,10 @@ REFUSED = {
         "4 queries and 9 keys, and it attends with 5 and 5",
     ),
 }
+
+
+def test_what_only_travels_through_a_model_is_let_pass():
+    call(slant=None, use_cache=True, num_items_in_batch=torch.tensor(3), position_ids=torch.zeros(1), anything="else")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,8 +12,8 @@ if importlib.util.find_spec("transformers") is None:
 
 import transformers
 
-import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
 from fastattn import replace_attention
+from fastattn.integrations import transformers as interface
 from fastattn.models.compare import Seen, _train_without_dropout, watching
 from fastattn.models.zoo import DECODER, ENCODER, ZOO, randomized
 
@@ -179,6 +179,50 @@ def test_training_with_padding_on_the_left_is_as_with_sdpa():
         found[way] = trained(model, **batch)
     for mine, theirs in zip(found["fastattn"], found["sdpa"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences_said_by_their_ends():
+    """cu_seq_lens alone, as flash-attn takes them, keep documents apart; positions that begin anew beside them, too."""
+    torch.manual_seed(0)
+    model = of_zoo("mistral")
+    model.set_attn_implementation("fastattn")
+    cu, ids = torch.tensor([0, 5, 12], dtype=torch.int32), IDS[:1, :12]
+    ends = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 7, "max_length_k": 7}
+    places = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    reached = Seen()
+    with torch.no_grad():
+        want = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])], 1)
+        with watching(reached):
+            for more in ({}, {"attention_mask": torch.ones_like(ids)}):
+                have = model(ids, position_ids=places, use_cache=False, **ends, **more).logits
+                torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+        query = torch.randn(2, 4, 6, 8)
+        apart, _ = interface.attention_forward(nn.Module(), query, query, query, None, is_causal=False, **ends)
+        alone, _ = interface.attention_forward(nn.Module(), *[query[:1, :, :5]] * 3, None, is_causal=False)
+    torch.testing.assert_close(apart[:1, :5], alone)  # the rest of row 0 goes with row 1
+    assert reached.tables == 0 and all("Segments" in mask for mask in reached.masks)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Inkling2TextModel"), reason="this transformers has no Inkling 2")
+def test_sinks_of_each_query():
+    config = transformers.Inkling2TextConfig(
+        vocab_size=96, unpadded_vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
+        sliding_window_size=5, d_rel=4, rel_extent=16, max_position_embeddings=64, moe_intermediate_size=16,
+        n_routed_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    found = {}
+    for way in ("eager", "fastattn"):
+        torch.manual_seed(0)
+        model = randomized(transformers.Inkling2TextModel(config))
+        model.set_attn_implementation(way)
+        result = model(input_ids=IDS, output_attentions=True)
+        result.last_hidden_state.square().mean().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found[way] = [result.last_hidden_state, *result.attentions, *grads]
+    assert len(found["eager"]) == len(found["fastattn"]) > 10
+    for mine, theirs in zip(found["fastattn"], found["eager"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * max(1.0, float(theirs.abs().max())))
 
 
 def test_a_wrapped_model_is_exchanged_and_put_back():
