@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -30,19 +31,25 @@ from fastattn.integrations.transformers_rules import (
     groups,
     undecided,
 )
+from fastattn.mask import is_int
 from fastattn.masks import Mask
 
 __all__ = ["Call", "Unreadable", "read"]
 
 
-def read(function: Callable[..., Any], call: Call) -> Mask:
+def read(function: Callable[..., Any], call: Call, *, packed: bool = False) -> Mask:
     """The mask that a mask function describes for one call.
+
+    Args:
+        packed: numbers looked up and compared by order are positions within packed sequences, which grow by one from
+            token to token, and equal ids lie together: transformers makes its tables so. Of anybody else's tables
+            nothing is known, and such a comparison has no rule.
 
     Raises:
         Unreadable: it does something that has no rule here.
     """
     try:
-        with _Lookups():
+        with _Lookups(packed):
             rule = function(Place("batch"), Place("head"), Place("q"), Place("kv"))
     except Unreadable:
         raise
@@ -56,8 +63,9 @@ def read(function: Callable[..., Any], call: Call) -> Mask:
 class _Lookups(TorchFunctionMode):
     """`table[batch_idx, q_idx]` and `table[q_idx]` with symbols for indices."""
 
-    def __init__(self) -> None:
+    def __init__(self, packed: bool) -> None:
         super().__init__()
+        self.packed = packed
         # By the id of a table [sequence], which is held so that the id stays its own: the same as [1, sequence].
         self.rows: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -71,12 +79,17 @@ class _Lookups(TorchFunctionMode):
             if axes == ["batch"]:
                 return PerItem(table)
             if axes in (["batch", "q"], ["batch", "kv"]) and places[1].is_plain:
-                return Looked(table, axes[1])
+                return self.looked(table, table, axes[1])
             if axes in (["q"], ["kv"]) and places[0].is_plain and table.dim() == 1:
-                return Looked(self.rows.setdefault(id(table), (table, table[None]))[1], axes[0])
+                return self.looked(table, self.rows.setdefault(id(table), (table, table[None]))[1], axes[0])
             if places:
                 raise Unreadable(f"a table looked up by {', '.join(axes)}")
         return func(*args, **(kwargs or {}))
+
+    def looked(self, given: Tensor, table: Tensor, axis: str) -> Looked:
+        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise Unreadable(f"a table of {given.dtype}")
+        return Looked(table, axis, positions=self.packed)
 
 
 # ---- what is compared
@@ -84,9 +97,18 @@ class _Lookups(TorchFunctionMode):
 
 @dataclass(frozen=True, eq=False)
 class PerItem:
-    """A number for each batch item, [batch]."""
+    """A number for each batch item, [batch]: `table`, or `table` with the other sign."""
 
-    values: Tensor
+    table: Tensor
+    minus: bool = False
+
+    @property
+    def values(self) -> Tensor:
+        return -self.table if self.minus else self.table
+
+    def same(self, other: PerItem | None) -> bool:
+        """Whether the two are one number."""
+        return other is not None and other.table is self.table and other.minus == self.minus
 
 
 class Place:
@@ -95,15 +117,24 @@ class Place:
     __hash__ = None  # type: ignore[assignment]
     __bool__ = undecided
 
-    def __init__(self, axis: str, moved: int = 0, moved_by: Tensor | None = None) -> None:
+    def __init__(self, axis: str, moved: int = 0, moved_by: PerItem | None = None) -> None:
         self.axis, self.moved, self.moved_by = axis, moved, moved_by
 
     @property
     def is_plain(self) -> bool:
         """Whether it is the index itself."""
-        return type(self) is Place and self.moved == 0 and self.moved_by is None
+        return type(self) is Place and self.is_unmoved
 
-    def like(self, moved: int, moved_by: Tensor | None) -> Place:
+    @property
+    def is_unmoved(self) -> bool:
+        """Whether nothing was added to it."""
+        return self.moved == 0 and self.moved_by is None
+
+    def moved_alike(self, other: Place) -> bool:
+        """Whether the same number of each batch item, or none, was added to both."""
+        return self.moved_by is other.moved_by if self.moved_by is None else self.moved_by.same(other.moved_by)
+
+    def like(self, moved: int, moved_by: PerItem | None) -> Place:
         """The same, moved differently."""
         return Place(self.axis, moved, moved_by)
 
@@ -111,7 +142,7 @@ class Place:
         if isinstance(other, PerItem):
             if self.moved_by is not None:
                 raise Unreadable("a place moved twice by a table")
-            return self.like(self.moved, other.values)
+            return self.like(self.moved, other)
         if not isinstance(other, int):
             raise Unreadable(f"a place and a {type(other).__name__}")
         return self.like(self.moved + other, self.moved_by)
@@ -119,9 +150,11 @@ class Place:
     def __sub__(self, other: Any) -> Any:
         if isinstance(other, Place):
             return Between(self, other)
-        return self + (PerItem(-other.values) if isinstance(other, PerItem) else -other)
+        return self + (PerItem(other.table, not other.minus) if isinstance(other, PerItem) else -other)
 
-    def __floordiv__(self, size: int) -> Group:
+    def __floordiv__(self, size: Any) -> Group:
+        if not is_int(size) or size < 1:
+            raise Unreadable(f"groups of {size!r}")
         return Group(self, size)
 
     def same_scale(self, other: Place) -> bool:
@@ -132,7 +165,7 @@ class Place:
         """self >= other + more."""
         if isinstance(other, int) and self.is_plain and self.axis == "q" and other + more <= 0:
             return All()  # no position is negative
-        if not isinstance(other, Place) or not self.same_scale(other) or self.moved_by is not other.moved_by:
+        if not isinstance(other, Place) or not self.same_scale(other) or not self.moved_alike(other):
             raise Unreadable("a place compared with something else")
         by = other.moved - self.moved + more  # own index >= the other's + by
         within = type(self) is Looked
@@ -164,28 +197,39 @@ class Place:
 
 
 class Looked(Place):
-    """A table's entries [batch, sequence] at the queries or at the keys: ids; or positions within packed sequences,
-    which grow by one from token to token.
+    """A table's entries [batch, sequence] at the queries or at the keys: ids; or, where somebody vouches for it,
+    positions within packed sequences, which grow by one from token to token.
     """
 
     __hash__ = None
 
-    def __init__(self, table: Tensor, axis: str, moved: int = 0, moved_by: Tensor | None = None) -> None:
+    def __init__(
+        self, table: Tensor, axis: str, moved: int = 0, moved_by: PerItem | None = None, *, positions: bool
+    ) -> None:
         super().__init__(axis, moved, moved_by)
-        self.table = table
+        self.table, self.positions = table, positions
 
-    def like(self, moved: int, moved_by: Tensor | None) -> Place:
-        return Looked(self.table, self.axis, moved, moved_by)
+    def like(self, moved: int, moved_by: PerItem | None) -> Place:
+        return Looked(self.table, self.axis, moved, moved_by, positions=self.positions)
+
+    def at_least(self, other: Any, more: int) -> Rule:
+        if not self.positions:
+            raise Unreadable("numbers looked up, compared by order")
+        return super().at_least(other, more)
 
     def same_scale(self, other: Place) -> bool:
         return isinstance(other, Looked) and other.table is self.table
 
     def __ge__(self, other: Any) -> Rule:
-        return NotNegative(self.table) if isinstance(other, int) and other == 0 else self.at_least(other, 0)
+        if is_int(other) and other == 0 and self.is_unmoved:
+            return NotNegative(self.table)
+        return self.at_least(other, 0)
 
     def __eq__(self, other: object) -> Rule:  # type: ignore[override]
         if not isinstance(other, Looked) or not self.same_scale(other) or {self.axis, other.axis} != {"q", "kv"}:
             raise Unreadable("a table's entry equal to something else")
+        if self.moved != other.moved or not self.moved_alike(other):
+            raise Unreadable("a table's entries moved apart")
         return SameId(self.table)
 
 
@@ -203,9 +247,9 @@ class Group:
         theirs = other.place if isinstance(other, Group) and other.size == self.size else None
         if theirs is None or not mine.same_scale(theirs) or {mine.axis, theirs.axis} != {"q", "kv"}:
             raise Unreadable("a group equal to something else")
-        if mine.moved != theirs.moved or (mine.moved_by is None) != (theirs.moved_by is None):
+        if mine.moved != theirs.moved or not mine.moved_alike(theirs):
             raise Unreadable("groups that start apart")
-        moved = mine.moved if mine.moved_by is None else mine.moved + mine.moved_by.long()[:, None]
+        moved = mine.moved if mine.moved_by is None else mine.moved + mine.moved_by.values.long()[:, None]
         if isinstance(mine, Looked):
             return SameId(groups(mine.table + moved, self.size), grouped=True)
         return SameGroup(self.size, moved)

@@ -230,3 +230,36 @@ def test_nobody_pays_for_them_who_has_none(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+DOCS = torch.tensor([5, 5, 5, 2, 2, 0, 0, 0, 0, -1, -1, 3])
+BY_ITEM = torch.stack([DOCS, DOCS.flip(0)])
+RANK, PLACES = torch.tensor([7, 2, 9, 0, 4, 11, 1, 3, 8, 10, 5, 6]), torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 0])
+SHIFTS, OTHERS = torch.tensor([1, 3]), torch.tensor([2, 3])
+WEIGHTS = torch.tensor([0.5, 0.25, 0.5, 0.0]).repeat(3)
+
+
+@pytest.mark.parametrize(
+    "mask_mod",
+    [
+        pytest.param(lambda b, h, q, kv: DOCS[q] == DOCS[kv] + 2, id="ids moved apart"),
+        pytest.param(lambda b, h, q, kv: BY_ITEM[b, q] == BY_ITEM[b, kv] - 2, id="ids of items moved apart"),
+        pytest.param(lambda b, h, q, kv: DOCS[q] + 1 == DOCS[kv] + 1, id="ids moved alike"),
+        pytest.param(lambda b, h, q, kv: (DOCS[q] - 3 >= 0) & (DOCS[q] == DOCS[kv]), id="a sign of moved ids"),
+        pytest.param(lambda b, h, q, kv: (DOCS[q] == DOCS[kv]) & (RANK[q] >= RANK[kv]), id="ranks"),
+        pytest.param(lambda b, h, q, kv: (DOCS[q] == DOCS[kv]) & (PLACES[q] >= PLACES[kv]), id="places, ids unsorted"),
+        pytest.param(lambda b, h, q, kv: (DOCS[q] == DOCS[kv]) & (DOCS[q] >= DOCS[kv]), id="ids in order"),
+        pytest.param(lambda b, h, q, kv: (DOCS[q] == DOCS[kv]) & (2 * PLACES)[q].le(3), id="tensor methods"),
+        pytest.param(lambda b, h, q, kv: (q + SHIFTS[b]) // 4 == (kv + SHIFTS[b]) // 4, id="groups moved alike"),
+        pytest.param(lambda b, h, q, kv: (q + SHIFTS[b]) // 4 == (kv + OTHERS[b]) // 4, id="groups moved apart"),
+        pytest.param(lambda b, h, q, kv: (q - SHIFTS[b]) // 4 == (kv + SHIFTS[b]) // 4, id="groups moved either way"),
+        pytest.param(lambda b, h, q, kv: q // 2.5 == kv // 2.5, id="groups of a broken size"),
+        pytest.param(lambda b, h, q, kv: WEIGHTS[q] == WEIGHTS[kv], id="equal floats"),
+    ],
+)
+@pytest.mark.parametrize("block", [4, 128])
+def test_what_a_table_says_is_never_taken_for_more(mask_mod, block):
+    query, key, value = torch.randn(3, 2, 2, 12, 16)
+    mask = create_block_mask(mask_mod, 2, 2, 12, 12, device="cpu", BLOCK_SIZE=block)
+    want = attention(query, key, value, mask=create_mask(mask_mod, 2, 2, 12, 12, device="cpu"))
+    torch.testing.assert_close(attention(query, key, value, mask=mask), want)
