@@ -20,6 +20,9 @@ from fastattn import tracing
 from fastattn.blocks import Grid, classify
 from fastattn.masks import Causal, Dense, Full, Mask
 
+MOST_TRIED = 2**24
+"""Pairs of queries and keys, up to which a rule that was read is held against the function that it was read from."""
+
 
 class _Reading(NamedTuple):
     """What a BlockMask said, and what that was read from: its function, and the state of each tensor that it read."""
@@ -114,8 +117,7 @@ def of_block_mask(mask: Any, q_len: int, kv_len: int) -> Mask:
     if known is None or not known.holds(mask):
         noting = _Noting()
         mask_mod = noting.over(mask.mask_mod)
-        rule = _rule(mask, mask_mod, q_len, kv_len)
-        said = _table(mask, mask_mod, q_len, kv_len) if rule is None else rule
+        said = _said(mask, mask_mod, q_len, kv_len)
         states = [_state(each) for each in noting.tensors]
         known = _READ[mask] = _Reading(said, mask.mask_mod, noting.tensors, states)
     return known.mask
@@ -164,6 +166,16 @@ def _state(tensor: Tensor) -> int | Tensor:
 
 def _unchanged(tensor: Tensor, state: int | Tensor) -> bool:
     return tensor._version == state if isinstance(state, int) else torch.equal(tensor, state)
+
+
+def _said(mask: Any, mask_mod: Callable[..., Any], q_len: int, kv_len: int) -> Mask:
+    """The rule, where there is one that says what mask_mod itself does; that is tried where it takes little."""
+    rule = _rule(mask, mask_mod, q_len, kv_len)
+    if rule is not None and mask.kv_num_blocks.numel() // mask.kv_num_blocks.shape[-1] * q_len * kv_len > MOST_TRIED:
+        return rule
+    table = _table(mask, mask_mod, q_len, kv_len)
+    same = rule is not None and bool((rule.dense(q_len, kv_len, device=table.device) == table.table).all())
+    return rule if rule is not None and same else table
 
 
 def _rule(mask: Any, mask_mod: Callable[..., Any], q_len: int, kv_len: int) -> Mask | None:

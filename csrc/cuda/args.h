@@ -1,4 +1,4 @@
-// What a forward kernel is launched with. The host fills it in (plan.h); kernels only read it.
+// What a forward kernel is launched with. The host fills it in (room.cu); kernels only read it.
 #pragma once
 
 #include "arch/arch.h"
@@ -53,8 +53,7 @@ struct ForwardArgs {
   int32_t tile_heads;  // query heads of one key head that share a tile, tile_rows queries each
   int32_t tile_rows;
   int32_t q_tiles;   // tiles of queries of one head
-  int32_t units;     // of heads, over the batch: what a tile belongs to
-  int32_t unit_heads;  // units of one key head
+  int32_t unit_heads;  // of heads that share tiles, units, in one key head
   int32_t section;   // units whose keys and values stay in the L2 cache together
   int32_t splits;    // programs that share one tile's keys
   int32_t programs;  // tiles to compute, over all units and splits

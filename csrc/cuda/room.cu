@@ -152,7 +152,6 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   a.unit_heads = ceil_div(p.group, cut.tile_heads);
   a.splits = request.splits;
   a.taken = request.taken;
-  if (cut.counts && !a.taken) return "so many tiles want a counter";
   const int64_t units = p.batch * p.num_kv_heads * a.unit_heads, programs = units * a.q_tiles * a.splits;
   if (programs > INT32_MAX / 2) return "there are too many tiles";
   a.programs = static_cast<int32_t>(programs);
@@ -197,24 +196,6 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   return why ? why : describe(&a.value, p.value, p.head_dim_v, rows, p.num_kv_heads, items, box_rows, a.value_step);
 }
 
-// Launches go to the current device: a call's own, and the one before afterwards.
-struct OnDevice {
-  const char* refused = nullptr;
-#ifdef FASTATTN_SIM
-  explicit OnDevice(int32_t) {}
-#else
-  int before = 0, here;
-  explicit OnDevice(int32_t device) : here(device) {
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != here) error = cudaSetDevice(here);
-    if (error != cudaSuccess) refused = cudaGetErrorString(error);
-  }
-  ~OnDevice() {
-    if (!refused && before != here) cudaSetDevice(before);
-  }
-#endif
-};
-
 template <class T>
 const char* launch_width(int32_t width, Kind kind, const ForwardArgs& args, const arch::Launch& how) {
   switch (width) {
@@ -250,8 +231,10 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
 
 const char* forward(const Request& request) {
   const Params& p = request.problem;
-  const OnDevice on(request.device);
+#ifndef FASTATTN_SIM
+  const arch::OnDevice on(request.device);
   if (on.refused) return refuse("the CUDA forward cannot use its device", on.refused, request);
+#endif
   if (p.batch * p.num_heads * p.q_len == 0) return nullptr;
   if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", request);
   const bool listed = request.lists.counts != nullptr;
@@ -264,7 +247,8 @@ const char* forward(const Request& request) {
   ForwardArgs args{};
   if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
-  args.blocks = args.programs < here ? args.programs : here;
+  // Tiles that differ and have no counter get a block each.
+  args.blocks = args.programs < here || (cut.counts && !args.taken) ? args.programs : here;
   how.grid = dim3(args.blocks);
   how.stream = request.stream;
   const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)

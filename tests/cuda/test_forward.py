@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from fastattn import native_cuda
 from fastattn.backends import cuda
 from fastattn.hiding import HIDING, hidden_pair, with_junk
 from fastattn.leaves import INTERVAL, REACH
@@ -102,6 +103,17 @@ def test_two_offsets_at_once_are_a_table(room):
     problem = make_inputs(Case("two", 103, 200, 2, 2, 1, 64, mask=lambda *_: mask))
     assert cuda._problem(problem.spec).leaves.words == [INTERVAL]
     check_close(problem, room.forward(problem))
+
+
+def test_uneven_tiles_need_a_counter_and_do_without(room, monkeypatch):
+    """With one, who is ready takes the next; without, each has a block of its own: the same bits."""
+    problem = make_inputs(Case("counter", 300, 300, 1, 4, 2, 64, mask=lambda *_: Causal()))
+    known, tiles = cuda._problem(problem.spec), native_cuda.Operators.tiles
+    assert room.library.tiles(known.sizes, known.kind, known.by_head).counts
+    assert not room.library.tiles(known.sizes, cuda.PLAIN, known.by_head).counts
+    results = room.forward(problem)
+    monkeypatch.setattr(native_cuda.Operators, "tiles", lambda *given: tiles(*given)._replace(counts=0))
+    same(results, room.forward(problem))
 
 
 FEATURES = Case("features", 150, 330, 1, 4, 2, bias=(1, 4, 150, 330), softcap=9.0, sinks=True, dropout_p=0.2)

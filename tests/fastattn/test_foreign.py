@@ -201,6 +201,13 @@ class Model(torch.nn.Module):
         )  # fmt: skip
 
 
+def test_a_rule_that_is_not_what_the_function_says_is_not_taken(monkeypatch):
+    """Whatever reads it wrongly."""
+    mask = create_block_mask(causal, None, None, 200, 200, device="cpu")
+    monkeypatch.setattr("fastattn.integrations.transformers_masks.read", lambda *_: Causal() & Window(150, 0))
+    assert isinstance(foreign.as_mask(mask, *tensors()[:2]), Dense)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_only_the_tensors_that_were_read_are_watched(inference):
     with torch.inference_mode(inference):

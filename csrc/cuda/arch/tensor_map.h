@@ -4,6 +4,7 @@
 #include <cstdio>
 
 #include "dialect.h"
+#include "driver.h"
 
 namespace fastattn::arch {
 
@@ -36,7 +37,7 @@ inline const char* encode_tensor_map(TensorMap* map, const void* base, const Ten
 
 using TensorMap = CUtensorMap;
 
-// cuTensorMapEncodeTiled, asked of the driver by name: nothing is linked against libcuda.
+// cuTensorMapEncodeTiled, which wants a context to be current (driver.h, OnDevice).
 inline const char* encode_tensor_map(TensorMap* map, const void* base, const TensorShape& shape) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                               const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -44,22 +45,8 @@ inline const char* encode_tensor_map(TensorMap* map, const void* base, const Ten
   static thread_local char said[160];
   static Encode encode = nullptr;
   if (encode == nullptr) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 13000
-    constexpr unsigned kSince = 12000;  // CUDA 12.0
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSince, cudaEnableDefault, &status);
-#else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &status);
-#endif
-    if (error != cudaSuccess || status != cudaDriverEntryPointSuccess) {
-      cudaGetLastError();  // not sticky: the next call does not report it again
-      std::snprintf(said, sizeof said, "the driver has no cuTensorMapEncodeTiled: %s",
-                    error != cudaSuccess ? cudaGetErrorString(error) : "it is older than CUDA 12.0");
-      return said;
-    }
-    encode = reinterpret_cast<Encode>(found);
+    encode = reinterpret_cast<Encode>(driver_function("cuTensorMapEncodeTiled", said, sizeof said));
+    if (encode == nullptr) return said;
   }
   constexpr CUtensorMapDataType kType[] = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                                            CU_TENSOR_MAP_DATA_TYPE_FLOAT32};
@@ -68,17 +55,10 @@ inline const char* encode_tensor_map(TensorMap* map, const void* base, const Ten
   const cuuint32_t dense[5] = {1, 1, 1, 1, 1};
   const cuuint64_t* extent = reinterpret_cast<const cuuint64_t*>(shape.extent);
   const cuuint64_t* stride = reinterpret_cast<const cuuint64_t*>(shape.stride + 1);
-  const auto describe = [&] {
-    return encode(map, kType[static_cast<int>(shape.element)], static_cast<cuuint32_t>(shape.rank),
-                  const_cast<void*>(base), extent, stride, shape.box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  kSwizzle[static_cast<int>(shape.swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  CUresult result = describe();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // the thread's first call: the driver wants the context made current
-    int device = 0;
-    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = describe();
-  }
+  const CUresult result =
+      encode(map, kType[static_cast<int>(shape.element)], static_cast<cuuint32_t>(shape.rank), const_cast<void*>(base),
+             extent, stride, shape.box, dense, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle[static_cast<int>(shape.swizzle)],
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return nullptr;
   std::snprintf(said, sizeof said, "cuTensorMapEncodeTiled refuses with error %d", static_cast<int>(result));
   return said;
