@@ -155,7 +155,7 @@ def attention_mask(
     device = torch.device(device)
     call = Call(q_length, kv_length, q_offset, kv_offset, device)
     try:
-        mask: Mask = read(function, call, packed=True)
+        mask: Mask = read(function, call, packed=not use_vmap)
     except Unreadable:
         whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # not None for a rule
         table = sdpa_mask(

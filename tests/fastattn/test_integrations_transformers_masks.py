@@ -135,6 +135,7 @@ def test_functions_that_a_model_adds_to_its_mask(which):
     assert torch.equal(got[:, :, 1:], want[:, :, 1:]) and want.any() and not want.all()
 
 
+ORDER, PART = torch.tensor([[4, 0, 3, 1, 2, 9, 7, 8, 6, 5, 10]] * BATCH), torch.tensor([[0] * 4 + [1] * 7] * BATCH)
 SQUARES = torch.arange(LENGTH) ** 2
 OWN = {  # a function of somebody's own: whether its rule is read
     "compares": (lambda b, h, q, k: (k <= q) & (q - k < 5), True),
@@ -151,6 +152,7 @@ OWN = {  # a function of somebody's own: whether its rule is read
     "a-head": (lambda b, h, q, k: (h >= 1) | (k <= q), False),
     "torchs": (lambda b, h, q, k: torch.logical_or(k <= q, k < 3), False),
     "all": (lambda b, h, q, k: torch.tensor(True), False),
+    "orders-a-table": (lambda b, h, q, k: (ORDER[b, q] >= ORDER[b, k]) & (PART[b, q] == PART[b, k]), False),
     "not": (lambda b, h, q, k: ~(k <= q), False),
 }
 
