@@ -80,7 +80,7 @@ def rows(library: Any) -> list[Row]:
         if match is None:
             continue
         dtype, width, width_v, kind = match[1], int(match[2]), int(match[3]), int(match[4])
-        tiles = library.tiles((1, 1, 1, 1, 1, width, width_v), kind, False)
+        tiles = library.tiles((1, 1, 1, 1, 1, width, width_v), kind, False, 0)
         row = Row(dtype, width, width_v, KINDS[kind], tiles.block_m, tiles.block_n, binary.registers,
                   binary.spilled_bytes, _counted(binary.code))  # fmt: skip
         for way in listing.leanest(binary.code, sass.is_tensor):

@@ -33,13 +33,13 @@ class Operators(NamedTuple):
     path: Path
     handle: ctypes.CDLL
 
-    def tiles(self, sizes: tuple[int, ...], kind: int, by_head: bool) -> Tiles:
-        """For batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, head_dim_v on the current device."""
-        return _tiles(self.handle, sizes, kind, by_head, self.multiprocessors())
+    def tiles(self, sizes: tuple[int, ...], kind: int, by_head: bool, device: int) -> Tiles:
+        """For batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, head_dim_v on a device, by its number."""
+        return _tiles(self.handle, sizes, kind, by_head, self.multiprocessors(device))
 
-    def multiprocessors(self) -> int:
-        """Of the current device."""
-        return self.handle.fastattn_cuda_multiprocessors()
+    def multiprocessors(self, device: int) -> int:
+        """Of a device; 0 where it is none."""
+        return self.handle.fastattn_cuda_multiprocessors(device)
 
 
 @functools.lru_cache(256)

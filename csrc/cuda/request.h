@@ -29,7 +29,7 @@ struct Request {
 // Null, or why it was not launched, in words that last until the thread's next call.
 const char* forward(const Request& request);
 
-// The multiprocessors of the current device; 0 where there is none.
-int32_t multiprocessors();
+// The multiprocessors of a device; 0 where it is none.
+int32_t multiprocessors(int32_t device);
 
 }  // namespace fastattn::cuda

@@ -240,15 +240,16 @@ const char* forward(const Request& request) {
   const bool listed = request.lists.counts != nullptr;
   bool by_head = listed;
   for (int n = 0; n < p.mask.leaves; ++n) by_head = by_head || p.mask.leaf[n].stride[1] != 0;
-  const int32_t here = multiprocessors();
+  const int32_t here = multiprocessors(request.device);
   if (here < 1) return refuse("the CUDA forward", "the device names no multiprocessors", request);
   const Plan cut = plan(p, request.kind, by_head, here);
   if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", request);
   ForwardArgs args{};
   if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
-  // Tiles that differ and have no counter get a block each.
-  args.blocks = args.programs < here || (cut.counts && !args.taken) ? args.programs : here;
+  // Tiles that may differ and have no counter get a block each, whatever number of blocks the caller planned for.
+  const bool alone = request.kind != kPlain && !args.taken;
+  args.blocks = args.programs < here || alone ? args.programs : here;
   how.grid = dim3(args.blocks);
   how.stream = request.stream;
   const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)
@@ -280,18 +281,21 @@ const char* forward(const Request& request) {
 
 // As many as a test wants: small problems meet persistence and splits too.
 static int32_t simulated = 4;
-int32_t multiprocessors() { return simulated; }
+int32_t multiprocessors(int32_t) { return simulated; }
 
 #else
 
-int32_t multiprocessors() {
+int32_t multiprocessors(int32_t device) {
   constexpr int kMostDevices = 64;
   static int32_t known[kMostDevices];
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (device < kMostDevices && known[device]) return known[device];
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
-  if (device < kMostDevices) known[device] = count;
+  const bool keeps = device >= 0 && device < kMostDevices;
+  if (keeps && known[device]) return known[device];
+  int count = 0;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    cudaGetLastError();  // not sticky: the next call does not report it again
+    return 0;
+  }
+  if (keeps) known[device] = count;
   return count;
 }
 
@@ -323,7 +327,9 @@ FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32
   return plan.width >= 0;
 }
 
-FASTATTN_EXPORT int32_t fastattn_cuda_multiprocessors() { return fastattn::cuda::multiprocessors(); }
+FASTATTN_EXPORT int32_t fastattn_cuda_multiprocessors(int32_t device) {
+  return fastattn::cuda::multiprocessors(device);
+}
 #ifdef FASTATTN_SIM
 FASTATTN_EXPORT void fastattn_cuda_simulate(int32_t multiprocessors) { fastattn::cuda::simulated = multiprocessors; }
 #endif

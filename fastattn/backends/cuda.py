@@ -95,7 +95,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
     inputs = _loadable(inputs)
     problem = _KNOWN.get(spec) or _problem(spec)
     mask = leaves.over_blocks(problem.leaves, spec.pages.table) if in_place else problem.leaves  # type: ignore[union-attr]
-    tiles = library.tiles(problem.sizes, problem.kind, problem.by_head)
+    tiles = library.tiles(problem.sizes, problem.kind, problem.by_head, lse.get_device())
     counts = listed = parts = part_lse = None
     taken = torch.zeros(1, dtype=torch.int32, device=lse.device) if tiles.counts else None
     if problem.listed:

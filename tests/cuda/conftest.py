@@ -37,7 +37,7 @@ class Room(NamedTuple):
     def splits(self, problem):
         """How many programs share a tile's keys."""
         known = cuda._problem(problem.spec)
-        return self.library.tiles(known.sizes, known.kind, known.by_head).splits
+        return self.library.tiles(known.sizes, known.kind, known.by_head, -1).splits
 
 
 def operator(flavour):

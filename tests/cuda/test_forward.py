@@ -11,7 +11,7 @@ from fastattn import native_cuda
 from fastattn.backends import cuda
 from fastattn.hiding import HIDING, hidden_pair, with_junk
 from fastattn.leaves import INTERVAL, REACH
-from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, with_dtype
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -109,11 +109,21 @@ def test_uneven_tiles_need_a_counter_and_do_without(room, monkeypatch):
     """With one, who is ready takes the next; without, each has a block of its own: the same bits."""
     problem = make_inputs(Case("counter", 300, 300, 1, 4, 2, 64, mask=lambda *_: Causal()))
     known, tiles = cuda._problem(problem.spec), native_cuda.Operators.tiles
-    assert room.library.tiles(known.sizes, known.kind, known.by_head).counts
-    assert not room.library.tiles(known.sizes, cuda.PLAIN, known.by_head).counts
+    assert room.library.tiles(known.sizes, known.kind, known.by_head, -1).counts
+    assert not room.library.tiles(known.sizes, cuda.PLAIN, known.by_head, -1).counts
     results = room.forward(problem)
     monkeypatch.setattr(native_cuda.Operators, "tiles", lambda *given: tiles(*given)._replace(counts=0))
     same(results, room.forward(problem))
+
+
+@pytest.mark.parametrize("imagined", [1, 8, 200])
+@pytest.mark.parametrize("lengths", [(1, 1300), (700, 700)], ids=str)
+def test_a_plan_for_another_number_of_blocks_is_carried_out(lengths, imagined, room, monkeypatch):
+    """Of a device with more or fewer multiprocessors, which a process may have beside this one."""
+    for mask in (Full(), Causal()):
+        problem = make_inputs(Case("imagined", *lengths, 1, 2, 1, 64, mask=lambda *_, mask=mask: mask))
+        monkeypatch.setattr(native_cuda.Operators, "multiprocessors", lambda *_: imagined)
+        check_close(problem, room.forward(problem))
 
 
 FEATURES = Case("features", 150, 330, 1, 4, 2, bias=(1, 4, 150, 330), softcap=9.0, sinks=True, dropout_p=0.2)

@@ -33,7 +33,7 @@ class OnDevice {
   explicit OnDevice(int device) {
     using Get = CUresult (*)(CUcontext*);
     using Set = CUresult (*)(CUcontext);
-    static thread_local char said[160];
+    static char said[160];  // written once, with the two below
     static const Get get = reinterpret_cast<Get>(driver_function("cuCtxGetCurrent", said, sizeof said));
     static const Set set = reinterpret_cast<Set>(driver_function("cuCtxSetCurrent", said, sizeof said));
     if (get == nullptr || set == nullptr) {
