@@ -246,6 +246,8 @@ def _autocast(*tensors: Tensor, bias: Any) -> tuple[Any, ...]:
     """The tensors and the bias. Under autocast, floating tensors but float64 ones are in its dtype, as torch's SDPA is
     on the lower-precision list; a float32 bias stays.
     """
+    if not torch._C._is_any_autocast_enabled():  # a short call's time
+        return *tensors, bias
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return *tensors, bias

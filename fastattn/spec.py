@@ -189,8 +189,7 @@ class AttnSpec:
     def empty_lse(self, query: Tensor) -> Tensor:
         """Uninitialised log-sum-exp [batch, num_heads, q_len]: float32, float64 for float64."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        batch, num_heads, q_len, _ = query.shape
-        return torch.empty((batch, num_heads, q_len), dtype=dtype, device=query.device)
+        return torch.empty(self.batch, self.num_heads, self.q_len, dtype=dtype, device=query.device)
 
     def block_list(self, block_m: int, block_n: int, *, mirror: bool = False) -> BlockList:
         """The mask's block list for tiles of block_m queries by block_n keys, on the query's device (blocks.py)."""

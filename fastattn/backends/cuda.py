@@ -190,6 +190,8 @@ def _spec_reason(spec: AttnSpec) -> str | None:
 
 def feature_reason(spec: AttnSpec) -> str | None:
     """What of a call the kernels cannot do, wherever its tensors are."""
+    if spec in _KNOWN:  # it has run
+        return None
     if spec.needs_grad:
         return "a tensor requires grad, and this room's backward does not exist yet; under torch.no_grad() it runs"
     if spec.dtype not in DTYPES:
