@@ -40,6 +40,11 @@ class Room(NamedTuple):
         return self.library.tiles(known.sizes, known.kind, known.by_head, -1).splits
 
 
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """The machine's own name is nobody's business."""
+    machine_info.pop("node", None)
+
+
 def operator(flavour):
     """Its name; a process may load several."""
     return f"simulated_{flavour}"

@@ -1,5 +1,6 @@
 """The host's part of a call: what it costs, what it may not do while a graph is captured, what its errors say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fastattn.masks import Causal
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import Case, make_inputs
 
+ROOT = Path(__file__).resolve().parents[2]
 NO_KERNELS = Path(__file__).parent / "kernels" / "no_kernels.cu"
 ALLOWED = {
     "cudaGetDevice", "cudaSetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaLaunchKernelEx",
@@ -65,6 +67,17 @@ def test_what_a_call_costs_the_host(name, part, benchmark, taken, unfilled_memor
             benchmark(cuda.forward, spec, inputs)
         else:
             benchmark(attention, query, key, key, mask=mask, backend="cuda")
+
+
+def test_the_page_says_what_was_measured():
+    """Printed anew: pytest tests/cuda/test_host.py -k cost --benchmark-enable --benchmark-max-time=0.05
+    --benchmark-json=bench/results/host/cuda.json
+    """
+    measured = json.loads((ROOT / "bench" / "results" / "host" / "cuda.json").read_text())
+    median = {each["param"]: each["stats"]["median"] * 1e6 for each in measured["benchmarks"]}
+    page = (ROOT / "docs" / "cuda.md").read_text()
+    for name in CALLS:
+        assert f"| {name} | {median[f'{name}-room']:.1f} | {median[f'{name}-call']:.1f} |" in page
 
 
 def test_a_launch_takes_no_memory_and_waits_for_nothing():
