@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, argv: list[str]) -> int:
     """Returns the exit code: 1 where a row is wrong."""
+    from fastattn.bench.env import environment
+
+    block = environment("cpu", argv)
     rows: list[Compared] = []
     chosen = {key: model for key, model in ZOO.items() if re.search(options.only, key)}
     if not chosen:
@@ -44,7 +47,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
                     row = compare(model, case, dtype)
                 rows.append(row)
                 print(_line(key, row), flush=True)
-    measured = report.record(rows, overhead.measured())
+    measured = report.record(block, rows, overhead.measured())
     for each in measured["overheads"]:
         print(f"{each['way']}: {each['more_us']:.1f} us more than {each['bare']}")
     if options.json:

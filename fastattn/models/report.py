@@ -60,15 +60,14 @@ Beside these, the pretrained MiniLM embeds real sentences in the tests, with fas
 attention."""
 
 
-def record(rows: list[Compared], overheads: list[Overhead]) -> dict[str, Any]:
-    """Everything measured, as plain JSON types."""
+def record(block: dict[str, Any], rows: list[Compared], overheads: list[Overhead]) -> dict[str, Any]:
+    """Everything measured, as plain JSON types; `block` is the environment as it was before."""
     import fastattn
-    from fastattn.bench.env import environment
 
     query = torch.empty(1, 1, 8, 16)
     verdict = fastattn.explain(query, query, query)
     return {
-        "environment": environment("cpu"),
+        "environment": block,
         "packages": {name: _version(name) for name in PACKAGES},
         "room": f"{verdict.backend}, {verdict.kernel}",
         "rows": [{**asdict(row), "seen": _seen(row), "ok": row.ok} for row in rows],
