@@ -128,8 +128,9 @@ class AttnSpec:
             ValueError: ranks, sizes, dtypes, devices or numbers that do not fit; the sentence names the argument.
         """
         call = _plain_call(inputs, mask, scale, softcap, (score, normalizer, dropout_p, deterministic))
-        if call is not None and call in _SEEN:
-            return _SEEN[call]
+        seen = None if call is None else _SEEN.get(call)
+        if seen is not None:
+            return seen
         _check_tensors(inputs)
         _check_hooks(score, normalizer)
         mask = as_mask(mask, inputs.query, inputs.key)
