@@ -9,8 +9,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 import fastattn
 from fastattn import KVCache, attention, attention_weights, explain
 from fastattn.masks import Causal, Chunked, Full, Lengths, Prefix, Segments, Window
-from fastattn.paged import Paged
-from fastattn.spec import AttnInputs, AttnSpec
 
 BATCH, HEADS, GROUP, DIM, DIM_V = 2, 2, 2, 16, 24
 WINDOW = 4
@@ -295,17 +293,6 @@ def test_nothing_is_copied(kind, monkeypatch):
     attention(query, beside.cache.key, beside.cache.value, mask=Causal())
     assert seen[0].key.data_ptr() == beside.cache.keys.data_ptr()
     assert seen[0].value.data_ptr() == beside.cache.values.data_ptr()
-
-
-def test_a_spec_in_blocks_round_trips():
-    table = torch.tensor([[1, 0], [2, 2]], dtype=torch.int32)
-    key, value = torch.randn(3, HEADS, 5, DIM), torch.randn(3, HEADS, 5, DIM_V)
-    inputs = AttnInputs(torch.randn(BATCH, HEADS, 1, DIM), key, value)
-    spec = AttnSpec.of(inputs, mask=Paged(Causal(offset=torch.tensor([3, 4])), table, 5))
-    again = AttnSpec.from_flat(inputs, spec.flat())
-    assert (spec.batch, spec.kv_len, spec.num_kv_heads) == (BATCH, 10, HEADS) == (again.batch, again.kv_len, HEADS)
-    assert torch.equal(again.pages.table, table) and again.pages.block_size == 5
-    assert isinstance(again.mask, Causal) and isinstance(spec.mask, Causal)
 
 
 def test_compiled_in_blocks():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastattn import replace_attention, sdpa
+from fastattn import replace_attention
 from fastattn.dispatch import BackendUnavailable
 from fastattn.integrations.diffusers import attention, register
 
@@ -95,27 +95,13 @@ MODELS = {
 }
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    found, compute = [], sdpa.attention
-    monkeypatch.setattr(sdpa, "attention", lambda *args, **kw: found.append(kw["backend"]) or compute(*args, **kw))
-    return found
-
-
 def results(model, given):
     out = model(**given).sample
     return out, *torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
 
 
-def same(one, other):
-    for a, b in zip(one, other, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()))
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_exchanged_and_put_back(name, calls):
+def test_exchanged_and_put_back(name, calls, same):
     make, count = MODELS[name]
     model, given = make()
     want = results(model, given)
@@ -150,7 +136,7 @@ def test_a_backend_by_name(name, calls):
         model(**doubled)
 
 
-def test_the_dispatchers_own_ways_to_choose(calls):
+def test_the_dispatchers_own_ways_to_choose(calls, same):
     model, given = flux()
     want = model(**given).sample
     member = register()
@@ -169,7 +155,7 @@ def test_the_dispatchers_own_ways_to_choose(calls):
         register("tritn")
 
 
-def test_a_dispatched_model_compiles():
+def test_a_dispatched_model_compiles(same):
     model, given = flux()
     want = model(**given).sample
     replace_attention(model)

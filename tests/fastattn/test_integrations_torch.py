@@ -13,7 +13,6 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import multi_head_attention_forward as by_name_mha
 from torch.nn.functional import scaled_dot_product_attention as by_name_sdpa
 
-from fastattn import mha, sdpa
 from fastattn.dispatch import BackendUnavailable
 from fastattn.integrations.torch import patch, replace_attention
 from fastattn.nn import MultiheadAttention
@@ -31,21 +30,6 @@ def encoder(**arguments):
 def decoder():
     torch.manual_seed(0)
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, 32, batch_first=True, dropout=0.0), 2)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """A list that grows by one with each attention that fastattn computes; holds the backend asked for."""
-    made = []
-    for module in (mha, sdpa):
-        attention = module.attention
-
-        def counted(*args, attention=attention, **kwargs):
-            made.append(kwargs["backend"])
-            return attention(*args, **kwargs)
-
-        monkeypatch.setattr(module, "attention", counted)
-    return made
 
 
 X = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1))

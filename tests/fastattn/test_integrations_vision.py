@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastattn import mha, patch, replace_attention, sdpa
+from fastattn import patch, replace_attention
 from fastattn.dispatch import BackendUnavailable
-from fastattn.integrations import torchvision as swin
 
 try:
     import open_clip.model
@@ -98,31 +97,10 @@ def made(name):
     return model, [] if shape is None else [torch.randn(shape)], count
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The room asked for in each attention that fastattn computes."""
-    found = []
-    for module in (mha, sdpa, swin):
-        attention = module.attention
-        monkeypatch.setattr(
-            module,
-            "attention",
-            lambda *args, attention=attention, **kw: found.append(kw["backend"]) or attention(*args, **kw),
-        )
-    return found
-
-
 def results(model, given):
     out = model(*given)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return out, *torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
-
-
-def same(one, other):
-    for a, b in zip(one, other, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()))
 
 
 def state(model):
@@ -132,7 +110,7 @@ def state(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_numbers_gradients_and_the_way_back(name, calls):
+def test_numbers_gradients_and_the_way_back(name, calls, same):
     model, given, count = made(name)
     model.eval()
     seen = []
@@ -191,7 +169,7 @@ def test_training_with_dropout_is_reproducible():
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
-def test_an_exchanged_vit_compiles_and_exports():
+def test_an_exchanged_vit_compiles_and_exports(same):
     model, given, _ = made("timm ViT")
     model.eval()
     want = model(*given)
@@ -204,7 +182,7 @@ def test_an_exchanged_vit_compiles_and_exports():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_scripting_puts_the_librarys_code_back():
+def test_scripting_puts_the_librarys_code_back(same):
     model, given, _ = made("open_clip attention pool")
     want = model(*given)
     replace_attention(model)
@@ -267,7 +245,7 @@ def test_what_is_unknown_or_half_known_is_left_alone_and_named():
     assert again["plain"].what == "it is on fastattn already"
 
 
-def test_patch_reaches_clips_attention_pool(calls):
+def test_patch_reaches_clips_attention_pool(calls, same):
     model, given, _ = made("open_clip attention pool")
     want = model(*given)
     with patch():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastattn import attention, patch, replace_attention, sdpa
+from fastattn import attention, patch, replace_attention
 from fastattn.dispatch import BackendUnavailable
 
 x_transformers = pytest.importorskip("x_transformers", reason="needs x-transformers, of the extra models")
@@ -39,23 +39,9 @@ def made(name, **more):
     return model.eval(), {"x": tokens} | ({"mask": REAL} if kind is Encoder else {})
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    found, compute = [], sdpa.attention
-    monkeypatch.setattr(sdpa, "attention", lambda *args, **kw: found.append(kw["backend"]) or compute(*args, **kw))
-    return found
-
-
 def results(model, given):
     out = model(**given)[REAL]
     return out, *torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True)
-
-
-def same(one, other):
-    for a, b in zip(one, other, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()))
 
 
 def state(model):
@@ -63,7 +49,7 @@ def state(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exchanged_and_put_back(name, calls):
+def test_exchanged_and_put_back(name, calls, same):
     model, given = made(name)
     fired = []
     attend = next(module for module in model.modules() if type(module) is Attend)

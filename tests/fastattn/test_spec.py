@@ -5,6 +5,7 @@ import torch
 
 from fastattn import attention, attention_weights
 from fastattn.masks import Causal, Dense, Full, Lengths, Packed, Segments, Window
+from fastattn.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import CASES, make_inputs
 
@@ -167,3 +168,13 @@ def test_zero_heads_and_zero_batch_are_problems_too():
         out = attention(empty, empty, empty, mask=Full())
         assert out.shape == shape
         out.sum().backward()
+
+
+def test_a_spec_in_blocks_round_trips():
+    table = torch.tensor([[1, 0], [2, 2]], dtype=torch.int32)
+    inputs = AttnInputs(t(2, 3, 1, 8), t(4, 3, 5, 8), t(4, 3, 5, 6))
+    spec = AttnSpec.of(inputs, mask=Paged(Causal(offset=torch.tensor([3, 4])), table, 5))
+    again = AttnSpec.from_flat(inputs, spec.flat())
+    assert (spec.batch, spec.kv_len, spec.num_kv_heads) == (2, 10, 3) == (again.batch, again.kv_len, again.num_kv_heads)
+    assert torch.equal(again.pages.table, table) and again.pages.block_size == 5
+    assert isinstance(again.mask, Causal) and isinstance(spec.mask, Causal)
