@@ -170,6 +170,12 @@ void tma_store(const TensorMap* map, uint32_t shared, std::initializer_list<int>
   Thread& thread = enter(add ? "cp.reduce.async.bulk.tensor" : "cp.async.bulk.tensor (store)");
   Block& block = *thread.block;
   const Box box = box_of(map, shared, at);
+  for (int dimension = 0; dimension < map->rank; ++dimension) {
+    if (box.at[dimension] < 0) {
+      fail("an illegal instruction was encountered: coordinate " + std::to_string(dimension) + " is " +
+           std::to_string(box.at[dimension]) + ", and a box that goes out starts at 0 or beyond");
+    }
+  }
   auto copy = new_copy(thread.instruction);
   engine_access(thread, shared, box.row_bytes() * box.rows(), kRead | kAsync, copy->stamp, thread.knows);
   auto taken = std::make_shared<std::vector<char>>(size_t{box.row_bytes()} * box.rows());

@@ -49,7 +49,8 @@ def serve(device):
         native = [(ctypes.c_int * len(each))(*each) if isinstance(each, list) else each for each in on_device]
         try:
             said = call(ctypes.CDLL(path), name, native)
-            after = [each.cpu() if isinstance(each, torch.Tensor) else None for each in on_device]
+            usable = said is None  # else the context may be spoiled, and its tensors with it
+            after = [each.cpu() if isinstance(each, torch.Tensor) else None for each in on_device] if usable else []
         except Exception as error:  # the answer says it
             said, after = f"{type(error).__name__}: {error}", []
         write(answers, (said, after))

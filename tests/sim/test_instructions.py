@@ -245,9 +245,16 @@ def test_tma_load_with_a_policy(execute, element, place):
     assert torch.equal(out, hinted) and not out.isnan().any()
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("rank, action, element", [(4, 2, "bf16"), (5, 2, "f16"), (4, 3, "float32"), (4, 3, "bf16")],
-                         ids=["store4d", "store5d", "add-float32", "add-bf16"])  # fmt: skip
+each_way_out = pytest.mark.parametrize(
+    "rank, action, element", [(4, 2, "bf16"), (5, 2, "f16"), (4, 3, "float32"), (4, 3, "bf16")],
+    ids=["store4d", "store5d", "add-float32", "add-bf16"],
+)  # fmt: skip
+ILLEGAL = "an illegal instruction was encountered"
+"""What CUDA says of it, and the simulator, which adds why."""
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if min(PLACES[place]) >= 0])
+@each_way_out
 def test_tma_store_and_add(execute, rank, action, element, place):
     shape, tensor, sides, dtype = box_case(rank, 3, element, place)
     box = torch.randn(math.prod(sides)).to(dtype)
@@ -259,6 +266,26 @@ def test_tma_store_and_add(execute, rank, action, element, place):
     laid[swizzled_order(len(box), dtype.itemsize, 3)] = box
     assert execute("boxes", rank, action, shape, 0, 0, tensor, laid, outputs=[tensor]) is None
     assert torch.equal(tensor, want)
+
+
+@each_way_out
+def test_a_tma_store_or_addition_before_the_start_is_an_illegal_instruction(execute, rank, action, element):
+    """On a GPU it spoils the process that runs the kernels, which is another one afterwards. Loads may start there."""
+    shape, tensor, sides, dtype = box_case(rank, 3, element, "before the start")
+    box, before = torch.randn(math.prod(sides)).to(dtype), tensor.clone()
+    said = execute("boxes", rank, action, shape, 0, 0, tensor, box, outputs=[tensor], refusal=ILLEGAL)
+    assert "coordinate 0 is -8, and a box that goes out starts at 0 or beyond" in said
+    assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("dimension", range(5))
+def test_the_simulator_refuses_each_negative_coordinate_of_a_store(simulate, dimension):
+    """Any one of them: which are enough for the hardware has not been tried."""
+    tensor = torch.randn(*reversed(EXTENTS)).half()
+    at = [-1 if each == dimension else 0 for each in range(5)]
+    shape = numbers(1, 3, *EXTENTS, 64, *SIDES, *at)
+    said = simulate("boxes", 5, 2, shape, 0, 0, tensor, torch.randn(64 * math.prod(SIDES)).half())
+    assert said.startswith(f"{ILLEGAL}: coordinate {dimension} is -1,") and "cp.async.bulk.tensor (store)" in said
 
 
 REFUSED = {

@@ -13,7 +13,8 @@ enum class Element : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // Dimensions innermost first; strides in bytes, of dimension 1 and up (the innermost is contiguous), multiples of 16.
 // A box is what one copy moves: its innermost row has at most as many bytes as the swizzle pattern, 32, 64 or 128.
-// The sizes that CUDA accepts: rank 2 to 5, extents up to 2^32, box sides up to 256, base aligned to 16 bytes.
+// The sizes that CUDA accepts: rank 2 to 5, extents up to 2^32, box sides up to 256, base aligned to 16 bytes, swizzled
+// or not (an H200 agreed in November 2026, at 16, 48 and 80 bytes beyond a multiple of 128).
 struct TensorShape {
   Element element = Element::kBFloat16;
   int rank = 4;

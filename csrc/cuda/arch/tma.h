@@ -3,8 +3,12 @@
 // groups, by the thread that asked.
 //
 // Coordinates count elements, the innermost dimension first, and may lie outside the tensor: such elements are loaded
-// as zeros (and counted as bytes), and not stored. Shared addresses are aligned to 128 bytes (1024 for a whole swizzle
-// pattern).
+// as zeros (and counted as bytes), and not stored. Only loads may start before the tensor: a store or an addition at
+// negative coordinates is an illegal instruction, which ends the CUDA context (measured on an H200 in November 2026,
+// at -8, -3, -1, for 4-D and 5-D stores and for additions; PTX's manual does not say so).
+//
+// Shared addresses are aligned to 128 bytes, to 1024 where a tile begins with a whole pattern of the swizzle; a box
+// that begins within a pattern is swizzled by its addresses (confirmed there, at 128, 384 and 896 bytes).
 #pragma once
 
 #include "mbarrier.h"
@@ -106,7 +110,8 @@ DEVICE void tma_load_hinted(void* shared, const TensorMap* map, Mbarrier* barrie
 #endif
 }
 
-// A box out of shared memory, once fence_proxy_async() has followed what wrote it. PTX ISA: cp.async.bulk.tensor.
+// A box out of shared memory, once fence_proxy_async() has followed what wrote it; no coordinate is negative. PTX ISA:
+// cp.async.bulk.tensor.
 DEVICE void tma_store(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
 #ifdef FASTATTN_SIM
   sim::tma_store(map, shared_address(shared), {c0, c1, c2, c3}, false);
@@ -127,7 +132,8 @@ DEVICE void tma_store(const TensorMap* map, const void* shared, int c0, int c1, 
 #endif
 }
 
-// Adds the box to what is there, element by element, in no order. PTX ISA: cp.reduce.async.bulk.tensor.
+// Adds the box to what is there, element by element, in no order; no coordinate is negative. PTX ISA:
+// cp.reduce.async.bulk.tensor.
 DEVICE void tma_add(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
 #ifdef FASTATTN_SIM
   sim::tma_store(map, shared_address(shared), {c0, c1, c2, c3}, true);

@@ -108,7 +108,8 @@ DEVICE void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
 //
 // K-major: a row is one m or n, 64 ks wide; `stride` is the distance of 8 rows, 1024 where the tile's rows lie side by
 // side; `leading` is not read. MN-major: a row is one k, 64 ms or ns wide; `stride` is the distance of 8 ks, `leading`
-// that of 64 ms or ns (BLOCK_K * 128 where a tile of 64 columns follows another). PTX ISA: matrix-descriptor of wgmma.
+// that of 64 ms or ns (BLOCK_K * 128 where a tile of 64 columns follows another; the last may be used in part: 96
+// columns were right on an H200 in November 2026). PTX ISA: matrix-descriptor of wgmma.
 DEVICE uint64_t descriptor_128(const void* start, uint32_t stride = 1024, uint32_t leading = 16) {
   return static_cast<uint64_t>((shared_address(start) & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
