@@ -45,6 +45,7 @@ class Row:
     registers: int
     spilled_bytes: int
     counts: dict[str, int]  # of the whole kernel
+    wide_stores: int = 0  # of 16 bytes a lane, which write the output
     loop: dict[str, int] = field(default_factory=dict)  # on the way around the main loop, for one warp
     clocks: dict[str, float] = field(default_factory=dict)
     spelled_out: list[str] = field(default_factory=list)
@@ -66,6 +67,9 @@ class Row:
             found.append(f"{self.registers} registers, where setmaxnreg counts on {cap}")
         if self.under_products < LEAST_UNDER_PRODUCTS:
             found.append(f"{self.under_products:.0%} of the softmax under the product")
+        whole = self.width_v // 32 * 2  # of each 32 columns, of a thread's two rows
+        if self.wide_stores != whole:
+            found.append(f"{self.wide_stores} stores of 16 bytes, where the output has {whole}")
         found += [f"no {name}" for name in ("HGMMA", "UTMALDG", "USETMAXREG") if not self.counts.get(name)]
         return found
 
@@ -82,7 +86,8 @@ def rows(library: Any) -> list[Row]:
         dtype, width, width_v, kind = match[1], int(match[2]), int(match[3]), int(match[4])
         tiles = library.tiles((1, 1, 1, 1, 1, width, width_v), kind, False, 0)
         row = Row(dtype, width, width_v, KINDS[kind], tiles.block_m, tiles.block_n, binary.registers,
-                  binary.spilled_bytes, _counted(binary.code))  # fmt: skip
+                  binary.spilled_bytes, _counted(binary.code),
+                  sum(each.opcode == "STG.E.128" for each in binary.code))  # fmt: skip
         for way in listing.leanest(binary.code, sass.is_tensor):
             parts = budget.gather(asked for each in way for asked in sass.asks(each, tiles.block_m // 16))
             clocks = budget.budget(parts, budget.RATES["sm90"])

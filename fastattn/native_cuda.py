@@ -16,14 +16,15 @@ from fastattn import native, nvcc
 
 
 class Tiles(NamedTuple):
-    """How the library cuts a problem: queries and keys of a tile, how many programs share a tile's keys, and whether
-    blocks take their tiles by a counter.
+    """How the library cuts a problem: queries and keys of a tile, how many programs share a tile's keys, whether blocks
+    take their tiles by a counter, and how many columns a row of a split's part has in memory.
     """
 
     block_m: int
     block_n: int
     splits: int
     counts: int
+    part_step: int
 
 
 class Operators(NamedTuple):
@@ -44,7 +45,7 @@ class Operators(NamedTuple):
 
 @functools.lru_cache(256)
 def _tiles(handle: ctypes.CDLL, sizes: tuple[int, ...], kind: int, by_head: bool, multiprocessors: int) -> Tiles:
-    cut = (ctypes.c_int32 * 4)()
+    cut = (ctypes.c_int32 * len(Tiles._fields))()
     handle.fastattn_cuda_plan((ctypes.c_int64 * len(sizes))(*sizes), kind, int(by_head), multiprocessors, cut)
     return Tiles(*cut)
 

@@ -125,6 +125,21 @@ def schedule(library: ctypes.CDLL, *, seed: int = 0, fixed_order: bool = False, 
     library.fastattn_sim_options(ctypes.c_uint64(seed), int(fixed_order), resident)
 
 
+class Stored(NamedTuple):
+    """What kernels have written to global memory by `arch::store_global`."""
+
+    bytes: int
+    sectors: int  # of 32 bytes, as often as an instruction of a warp has written some of one
+
+
+def stored(library: ctypes.CDLL, lane_bytes: int) -> Stored:
+    """What a loaded library's kernels have written by stores of 4, 8 or 16 bytes a lane since this was last asked."""
+    found = (ctypes.c_uint64 * 2)()
+    pointers = (ctypes.byref(found, n * ctypes.sizeof(ctypes.c_uint64)) for n in range(2))
+    library.fastattn_sim_stored(ctypes.c_uint64(lane_bytes), *pointers)
+    return Stored(*found)
+
+
 def _runtime(found: Compiler, flavour: str) -> Path:
     """The folder of the simulator's own objects. Only AddressSanitizer needs other ones."""
     extra = ADDRESSES if flavour == "addresses" else ()

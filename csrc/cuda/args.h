@@ -80,7 +80,8 @@ struct ForwardArgs {
   void* out;            // or null: a split's parts go to `parts`
   int64_t out_stride[3];  // of batch, heads, queries; columns lie side by side
   bool out_aligned;     // to 16 bytes, rows too
-  float* parts;         // [splits, batch, num_heads, q_len, head_dim_v]
+  float* parts;         // [splits, batch, num_heads, q_len, part_step]
+  int32_t part_step;    // of room.h, Plan
   float* lse;           // [batch, num_heads, q_len], or the parts' with splits in front
 };
 
@@ -91,7 +92,7 @@ struct MergeArgs {
   int64_t out_stride[3];
   float* lse;
   int64_t rows;  // batch * num_heads * q_len
-  int32_t splits, num_heads, q_len, head_dim_v;
+  int32_t splits, num_heads, q_len, head_dim_v, part_step;
 };
 
 }  // namespace fastattn::cuda

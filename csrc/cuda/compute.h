@@ -253,22 +253,22 @@ struct Computer {
       const int64_t row = ((static_cast<int64_t>(place.split) * a.batch + place.batch) * a.num_heads + rows.head[r]) *
                               a.q_len + rows.q_idx[r];
       if (!rows.there[r]) continue;
-      if (lane % 4 == 0) a.lse[row] = softmax.template lse<NATURAL>(r, a.factor);
-      if (a.parts) write_part(a.parts + row * a.head_dim_v, r, out);
+      if (lane % 4 == 0) arch::store_global(a.lse + row, softmax.template lse<NATURAL>(r, a.factor));
+      if (a.parts) write_part(a.parts + row * a.part_step, r, out);
     }
     if (!a.parts) write_out(place, rows, out);
   }
 
+  // A quad's pairs are 8 columns of a row: a sector. Rows are whole eights, whose last columns no value reaches.
   DEVICE void write_part(float* to, int r, const float (&out)[F::OUT]) {
 #pragma unroll
-    for (int m = 0; m < F::OUT / 4; ++m) {
-      const int column = 8 * m + key_of_thread;
-      if (column < a.head_dim_v) to[column] = out[4 * m + 2 * r];
-      if (column + 1 < a.head_dim_v) to[column + 1] = out[4 * m + 2 * r + 1];
-    }
+    for (int m = 0; m < F::OUT / 4; ++m)
+      if (8 * m < a.part_step)
+        arch::store_global(to + 8 * m + key_of_thread, make_float2(out[4 * m + 2 * r], out[4 * m + 2 * r + 1]));
   }
 
-  // A quad holds 8 columns of a row in pairs: transposed, each of its threads has 8 columns of every 32, 16 bytes.
+  // A quad holds 8 columns of a row in pairs: transposed, each of its threads has 8 columns of every 32, 16 bytes. Its
+  // 64 bytes are two sectors, where rows begin at one.
   DEVICE void write_out(const Place& place, const Rows& rows, const float (&out)[F::OUT]) {
     uint16_t* const base = static_cast<uint16_t*>(a.out);
 #pragma unroll
@@ -287,7 +287,7 @@ struct Computer {
         const int column = 32 * m + 8 * (lane % 4);
         if (!rows.there[r]) continue;
         if (a.out_aligned && column + 8 <= a.head_dim_v) {
-          *reinterpret_cast<uint4*>(to + column) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+          arch::store_global(to + column, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
         } else {
 #pragma unroll
           for (int e = 0; e < 8; ++e)

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     for (int32_t part = 0; part < a.splits; ++part) {
       const float lse = a.part_lse[part * a.rows + row];
       if (lse == -INFINITY) continue;  // it saw nothing
-      all = fmaf(a.parts[(part * a.rows + row) * a.head_dim_v + column], arch::exp2_approx((lse - most) * kLog2e), all);
+      all = fmaf(a.parts[(part * a.rows + row) * a.part_step + column], arch::exp2_approx((lse - most) * kLog2e), all);
     }
     to[column] = static_cast<uint16_t>(arch::pack<T>(all * weight, 0.0f));
   }

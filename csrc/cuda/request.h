@@ -21,7 +21,8 @@ struct Request {
   Lists lists{};       // of the tiles that `plan` names; counts null: intervals are walked
   int32_t splits = 1;
   int32_t* taken = nullptr;  // 0 before the launch; null where `plan` does not ask for it
-  float *parts = nullptr, *part_lse = nullptr;  // where there are splits: [splits, batch, num_heads, q_len(, head_dim_v)]
+  // Where there are splits: [splits, batch, num_heads, q_len(, part_step of `plan`)].
+  float *parts = nullptr, *part_lse = nullptr;
   void* stream = nullptr;
   int32_t device = 0;
 };

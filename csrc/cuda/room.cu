@@ -15,6 +15,7 @@ constexpr double kNearBest = 0.85;
 constexpr int64_t kLeastTiles = 4;         // of keys, below which they are not split
 constexpr int32_t kMostSplits = 128;
 constexpr float kWideCap = 1e30f;          // a cap above it bends no score
+constexpr int64_t kSectorFloats = 8;       // 32 bytes: what memory is written in
 constexpr int64_t kRowBytes = 16;          // what TMA wants addresses and strides to be multiples of
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -179,6 +180,7 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
     a.out_aligned = a.out_aligned && 2 * p.out.stride[axis] % kRowBytes == 0;
   }
   a.parts = request.splits > 1 ? request.parts : nullptr;
+  a.part_step = cut.part_step;
   a.lse = request.splits > 1 ? request.part_lse : p.lse;
   if (const char* why = take_mask(a, request)) return why;
   if (const char* why = describe_queries(a, p)) return why;
@@ -215,6 +217,7 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
   cut.width = width_index(p.head_dim, p.head_dim_v);
   if (cut.width < 0) return cut;
   cut.tile = tile_size(kWidths[cut.width][0], kWidths[cut.width][1], kind);
+  cut.part_step = static_cast<int32_t>(ceil_div(p.head_dim_v, kSectorFloats) * kSectorFloats);
   cut.tile_heads = 1;
   cut.tile_rows = cut.tile.block_m;
   if (p.group > 1 && !by_head && p.q_len > 0 && 2 * p.q_len <= cut.tile.block_m) {  // heads of a group share a tile
@@ -268,6 +271,7 @@ const char* forward(const Request& request) {
   merged.num_heads = p.num_heads;
   merged.q_len = p.q_len;
   merged.head_dim_v = p.head_dim_v;
+  merged.part_step = cut.part_step;
   arch::Launch merge;
   merge.grid = dim3(static_cast<unsigned>(ceil_div(merged.rows, kMergeRows)));
   merge.threads = kMergeThreads;
@@ -305,8 +309,8 @@ int32_t multiprocessors(int32_t device) {
 
 #define FASTATTN_EXPORT extern "C" __attribute__((visibility("default")))
 
-// For the host's side in Python: block_m, block_n, splits and whether a counter is wanted into `cut`; 1 where there is such
-// a kernel, else 0.
+// For the host's side in Python: block_m, block_n, splits, whether a counter is wanted and part_step into `cut`; 1
+// where there is such a kernel, else 0.
 FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32_t by_head, int32_t multiprocessors,
                                        int32_t* cut) {
   fastattn::Params p;
@@ -324,6 +328,7 @@ FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32
   cut[1] = plan.tile.block_n;
   cut[2] = plan.splits;
   cut[3] = plan.counts;
+  cut[4] = plan.part_step;
   return plan.width >= 0;
 }
 

@@ -10,6 +10,7 @@ struct Plan {
   TileSize tile;
   int32_t tile_heads, tile_rows;
   int32_t splits;
+  int32_t part_step;  // columns from a row of a split's part to the next: head_dim_v in whole sectors, 8 floats each
   bool counts;  // tiles differ and are more than blocks: a counter hands them out, the heaviest first
 };
 

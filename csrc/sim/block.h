@@ -2,8 +2,12 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
+#include <set>
+#include <tuple>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "clocks.h"
@@ -52,6 +56,13 @@ struct Thread {
   int warp() const { return number / kWarpSize; }
 };
 
+// Stores of a warp to global memory since it last executed an instruction together: how often each lane has come to a
+// place in the kernel, and which sectors the warp's store there has touched each time.
+struct Stores {
+  std::map<std::pair<const void*, int>, int> times;              // of (place, lane)
+  std::set<std::tuple<const void*, int, uintptr_t>> sectors;  // (place, time, sector)
+};
+
 // Threads that execute an instruction together. The last one to arrive performs it for all.
 struct Team {
   const char* name = "";
@@ -59,6 +70,7 @@ struct Team {
   int arrived = 0, exited = 0;
   const char* instruction = nullptr;
   std::vector<void*> arguments;
+  Stores stores;
 };
 
 struct NamedBarrier {

@@ -71,6 +71,9 @@ const char* encode_tensor_map(TensorMap* map, const void* base, int element, int
 void tma_load(uint32_t shared, const TensorMap* map, uint32_t barrier, std::initializer_list<int> at);
 void tma_store(const TensorMap* map, uint32_t shared, std::initializer_list<int> at, bool add);
 
+// stores.cpp
+void store_global(void* global, const void* value, size_t bytes);
+
 // matrices.cpp
 void load_matrix(uint32_t* fragment, uint32_t row, bool transposed);
 void store_matrix(uint32_t row, const uint32_t* fragment, bool transposed);

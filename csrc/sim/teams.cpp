@@ -54,6 +54,7 @@ void together(Team& team, const char* instruction, void* argument, Perform perfo
   }
   perform(*thread.block, team);
   team.arrived = 0;
+  team.stores = Stores();
   for (int each = 0; each < team.size; ++each) {
     team.arguments[static_cast<size_t>(each)] = nullptr;
     Thread& member = thread.block->threads[static_cast<size_t>(team.first + each)];

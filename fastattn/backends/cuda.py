@@ -102,7 +102,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
         lists = spec.block_list(tiles.block_m, tiles.block_n)
         counts, listed = torch.stack([lists.checked, lists.full]), lists.tiles
     if tiles.splits > 1:
-        parts = torch.empty(tiles.splits, *lse.shape, spec.head_dim_v, dtype=torch.float32, device=lse.device)
+        parts = torch.empty(tiles.splits, *lse.shape, tiles.part_step, dtype=torch.float32, device=lse.device)
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=lse.device)
     library.forward(
         *inputs, *mask, spec.scale, spec.softcap or 0.0, spec.dropout_p,

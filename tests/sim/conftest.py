@@ -64,6 +64,12 @@ def simulate():
 
 
 @pytest.fixture(scope="session")
+def stored():
+    """What a kernel file's simulated kernels have stored since this was last asked; see simulator.stored."""
+    return lambda name, lane_bytes: simulator.stored(simulated(name, simulator.usual_flavour()), lane_bytes)
+
+
+@pytest.fixture(scope="session")
 def compile_for_gpu():
     """A kernel file's library for the GPU, and what ptxas says of its kernels; skips where there is no nvcc."""
     return compiled

@@ -33,6 +33,7 @@ WRONG = {
     "a bulk store past the end": (5, "heap-buffer-overflow", "copies.cpp"),
     "a tensor map larger than the tensor": (6, "heap-buffer-overflow", "tensor_map.cpp"),
     "a pointer past shared memory": (7, "use-after-poison", "addresses.cu"),
+    "a store of 16 bytes past the end": (9, "heap-buffer-overflow", "stores.cpp"),
     "a signed overflow": (8, "signed integer overflow", "addresses.cu"),
 }
 

@@ -147,6 +147,26 @@ def test_bulk(execute, which):
     assert torch.equal(out, want)
 
 
+# 32 sectors of 32 bytes hold the 1024 bytes; where each lane writes its own 16 in four instructions, each goes out
+# four times.
+STORES = {
+    "16 bytes a lane": (5, 16, 32),
+    "8 bytes a lane": (6, 8, 32),
+    "4 bytes a lane": (7, 4, 32),
+    "4 of each lane's 16 bytes": (8, 4, 128),
+}
+
+
+@pytest.mark.parametrize("case", STORES)
+def test_stores_and_the_sectors_that_they_are_sent_in(execute, stored, case):
+    which, lane_bytes, sectors = STORES[case]
+    given, out = torch.randn(256), torch.full((256,), math.nan)
+    stored("copies", lane_bytes)
+    assert execute("copies", which, given, out, outputs=[out]) is None
+    assert torch.equal(out, given)
+    assert stored("copies", lane_bytes) == (3 * 1024, 3 * sectors)  # under three schedules
+
+
 # Boxes of tensors ---------------------------------------------------------------------------------------------------
 
 EXTENTS = (72, 11, 3, 2, 2)  # innermost first

@@ -53,6 +53,7 @@ SMALL = {  # of mistakes.cu: what is said of each; None: nothing is wrong
     "cp_async_read_without_a_barrier": f"{RACE}|{UNWRITTEN}",
     "cp_async_that_an_mbarrier_counts_unobserved": IN_FLIGHT,
     "cp_async_misaligned": MISALIGNED,
+    "a_store_of_16_bytes_misaligned": MISALIGNED,
     "cp_async_then_wgmma_without_a_fence": UNFENCED,
     "a_store_after_the_fence": UNFENCED,
     "a_bulk_store_overwritten": RACE,

@@ -1,4 +1,4 @@
-// Global memory beyond plain loads and stores: counters that blocks share.
+// Global memory beyond plain loads and stores: counters that blocks share, and stores that stay one instruction.
 #pragma once
 
 #include "dialect.h"
@@ -22,6 +22,35 @@ DEVICE void add_release(int* global, int value) {
   sim::add_release(global, value);
 #else
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(global), "r"(value) : "memory");
+#endif
+}
+
+// 4, 8 or 16 bytes of each thread, aligned to their size. An assignment of 16 bytes may become four instructions of 4
+// (nvcc 13.0 makes that of some): a warp's lanes then write 4 of every 16 bytes, and each 32-byte sector goes to L2 four
+// times. PTX ISA: st (.v2, .v4).
+DEVICE void store_global(float* global, float value) {
+#ifdef FASTATTN_SIM
+  sim::store_global(global, &value, sizeof value);
+#else
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(global), "f"(value) : "memory");
+#endif
+}
+
+DEVICE void store_global(float* global, float2 value) {
+#ifdef FASTATTN_SIM
+  sim::store_global(global, &value, sizeof value);
+#else
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(global), "f"(value.x), "f"(value.y) : "memory");
+#endif
+}
+
+DEVICE void store_global(void* global, uint4 value) {
+#ifdef FASTATTN_SIM
+  sim::store_global(global, &value, sizeof value);
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
 #endif
 }
 

@@ -11,7 +11,8 @@ struct alignas(128) Shared {
 };
 
 // 0: nothing wrong. 1: a load, 2: a store past the end. 3: cp.async, 4: a bulk load, 5: a bulk store past the end. 6: a
-// tensor map that is larger than the tensor. 7: a pointer past the end of shared memory. 8: a signed overflow.
+// tensor map that is larger than the tensor. 7: a pointer past the end of shared memory. 8: a signed overflow. 9: a
+// store of 16 bytes past the end.
 __global__ void wrong(const __grid_constant__ TensorMap map, float* data, int count, int which) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int thread = threadIdx.x;
@@ -30,6 +31,7 @@ __global__ void wrong(const __grid_constant__ TensorMap map, float* data, int co
   }
   if (which == 8) data[thread] = static_cast<float>(count * (0x7fffffff - thread));
   if (thread != 0) return;
+  if (which == 9) store_global(data + count, make_uint4(0, 0, 0, 0));
   if (which == 3) {
     copy_async(shared.row, data + count, true);
     copy_async_commit();

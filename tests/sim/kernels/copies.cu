@@ -1,4 +1,4 @@
-// cp.async (arch/copy.h) and the runs of bytes of arch/tma.h: 64 threads, 1024 bytes.
+// cp.async (arch/copy.h), the runs of bytes of arch/tma.h, the stores of arch/global.h: 64 threads, 1024 bytes.
 #include "harness.h"
 
 namespace {
@@ -11,7 +11,8 @@ struct alignas(128) Shared {
 };
 
 // 0: cp.async, every third piece zeros. 1: the same, waited for through an mbarrier. 2: a bulk load. 3: a bulk store.
-// 4: a bulk addition of floats to what `out` holds.
+// 4: a bulk addition of floats to what `out` holds. 5, 6, 7: 16, 8, 4 bytes a lane at a time, side by side; 8: 4
+// bytes of each lane's own 16.
 template <int WHICH>
 __global__ void copies(const uint4* in, uint4* out) {
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -39,6 +40,17 @@ __global__ void copies(const uint4* in, uint4* out) {
     }
     mbarrier_wait(&shared.landed, 0);
     out[thread] = shared.pieces[thread];
+  } else if (WHICH == 5) {
+    store_global(out + thread, in[thread]);
+  } else if (WHICH > 5) {
+    const float* from = reinterpret_cast<const float*>(in);
+    float* to = reinterpret_cast<float*>(out);
+#pragma unroll
+    for (int n = 0; n < (WHICH == 6 ? 2 : 4); ++n) {
+      const int pair = 2 * (n * kThreads + thread), single = WHICH == 7 ? n * kThreads + thread : 4 * thread + n;
+      if (WHICH == 6) store_global(to + pair, make_float2(from[pair], from[pair + 1]));
+      if (WHICH != 6) store_global(to + single, from[single]);
+    }
   } else {
     shared.pieces[thread] = in[thread];
     fence_proxy_async();
@@ -55,7 +67,8 @@ __global__ void copies(const uint4* in, uint4* out) {
 }  // namespace
 
 EXPORT run_copies(int which, const void* in, void* out) {
-  constexpr void (*kKernels[])(const uint4*, uint4*) = {copies<0>, copies<1>, copies<2>, copies<3>, copies<4>};
+  constexpr void (*kKernels[])(const uint4*, uint4*) = {copies<0>, copies<1>, copies<2>, copies<3>, copies<4>,
+                                                        copies<5>, copies<6>, copies<7>, copies<8>};
   return run(kKernels[which], 1, kThreads, static_cast<int>(sizeof(Shared)), static_cast<const uint4*>(in),
              static_cast<uint4*>(out));
 }

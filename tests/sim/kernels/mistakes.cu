@@ -266,6 +266,7 @@ constexpr Row kRows[] = {
     ROW(cp_async_read_before_the_wait),
     ROW(cp_async_read_without_a_barrier),
     ROW(cp_async_misaligned),
+    ROW(a_store_of_16_bytes_misaligned),
     ROW(cp_async_that_an_mbarrier_counts_unobserved),
     ROW(cp_async_then_wgmma_without_a_fence),
     ROW(a_store_after_the_fence),

@@ -57,6 +57,10 @@ __global__ void cp_async_misaligned(float* out) {
   copy_async(&memory().row[0], reinterpret_cast<char*>(out) + 4, true);
 }
 
+__global__ void a_store_of_16_bytes_misaligned(float* out) {
+  store_global(reinterpret_cast<char*>(out) + 8, make_uint4(0, 0, 0, 0));
+}
+
 __global__ void cp_async_then_wgmma_without_a_fence(float* out) {
   for (int i = 0; i < 4; ++i) copy_async(memory().tile + (threadIdx.x + 128 * i) * 16, out, true);
   copy_async_commit();
