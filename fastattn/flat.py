@@ -38,9 +38,16 @@ def no_mask() -> Flat:
     return Full.__name__, [], []
 
 
+def is_known(mask: Mask) -> bool:
+    """Whether a mask is one of the library's, all through."""
+    name = type(mask).__name__
+    inner = (getattr(mask, field) for field in FIELDS.get(name, ()))
+    return CLASSES.get(name) is type(mask) and all(is_known(each) for each in inner if isinstance(each, Mask))
+
+
 def is_plain(mask: Mask) -> bool:
-    """Whether a mask is one of the library's, all through, and holds no tensor: then it never changes."""
-    return not mask.tensors and all(CLASSES.get(type(atom).__name__) is type(atom) for atom in mask.atoms())
+    """Whether it also holds no tensor: then it never changes."""
+    return not mask.tensors and is_known(mask)
 
 
 def pack(mask: Mask) -> Flat:

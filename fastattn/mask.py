@@ -13,10 +13,44 @@ from fastattn.tracing import functorch_active
 Length = int | Tensor  # one length for all rows, or one for each row
 Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
 FAR = 2**60  # sums of a few still fit an int64
+_CONSTANT = (int, str, bool, type(None))
 
 
 class Mask:
-    """Base of all masks: the table, its picture, its combinations."""
+    """Base of all masks: the table, its picture, its combinations.
+
+    Masks of numbers and words alone are equal and hashable by value; with a tensor, or anything else that may change,
+    a mask equals itself only.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(self) is not type(other):
+            return NotImplemented
+        value = self._value()
+        return value is not None and value == other._value()
+
+    def __hash__(self) -> int:
+        value = self._value()
+        return object.__hash__(self) if value is None else hash(value)
+
+    def _value(self) -> tuple[object, ...] | None:
+        """The class and its fields; None where one of them may change."""
+        made = getattr(type(self), "__dataclass_params__", None)
+        if made is None or not made.frozen:
+            return None
+        value: list[object] = [type(self)]
+        for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            part = getattr(self, name)
+            if isinstance(part, Mask):
+                part = part._value()
+                if part is None:
+                    return None
+            elif type(part) not in _CONSTANT:
+                return None
+            value.append(part)
+        return tuple(value)
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         """First visible key and the one after the last, for each query of `q_idx` (int64, [..., q_len]), not

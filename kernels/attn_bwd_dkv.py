@@ -8,6 +8,8 @@ spans or lists name, BLOCK_M at a time: one owner and one order of sums, so ever
 products are computed as such ([BLOCK_N, BLOCK_M]), never by transposing a result.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,12 +18,31 @@ from fastattn.kernels.tiles import add_dot, dot, load_line, load_tile, only_seen
 from fastattn.kernels.walk import CHECKED, FULL, owned, query_walk, read_sizes, tile_start
 
 
+class Tensors(NamedTuple):
+    """What this pass reads and writes; dbias [batch, num_heads, kv_len] or None."""
+
+    query: Any
+    key: Any
+    value: Any
+    d_out: Any
+    total: Any
+    delta: Any
+    dk: Any
+    dv: Any
+    bias: Any
+    sinks: Any
+    seed: Any
+    dbias: Any
+
+
 @triton.jit
 def attn_dkv_kernel(
-    t,  # query, key, value, d_out, total, delta, bias, sinks, seed, dk, dv, dbias [batch, num_heads, kv_len] or None
-    strides,  # of query, key, value, d_out, total, delta, bias, dk, dv
+    query, key, value, d_out, total, delta, dk, dv,  # pointers or tensor descriptors (operands.py)
+    rest,  # bias, sinks, seed, dbias
+    strides,  # of query, key, value, d_out, total, delta, dk, dv, bias; () of a descriptor
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    t = Tensors(query, key, value, d_out, total, delta, dk, dv, rest.bias, rest.sinks, rest.seed, rest.dbias)
     sizes = read_sizes(sizes)
     kv_len, kv_heads = sizes.kv_len, sizes.kv_heads
     tile, kv_head, batch, _ = owned(tl.program_id(0), tl.cdiv(kv_len, BLOCK_N), kv_heads, sizes, KIND)
@@ -29,25 +50,25 @@ def attn_dkv_kernel(
     kv_idx = kv_lo + tl.arange(0, BLOCK_N)
     k = load_tile(t.key, strides.key, batch, kv_head, kv_idx, kv_lo, kv_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)
     v = load_tile(t.value, strides.value, batch, kv_head, kv_idx, kv_lo, kv_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV, True)
-    dk = tl.zeros([BLOCK_N, KIND.BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, KIND.BLOCK_DV], tl.float32)
+    sum_k = tl.zeros([BLOCK_N, KIND.BLOCK_D], tl.float32)
+    sum_v = tl.zeros([BLOCK_N, KIND.BLOCK_DV], tl.float32)
     for member in tl.range(0, sizes.group):
         head = kv_head * sizes.group + member
         numbers, walk = query_walk(batch, head, tile, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
         own = batch, head, kv_lo, k, v
-        sums = dk, dv, tl.zeros([BLOCK_N], tl.float32)
+        sums = sum_k, sum_v, tl.zeros([BLOCK_N], tl.float32)
         for n in tl.range(0, walk[0]):
             q_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_M)
             sums = _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
         for n in tl.range(0, walk[1]):
             q_lo = tile_start(KIND, walk, FULL, n, BLOCK_M)
             sums = _dkv_step(q_lo, own, sums, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
-        dk, dv, dbias = sums
+        sum_k, sum_v, dbias = sums
         if t.dbias is not None:
             tl.store(t.dbias + row_places(batch, sizes.num_heads, head, kv_len, kv_idx), dbias, mask=kv_idx < kv_len)
-    store_tile(t.dk, strides.dk, batch, kv_head, kv_idx, kv_lo, kv_len, dk * scales.scale, KIND.HEAD_DIM, KIND.BLOCK_D,
-               KIND.BF16_BY_HAND)  # fmt: skip
-    store_tile(t.dv, strides.dv, batch, kv_head, kv_idx, kv_lo, kv_len, dv, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
+    store_tile(t.dk, strides.dk, batch, kv_head, kv_idx, kv_lo, kv_len, sum_k * scales.scale, KIND.HEAD_DIM,
+               KIND.BLOCK_D, KIND.BF16_BY_HAND)  # fmt: skip
+    store_tile(t.dv, strides.dv, batch, kv_head, kv_idx, kv_lo, kv_len, sum_v, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
                KIND.BF16_BY_HAND)  # fmt: skip
 
 

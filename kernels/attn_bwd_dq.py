@@ -8,6 +8,8 @@ before it meets the keys. A bias and the sinks want delta more exact than a roun
 taken here again, in float32, and delta written anew for the kernels that follow.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,12 +18,33 @@ from fastattn.kernels.tiles import add_dot, dot, line_places, load_line, load_ti
 from fastattn.kernels.walk import CHECKED, FULL, query_tile, read_sizes, tile_start
 
 
+class Tensors(NamedTuple):
+    """What this pass reads and writes."""
+
+    query: Any
+    key: Any
+    value: Any
+    d_out: Any
+    dq: Any
+    total: Any
+    delta: Any
+    bias: Any
+    sinks: Any
+    seed: Any
+    d_lse: Any
+    dsinks: Any
+    dbias: Any
+
+
 @triton.jit
 def attn_dq_kernel(
-    t,  # query, key, value, d_out, d_lse, total, delta, bias, sinks, seed, dq, dbias, dsinks
-    strides,  # of query, key, value, d_out, total, delta, bias, dq
+    query, key, value, d_out, dq,  # pointers or tensor descriptors (operands.py)
+    rest,  # total, delta, bias, sinks, seed, d_lse, dsinks, dbias
+    strides,  # of query, key, value, d_out, dq, total, delta, bias; () of a descriptor
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    t = Tensors(query, key, value, d_out, dq, rest.total, rest.delta, rest.bias, rest.sinks, rest.seed, rest.d_lse,
+                rest.dsinks, rest.dbias)  # fmt: skip
     sizes = read_sizes(sizes)
     batch, head, kv_head, q_lo, q_idx, numbers, walk, _ = query_tile(
         tl.program_id(0), sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
@@ -38,8 +61,8 @@ def attn_dq_kernel(
     for n in tl.range(0, walk[1]):
         kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
         sums = _dq_step(kv_lo, own, sums, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
-    dq, met = sums
-    store_tile(t.dq, strides.dq, batch, head, q_idx, q_lo, sizes.q_len, dq * scales.scale, KIND.HEAD_DIM, KIND.BLOCK_D,
+    acc, met = sums
+    store_tile(t.dq, strides.dq, batch, head, q_idx, q_lo, sizes.q_len, acc * scales.scale, KIND.HEAD_DIM, KIND.BLOCK_D,
                KIND.BF16_BY_HAND)  # fmt: skip
     if KIND.BIAS != "" or KIND.SINKS:
         left, taken = 1.0, 0.0

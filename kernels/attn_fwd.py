@@ -11,6 +11,8 @@ attn_merge_kernel puts together. Saved for the backward: out and lse. Weights ar
 they meet the values; all sums are float32.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -21,10 +23,27 @@ from fastattn.kernels.tiles import add_dot, dot, load_tile, only_seen, row_place
 from fastattn.kernels.walk import CHECKED, FULL, owned, part, query_tile, read_sizes, tile_start
 
 
+class Tensors(NamedTuple):
+    """What the forward reads and writes."""
+
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    lse: Any
+    bias: Any
+    sinks: Any
+    seed: Any
+
+
 @triton.jit
 def attn_fwd_kernel(
-    t,  # query, key, value, out, lse, bias, sinks, seed
-    strides,  # of query, key, value, out, bias; None of a descriptor
+    query,  # pointers or tensor descriptors (operands.py)
+    key,
+    value,
+    out,
+    rest,  # lse, bias, sinks, seed
+    strides,  # of query, key, value, out, bias; () of a descriptor
     sizes,  # walk.Sizes
     scales,  # scores.Scales
     mask_args,
@@ -33,6 +52,7 @@ def attn_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    t = Tensors(query, key, value, out, rest.lse, rest.bias, rest.sinks, rest.seed)
     sizes = read_sizes(sizes)
     if KIND.PERSISTENT:
         for program in tl.range(tl.program_id(0), sizes.programs, tl.num_programs(0)):

@@ -17,7 +17,7 @@ WALKING = ("fwd", "dq", "dkv")
 
 @dataclass(frozen=True)
 class Form:
-    """A call that kernels are compiled for, and those of its kernels that are compiled. Its tensors hold nothing."""
+    """A call that kernels are compiled for, and those of its kernels that are compiled."""
 
     kernels: tuple[str, ...] = (*FORWARD, "delta", "dq", "dkv", "dbias")
     rows: str = "all"  # of the tile table that `table_plan` compiles in this form: all, sm90 (its half precision), fp32
@@ -35,31 +35,31 @@ class Form:
     float32: str = "highest"  # as torch.set_float32_matmul_precision has it
 
 
-def _empty(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.empty(shape, dtype=of, device="meta")
+def _zeros(*shape: int, of: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=of)
 
 
 def _spans() -> Mask:
     """Each rule that is walked in closed form, and an OR."""
     return (
-        Causal(offset=_empty(2, of=torch.int64))
+        Causal(offset=_zeros(2, of=torch.int64))
         & Window(8, None)
-        & Window(None, 8, offset=_empty(2))
-        & Chunked(64, 1, offset=_empty(2))
-        & Lengths(_empty(2), _empty(2), _empty(2))
-        & Segments(_empty(2, 4096), _empty(2, 4096), sorted=True)
-    ) | Prefix(_empty(2))
+        & Window(None, 8, offset=_zeros(2))
+        & Chunked(64, 1, offset=_zeros(2))
+        & Lengths(_zeros(2), _zeros(2), _zeros(2))
+        & Segments(_zeros(2, 4096), _zeros(2, 4096), sorted=True)
+    ) | Prefix(_zeros(2))
 
 
 def _lists() -> Mask:
     """The rules that need block lists."""
-    return Dense(_empty(4096, 4096, of=torch.bool)) & Segments(_empty(2, 4096), _empty(2, 4096))
+    return Dense(_zeros(4096, 4096, of=torch.bool)) & Segments(_zeros(2, 4096), _zeros(2, 4096))
 
 
 BARE = Form()
 EVERYTHING: dict[str, Any] = {"mask": _spans, "bias": True, "sinks": True, "softcap": 30.0, "dropout_p": 0.1}
 SHORT = replace(BARE, kernels=FORWARD, q_len=8, num_kv_heads=1)
-SHORT_EVERYTHING = EVERYTHING | {"mask": lambda: Causal() & Lengths(_empty(2)) | Window(4, 4)}
+SHORT_EVERYTHING = EVERYTHING | {"mask": lambda: Causal() & Lengths(_zeros(2)) | Window(4, 4)}
 DECODE = replace(SHORT, q_len=1)
 FORMS = {
     "bare": BARE,
@@ -69,7 +69,7 @@ FORMS = {
     "short-every-feature": replace(SHORT, **SHORT_EVERYTHING),
     "decode": DECODE,
     "decode-every-feature": replace(DECODE, **SHORT_EVERYTHING),
-    "decode-in-blocks": replace(DECODE, rows="sm90", mask=lambda: Lengths(_empty(2)), block_size=16),
+    "decode-in-blocks": replace(DECODE, rows="sm90", mask=lambda: Lengths(_zeros(2)), block_size=16),
     "causal": replace(BARE, kernels=WALKING, rows="sm90", mask=Causal),
     "spans": replace(BARE, kernels=WALKING, mask=_spans, sinks=True, softcap=30.0),
     "lists": replace(BARE, kernels=WALKING, rows="sm90", mask=_lists),
@@ -81,19 +81,24 @@ mask; all that takes no tables and no dropout; block lists; sizes of 1 (Triton m
 interpreter does not); float32 multiplied the other way."""
 
 
-def call(form: Form, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:
-    """The form as a spec and tensors, on the meta device."""
+def call(form: Form, head_dim: int, dtype: torch.dtype, device: str = "meta") -> tuple[AttnSpec, AttnInputs]:
+    """The form as a spec and tensors, zeros of a device or without memory."""
+    with torch.device(device):
+        return _call(form, head_dim, dtype)
+
+
+def _call(form: Form, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:
     mask, keys = form.mask(), (form.batch, form.num_kv_heads, form.kv_len, head_dim)
     if form.block_size is not None:
         blocks = form.kv_len // form.block_size
-        mask = Paged(mask, _empty(form.batch, blocks), form.block_size)
+        mask = Paged(mask, _zeros(form.batch, blocks), form.block_size)
         keys = (form.batch * blocks, form.num_kv_heads, form.block_size, head_dim)
     inputs = AttnInputs(
-        _empty(form.batch, form.num_heads, form.q_len, head_dim, of=dtype),
-        _empty(*keys, of=dtype),
-        _empty(*keys, of=dtype),
-        _empty(form.batch, form.num_heads, form.q_len, form.kv_len, of=dtype) if form.bias else None,
-        _empty(form.num_heads, of=torch.float32) if form.sinks else None,
-        _empty(1, of=torch.int64) if form.dropout_p else None,
+        _zeros(form.batch, form.num_heads, form.q_len, head_dim, of=dtype),
+        _zeros(*keys, of=dtype),
+        _zeros(*keys, of=dtype),
+        _zeros(form.batch, form.num_heads, form.q_len, form.kv_len, of=dtype) if form.bias else None,
+        _zeros(form.num_heads, of=torch.float32) if form.sinks else None,
+        _zeros(1, of=torch.int64) if form.dropout_p else None,
     )
     return AttnSpec.of(inputs, mask=mask, softcap=form.softcap, dropout_p=form.dropout_p), inputs

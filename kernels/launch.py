@@ -26,7 +26,7 @@ from fastattn.kernels.configs import (
 )
 from fastattn.kernels.dropout import threshold_of
 from fastattn.kernels.kind import bias_axes, kind_of
-from fastattn.kernels.operands import named, operands
+from fastattn.kernels.operands import Pointer, block_table, fill, named, operands, take_out
 from fastattn.kernels.scores import Scales, score_of
 from fastattn.kernels.veil import veil
 from fastattn.kernels.walk import Sizes
@@ -39,20 +39,66 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Launch(NamedTuple):
-    """One kernel with all it is launched with, and the row of the tile table behind it."""
+    """One kernel with all it is launched with, and the row of the tile table behind it.
+
+    In a plan, the places of tensors hold their names (operands.py); bound, they hold the tensors.
+    """
 
     kernel: Any
     programs: int
     args: tuple
     options: dict[str, Any]
     row: TileConfig
+    lists: tuple[int, int, bool] | None = None
+    """Of a kernel that walks block lists: BLOCK_M, BLOCK_N, and whether it walks queries."""
 
-    def run(self) -> None:
-        """An empty grid is an error in CUDA and nothing to do here."""
-        if self.programs:
-            self.kernel[(self.programs,)](*self.args, **self.options)
+    def block_lists(self, spec: AttnSpec) -> dict[str, Tensor]:
+        """The lists that it walks, by the names of its arguments."""
+        if self.lists is None:
+            return {}
+        block_m, block_n, mirror = self.lists
+        lists = lower.block_lists(spec, block_m, block_n, mirror=mirror)
+        return {"counts": lists.counts, "tiles": lists.tiles}
+
+    def bound(self, tensors: dict[str, Tensor]) -> "Launch":
+        """The same with tensors in their places."""
+        return self._replace(args=fill(self.args, tensors))
+
+    def run(self) -> Any:
+        """Launches it, bound, and gives the compiled kernel. An empty grid, an error in CUDA, is nothing to do here."""
+        return self.kernel[(self.programs,)](*self.args, **self.options) if self.programs else None
 
 
+class Plan(NamedTuple):
+    """The launches of one pass, for every call of its structure and with tensors that lie alike."""
+
+    launches: tuple[Launch, ...]
+    splits: int = 1
+    reads_mask: bool = False
+    """Whether the mask has tensors, which are lowered anew for each call."""
+
+    def more_tensors(self, spec: AttnSpec, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a call's launches take besides: the mask's tensors, the memory of parts."""
+        more: dict[str, Tensor] = {}
+        if self.reads_mask:
+            take_out(lower.lower(spec).args, MASK, more)
+        if self.splits > 1:
+            out = given["out"]
+            parts = torch.empty(self.splits * spec.batch, *out.shape[1:], dtype=torch.float32, device=out.device)
+            more |= {"part_out": parts, "part_lse": parts.new_empty(parts.shape[:3])}
+        return more
+
+    def bound(self, spec: AttnSpec, given: dict[str, Tensor]) -> list[Launch]:
+        """The launches of one call."""
+        tensors = given | self.more_tensors(spec, given)
+        return [each.bound(tensors | each.block_lists(spec)) for each in self.launches]
+
+
+MASK = "mask"
+"""What the names of the mask's tensors begin with."""
+
+
+@functools.cache
 def target_for(device: torch.device) -> str:
     """The tile table's name for a device."""
     return target_of(None if INTERPRETED else torch.cuda.get_device_capability(device))
@@ -67,9 +113,11 @@ def _processors(device: torch.device) -> int:
 class Problem:
     """What the launches of one pass share: the mask's lowering, the kind, scales, sizes."""
 
-    def __init__(self, spec: AttnSpec, inputs: AttnInputs, target: str) -> None:
-        self.spec, self.inputs, self.target = spec, inputs, target
+    def __init__(self, spec: AttnSpec, target: str) -> None:
+        self.spec, self.target = spec, target
         self.mask = lower.lower(spec)
+        self.mask_tensors: dict[str, Tensor] = {}
+        self.mask_args = take_out(self.mask.args, MASK, self.mask_tensors)
         kept = 1.0 - spec.dropout_p
         self.scales = Scales(
             score_of(spec)[1],
@@ -78,9 +126,9 @@ class Problem:
             threshold_of(spec.dropout_p),
             1.0 / kept if kept else 0.0,
         )
-        bias = inputs.bias
-        # [batch, num_heads, q_len, kv_len] without a copy
-        self.bias = None if bias is None else bias.expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len)
+
+    def plan(self, *launches: Launch, splits: int = 1) -> Plan:
+        return Plan(launches, splits, bool(self.mask_tensors))
 
     def sizes(self, programs: int, section: int, splits: int = 1) -> Sizes:
         spec = self.spec
@@ -101,13 +149,18 @@ class Problem:
         **flags: bool,
     ) -> Launch:
         """A kernel whose programs own tiles and walk the other side."""
-        lists = None if self.mask.terms else lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
+        walked = lists = None
+        if not self.mask.terms:
+            walked = row.block_m, row.block_n, mirror
+            made = lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
+            lists = made._replace(counts=Pointer("counts"), tiles=Pointer("tiles"))
         tables = (bias_axes(self.spec) == "qk") + self.mask.rules.count("Dense")
-        args = (*operands, self.sizes(programs, section, splits), self.scales, self.mask.args, lists)
+        args = (*operands, self.sizes(programs, section, splits), self.scales, self.mask_args, lists)
         if row.persistent:
             programs = min(programs, _processors(self.spec.device) or PROCESSORS[self.target])
         launch = self.launch(kernel, row, programs, args, persistent=row.persistent, **flags)
-        return launch._replace(options=launch.options | {"num_stages": stages_of(self.spec, row, tables)})
+        options = launch.options | {"num_stages": stages_of(self.spec, row, tables)}
+        return launch._replace(options=options, lists=walked)
 
     def resting(self, kernel: Any, row: TileConfig, operands: tuple, splits: int = 1) -> Launch:
         """A kernel whose programs own rows of queries and walk nothing."""
@@ -122,40 +175,71 @@ class Problem:
 
 
 def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target: str) -> list[Launch]:
-    """Writes out and lse."""
-    problem, row = Problem(spec, inputs, target), pick_forward(spec, target)
+    """The launches that write out and lse."""
+    given = forward_tensors(spec, inputs, out, lse)
+    return plan_forward(spec, given, target).bound(spec, given)
+
+
+def forward_tensors(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    """The forward's tensors by the names of its plan."""
+    return _inputs_by_name(spec, inputs) | {"out": out, "lse": lse}
+
+
+def _inputs_by_name(spec: AttnSpec, inputs: AttnInputs) -> dict[str, Tensor]:
+    query, key, value, bias, sinks, seed = inputs
+    given = {"query": query, "key": key, "value": value}
+    more = {"bias": bias, "sinks": sinks, "seed": seed}
+    if spec.pages is not None:
+        more["table"] = block_table(spec.pages.table)
+    return given | {name: each for name, each in more.items() if each is not None}
+
+
+def plan_forward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
+    """Of tensors only their dtypes and how they lie are read."""
+    problem, row = Problem(spec, target), pick_forward(spec, target)
     # A group's heads share a tile, and so what it visits.
     packed = spec.group > 1 and row.kernel != "fwd" and not problem.mask.by_head
     heads, rows = (spec.num_kv_heads, spec.q_len * spec.group) if packed else (spec.num_heads, spec.q_len)
     programs = tiles_of(rows, row.block_m) * heads * spec.batch
     splits = splits_of(spec, row, target, programs)
-    part_out, part_lse = out, lse
-    if splits > 1:
-        part_out = torch.empty(splits * spec.batch, *out.shape[1:], dtype=torch.float32, device=out.device)
-        part_lse = torch.empty(part_out.shape[:3], dtype=torch.float32, device=out.device)
-    # A packed tile's queries lie in several heads, which no descriptor spans.
-    whole = {"query": (inputs.query, row.block_m), "out": (part_out, row.block_m)}
-    tiled = {"key": (inputs.key, row.block_n), "value": (inputs.value, row.block_n)}
-    strided: dict[str, Tensor | None] = {"bias": problem.bias}
-    for here, told in ((packed, whole), (spec.pages is not None, tiled)):
-        strided |= {name: tensor for name, (tensor, _) in told.items()} if here else {}
-    tensors = operands(
-        row.descriptors,
-        {name: each for name, each in (tiled | whole).items() if name not in strided},
-        strided,
-        spec.pages,
-        lse=part_lse,
-        sinks=inputs.sinks,
-        seed=inputs.dropout_seed,
-    )
-    section = section_of(spec, spec.kv_len) * (1 if packed else spec.group)
+    out, written = given["out"], {}
+    if splits > 1:  # the kernel writes parts, contiguous and float32
+        out = torch.empty(splits * spec.batch, *out.shape[1:], dtype=torch.float32, device="meta")
+        written = {"out": "part_out", "lse": "part_lse"}
+    # A packed tile's queries lie in several heads, which no descriptor spans; nor does one span a pool's blocks.
+    own, walked = (None if packed else row.block_m), (None if spec.pages is not None else row.block_n)
+    moved = {name: (given[name], walked) for name in ("key", "value")}
     first = problem.walking(
-        attn_fwd_kernel, row, programs * splits, section, tensors, splits=splits, packed=packed, split=splits > 1
+        attn_fwd_kernel,
+        row,
+        programs * splits,
+        section_of(spec, spec.kv_len) * (1 if packed else spec.group),
+        operands(
+            row.descriptors,
+            {"query": (given["query"], own), **moved, "out": (out, own)},
+            {"bias": _bias(spec, given)},
+            spec.pages,
+            written,
+            lse=given["lse"],
+            sinks=given.get("sinks"),
+            seed=given.get("seed"),
+        ),
+        splits=splits,
+        packed=packed,
+        split=splits > 1,
     )
     if splits == 1:
-        return [first]
-    merged = operands(False, {}, {"part_out": part_out, "out": out}, part_lse=part_lse, lse=lse, sinks=inputs.sinks)
-    return [first, problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, splits)]
+        return problem.plan(first)
+    tensors = {"part_out": out, "out": given["out"]}
+    merged = operands(False, {}, tensors, part_lse=out, lse=given["lse"], sinks=given.get("sinks"))
+    merge = problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, splits)
+    return problem.plan(first, merge, splits=splits)
+
+
+def _bias(spec: AttnSpec, given: dict[str, Tensor]) -> Tensor | None:
+    """[batch, num_heads, q_len, kv_len] without a copy."""
+    bias = given.get("bias")
+    return None if bias is None else bias.expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len)
 
 
 class Backward(NamedTuple):
@@ -204,63 +288,69 @@ def empty_dsinks(spec: AttnSpec, sinks: Tensor, target: str) -> Tensor:
 
 
 def backward(spec: AttnSpec, inputs: AttnInputs, grads: Backward, target: str) -> list[Launch]:
-    """Writes delta, then the gradients."""
-    problem = Problem(spec, inputs, target)
+    """The launches that write delta, then the gradients."""
+    given = backward_tensors(spec, inputs, grads)
+    return plan_backward(spec, given, target).bound(spec, given)
+
+
+def backward_tensors(spec: AttnSpec, inputs: AttnInputs, grads: Backward) -> dict[str, Tensor]:
+    """The backward's tensors by the names of its plan."""
+    own = {name: each for name, each in zip(grads._fields, grads, strict=True) if each is not None}
+    return _inputs_by_name(spec, inputs) | own
+
+
+def plan_backward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
+    """Of tensors only their dtypes and how they lie are read."""
+    problem = Problem(spec, target)
     axes = bias_axes(spec)
-    given = operands(
-        False,
-        {},
-        {"out": grads.out, "d_out": grads.d_out, "total": grads.total, "delta": grads.delta},
-        lse=grads.lse,
-        d_lse=grads.d_lse,
-        sinks=inputs.sinks,
-    )
-    launches = [problem.resting(attn_delta_kernel, pick(spec, "delta", target), given)]
-    rest = {"sinks": inputs.sinks, "seed": inputs.dropout_seed}
-    bias = {"bias": problem.bias}
-    terms = {"total": grads.total, "delta": grads.delta}
-    q_side = {"query": inputs.query, "d_out": grads.d_out}
-    kv_side = {"key": inputs.key, "value": inputs.value}
+    dbias = given.get("dbias")
+    rows = {name: given[name] for name in ("out", "d_out", "total", "delta")}
+    sinks, d_lse = given.get("sinks"), given.get("d_lse")
+    args = operands(False, {}, rows, lse=given["lse"], d_lse=d_lse, sinks=sinks)
+    delta = problem.resting(attn_delta_kernel, pick(spec, "delta", target), args)
+    terms = {name: given[name] for name in ("total", "delta")}
+    bias = {"bias": _bias(spec, given)}
+    rest = {"sinks": sinks, "seed": given.get("seed")}
 
     row = pick(spec, "dq", target)
-    tiled = _tiled(row.block_m, **q_side, dq=grads.dq) | _tiled(row.block_n, **kv_side)
-    by_rows = grads.dbias if axes in ("q", "1") else None
-    own = {"d_lse": grads.d_lse, "dsinks": grads.dsinks, "dbias": by_rows}
-    given = operands(row.descriptors, tiled, bias | terms, **rest, **own)
+    sides = {"query": row.block_m, "key": row.block_n, "value": row.block_n, "d_out": row.block_m, "dq": row.block_m}
+    by_rows = dbias if axes in ("q", "1") else None
+    own = {"d_lse": d_lse, "dsinks": given.get("dsinks"), "dbias": by_rows}
+    args = operands(row.descriptors, _moved(given, sides), terms | bias, **rest, **own)
     programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
     section = section_of(spec, spec.kv_len) * spec.group
-    launches.append(problem.walking(attn_dq_kernel, row, programs, section, given))
+    dq = problem.walking(attn_dq_kernel, row, programs, section, args)
 
     row = pick(spec, "dkv", target)
-    tiled = _tiled(row.block_m, **q_side, **terms) | _tiled(row.block_n, **kv_side, dk=grads.dk, dv=grads.dv)
-    by_keys = grads.dbias if axes == "k" else None
-    given = operands(row.descriptors, tiled, bias, **rest, dbias=by_keys)
+    sides = {"query": row.block_m, "key": row.block_n, "value": row.block_n, "d_out": row.block_m}
+    sides |= {"total": row.block_m, "delta": row.block_m, "dk": row.block_n, "dv": row.block_n}
+    by_keys = dbias if axes == "k" else None
+    args = operands(row.descriptors, _moved(given, sides), bias, **rest, dbias=by_keys)
     programs = tiles_of(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
     section = section_of(spec, spec.q_len * spec.group)
-    launches.append(problem.walking(attn_dkv_kernel, row, programs, section, given, mirror=True))
+    dkv = problem.walking(attn_dkv_kernel, row, programs, section, args, mirror=True)
 
-    if axes == "qk" and grads.dbias is not None:
-        launches.append(_dbias(problem, grads, q_side | kv_side | terms | bias, rest))
-    return launches
+    if axes != "qk" or dbias is None:
+        return problem.plan(delta, dq, dkv)
+    pairs = {name: given[name] for name in ("query", "key", "value", "d_out")}
+    return problem.plan(delta, dq, dkv, _plan_dbias(problem, dbias, pairs | terms | bias, rest))
 
 
-def _dbias(problem: Problem, grads: Backward, strided: dict[str, Tensor | None], rest: dict[str, Any]) -> Launch:
+def _plan_dbias(
+    problem: Problem, dbias: Tensor, strided: dict[str, Tensor | None], rest: dict[str, Tensor | None]
+) -> Launch:
     """The gradient of a bias that varies over queries and keys, for one table or several."""
     spec, row = problem.spec, pick(problem.spec, "dbias", problem.target)
-    table = _four_dims(grads.dbias)
+    table = dbias[(None,) * (4 - dbias.dim())]
     batch, heads, q_len, kv_len = table.shape
-    given = operands(False, {}, strided | {"dbias": table}, **rest)
+    args = operands(False, {}, strided | {"dbias": table}, **rest)
     programs = tiles_of(q_len, row.block_m) * tiles_of(kv_len, row.block_n) * heads * batch
     shared = named(
         own_heads=veil(heads), heads=veil(spec.num_heads // max(heads, 1)), batches=veil(spec.batch // max(batch, 1))
     )
-    args = (*given, problem.sizes(programs, 1), problem.scales, problem.mask.args, shared)
+    args = (*args, problem.sizes(programs, 1), problem.scales, problem.mask_args, shared)
     return problem.launch(attn_dbias_kernel, row, programs, args)
 
 
-def _four_dims(tensor: Any) -> Tensor:
-    return tensor[(None,) * (4 - tensor.dim())]
-
-
-def _tiled(rows: int, **tensors: Tensor) -> dict[str, tuple[Tensor, int]]:
-    return {name: (tensor, rows) for name, tensor in tensors.items()}
+def _moved(given: dict[str, Tensor], rows: dict[str, int]) -> dict[str, tuple[Tensor, int | None]]:
+    return {name: (given[name], count) for name, count in rows.items()}

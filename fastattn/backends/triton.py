@@ -49,13 +49,12 @@ def kernel_name(spec: AttnSpec) -> str:
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
-    from fastattn.kernels import launch
+    from fastattn.kernels import launch, run
 
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     with _on(spec.device):
-        for each in launch.forward(spec, inputs, out, lse, launch.target_for(spec.device)):
-            each.run()
+        run.forward(spec, inputs, out, lse, launch.target_for(spec.device))
     return out, lse
 
 
@@ -70,7 +69,7 @@ def backward(
     wants_dbias: bool = True,
 ) -> Gradients:
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
-    from fastattn.kernels import launch
+    from fastattn.kernels import launch, run
 
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
@@ -81,8 +80,7 @@ def backward(
     terms = launch.empty_terms(spec, lse)
     tensors = launch.Backward(out, lse, d_out, d_lse, *terms, dq, dk, dv, dbias, dsinks)
     with _on(spec.device):
-        for each in launch.backward(spec, inputs, tensors, target):
-            each.run()
+        run.backward(spec, inputs, tensors, target)
     if inputs.sinks is not None and dsinks is not None:
         dsinks = dsinks.sum((0, 2)).to(inputs.sinks.dtype)
     if inputs.bias is not None and dbias is not None:
@@ -94,7 +92,9 @@ def backward(
 
 def _readable(inputs: AttnInputs) -> AttnInputs:
     """As kernels read memory: no negated views, sinks side by side."""
-    inputs = inputs.resolved()
+    query, key, value, bias, sinks, _ = inputs
+    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
+        inputs = inputs.resolved()
     return inputs if inputs.sinks is None else inputs._replace(sinks=inputs.sinks.contiguous())
 
 
@@ -162,4 +162,6 @@ def _feature_reason(spec: AttnSpec) -> str | None:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

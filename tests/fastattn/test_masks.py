@@ -1,5 +1,6 @@
 """Masks: the definitions by hand-drawn pictures, their intervals, counts, primitives, block lists and refusals."""
 
+import dataclasses
 import doctest
 import functools
 import itertools
@@ -289,3 +290,48 @@ def test_how_many_intervals_is_told_by_the_kinds(terms, count):
     ):
         found = mask.intervals(4, 4) if want else None
         assert mask.interval_count() == want == (None if found is None else len(found))
+
+
+BY_VALUE = {
+    "full": lambda: Full(),
+    "causal": lambda: Causal(),
+    "causal-offset": lambda: Causal(offset=3),
+    "window": lambda: Window(4, None),
+    "chunked": lambda: Chunked(4, 1),
+    "and": lambda: Causal() & Window(4, None),
+    "or": lambda: Causal() | Chunked(4),
+}
+
+
+@pytest.mark.parametrize("name", BY_VALUE)
+def test_masks_without_tensors_are_equal_by_value(name):
+    """So that a mask made anew for each call is met as an old one."""
+    made = {other: make() for other, make in BY_VALUE.items()}
+    again = BY_VALUE[name]()
+    assert again == made[name] and hash(again) == hash(made[name]) and {again: 1}[made[name]] == 1
+    assert all(again != each for other, each in made.items() if other != name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Listed(Mask):
+    """A user's, whose field may change."""
+
+    keys: list
+
+    def interval(self, q_idx, q_len, kv_len):
+        return q_idx * 0, q_idx * 0 + len(self.keys)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Lengths(torch.tensor([3])),
+        lambda: Causal(offset=torch.tensor([3])),
+        lambda: Causal() & Lengths(torch.tensor([3])),
+        lambda: Listed([1, 2]),
+    ],
+    ids=["lengths", "offsets", "and", "user"],
+)
+def test_masks_that_may_change_equal_themselves_alone(make):
+    one, other = make(), make()
+    assert one == one and one != other and len({one, other}) == 2

@@ -52,7 +52,7 @@ def splits(problem):
     """Over how many programs the keys of a tile are split, by the memory that the parts take."""
     first, *merge = launches(problem)
     assert first.options["KIND"].SPLIT.value == bool(merge)
-    return first.args[0].lse.shape[0] // problem.spec.batch
+    return first.args[4].lse.shape[0] // problem.spec.batch
 
 
 def most_splits(problem):

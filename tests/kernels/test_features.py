@@ -249,7 +249,8 @@ def descriptors(problem):
     spec = problem.spec
     out, lse = spec.empty_out(problem.inputs.query), spec.empty_lse(problem.inputs.query)
     first = launch.forward(spec, problem.inputs, out, lse, launch.target_for(spec.device))[0]
-    return {name for name in ("query", "key", "value") if isinstance(getattr(first.args[0], name), TensorDescriptor)}
+    names = ("query", "key", "value")
+    return {name for name, each in zip(names, first.args, strict=False) if isinstance(each, TensorDescriptor)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -1,0 +1,144 @@
+"""Running the launches of a call. What they need is made once for all calls of one structure whose tensors lie alike:
+the plan, the compiled kernels, every parameter that is no address. A call then brings its addresses.
+
+Triton's own way to a launch looks at each argument to find the kernel that fits, and encodes each descriptor; here the
+key says the same in fewer words: the spec's structure, and of each tensor its dtype, its strides and whether 16 divides
+its address.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from fastattn import flat
+from fastattn.kernels.launch import (
+    INTERPRETED,
+    Backward,
+    Launch,
+    Plan,
+    backward_tensors,
+    forward_tensors,
+    plan_backward,
+    plan_forward,
+)
+from fastattn.kernels.operands import TMA_BYTES
+from fastattn.kernels.packed import PackedLaunch, pack
+from fastattn.spec import AttnInputs, AttnSpec
+
+MOST_PLANS = 1024
+_PLANS: dict[tuple[Any, ...], "ReadyPlan"] = {}
+_STRUCTURES: WeakKeyDictionary[AttnSpec, tuple[Any, ...]] = WeakKeyDictionary()  # plain calls meet their spec again
+_THREAD = threading.local()
+OWN = frozenset(("lse", "total", "delta", "dq", "dk", "dv", "dbias", "dsinks"))
+"""Tensors that lie as the others and the structure say."""
+
+
+class ReadyLaunch:
+    """A planned launch that packs its parameters once its kernel is compiled."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.packed: PackedLaunch | None = None
+
+    def run(self, spec: AttnSpec, tensors: dict[str, Tensor], addresses: dict[str, int], stream: int | None) -> None:
+        """Launches it on the current device: packed where there is a stream to launch on, else by Triton."""
+        launch = self.launch
+        if launch.lists is not None:
+            lists = launch.block_lists(spec)
+            tensors = tensors | lists
+            addresses = addresses | _addresses(lists)
+        if stream is not None and self.packed is not None:
+            self.packed.run(addresses, stream)
+            return
+        bound = launch.bound(tensors)
+        compiled = bound.run()
+        if compiled is not None and self.packed is None:  # the interpreter compiles nothing
+            self.packed = pack(compiled, launch.programs, launch.args, bound.args)
+
+
+class ReadyPlan:
+    """The launches of a pass."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.launches = plan, [ReadyLaunch(each) for each in plan.launches if each.programs]
+
+    def run(self, spec: AttnSpec, tensors: dict[str, Tensor], addresses: dict[str, int]) -> None:
+        if self.plan.splits > 1 or self.plan.reads_mask:
+            more = self.plan.more_tensors(spec, tensors)
+            tensors, addresses = tensors | more, addresses | _addresses(more)
+        stream = _stream(spec.device)
+        for each in self.launches:
+            each.run(spec, tensors, addresses, stream)
+
+
+def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target: str) -> None:
+    """Writes out and lse."""
+    _run(plan_forward, spec, forward_tensors(spec, inputs, out, lse), target)
+
+
+def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str) -> None:
+    """Writes the gradients."""
+    _run(plan_backward, spec, backward_tensors(spec, inputs, tensors), target)
+
+
+def _run(plan: Callable[..., Plan], spec: AttnSpec, tensors: dict[str, Tensor], target: str) -> None:
+    addresses = _addresses(tensors)
+    structure = _STRUCTURES.get(spec) or _structure(spec)
+    if structure is None:  # a user's mask, which may be anything
+        ReadyPlan(plan(spec, tensors, target)).run(spec, tensors, addresses)
+        return
+    aligned = [address % TMA_BYTES == 0 for address in addresses.values()]
+    key: list[Any] = [plan, structure, target, torch.get_float32_matmul_precision(), "dbias" in tensors]
+    key.append(all(aligned) or tuple(aligned))
+    for name, tensor in tensors.items():  # their shapes follow from the structure
+        if name not in OWN:
+            key += name, tensor.dtype, tensor.stride()
+    found = _PLANS.get(tuple(key))
+    if found is None:
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        found = _PLANS[tuple(key)] = ReadyPlan(plan(spec, tensors, target))
+    found.run(spec, tensors, addresses)
+
+
+def _structure(spec: AttnSpec) -> tuple[Any, ...] | None:
+    """All of a spec but what its mask's tensors hold, by value: calls of one structure whose tensors lie alike are
+    launched alike. None where the mask is a class of the user's.
+    """
+    mask = spec.pages or spec.mask
+    if not flat.is_known(mask):
+        return None
+    code, numbers, tensors = flat.pack(mask)
+    lie = tuple((each.dtype, each.shape, each.stride(), each.data_ptr() % TMA_BYTES == 0) for each in tensors)
+    _STRUCTURES[spec] = made = (
+        spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v,
+        spec.dtype, spec.device, code, *numbers, lie, spec.scale, spec.softcap, spec.bias_shape, spec.has_sinks,
+        spec.dropout_p, type(spec.score), type(spec.normalizer),
+    )  # fmt: skip
+    return made
+
+
+def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream to launch on; None where Triton has to launch: in its interpreter, where somebody hooks its launches,
+    and at a thread's first call, since a thread may have no CUDA context yet and Triton's launcher sees to that.
+    """
+    runtime = knobs.runtime
+    if INTERPRETED or any(_hooked(each) for each in (runtime.launch_enter_hook, runtime.launch_exit_hook)):
+        return None
+    if not hasattr(_THREAD, "launched"):
+        _THREAD.launched = True
+        return None
+    return torch._C._cuda_getCurrentRawStream(device.index or 0)
+
+
+def _hooked(hook: Any) -> bool:
+    return bool(getattr(hook, "calls", hook))

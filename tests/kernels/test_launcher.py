@@ -1,0 +1,47 @@
+"""Triton's own launcher where no GPU is: launcher_cases.py, in processes without Triton's interpreter."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CALLS = ("plain", "causal", "decode")
+
+
+@pytest.mark.parametrize("selection", ["sm90", "sm80", "cost"])
+def test_what_a_launch_hands_to_the_driver(selection):
+    if torch.cuda.is_available():
+        pytest.skip("a driver is here: tests marked gpu launch on it")
+    if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
+        pytest.skip("Triton's launcher is C, and no compiler is here")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", selection]
+    done = subprocess.run(
+        [*command, str(HERE / "launcher_cases.py")],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE / "stub")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\b\d+ passed", done.stdout), done.stdout
+
+
+def test_the_page_says_what_was_measured():
+    """The figures of docs/triton.md are those of the file that launcher_cases.py writes."""
+    measured = json.loads((ROOT / "bench" / "results" / "host" / "triton.json").read_text())
+    median = {each["param"]: each["stats"]["median"] * 1e6 for each in measured["benchmarks"]}
+    page = (ROOT / "docs" / "triton.md").read_text()
+    for name in CALLS:
+        figures = " | ".join(f"{median[f'{name}-{part}']:.1f}" for part in ("backend", "call", "training"))
+        assert f"| {name} | {figures} |" in page
