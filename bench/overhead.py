@@ -33,7 +33,7 @@ def overhead_us(who: Provider, case: BenchCase, mode: str, device: torch.device)
 
 def _time(who: Provider, problem: Problem, mode: str) -> float:
     device = problem.device
-    call = problem.call(mode, who.make(problem))
+    call = problem.call(mode, who.make(problem, mode))
     times = []
     for _ in range(ROUNDS + 1):
         _wait(device)

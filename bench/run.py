@@ -19,7 +19,6 @@ from fastattn.bench.overhead import overhead_us
 from fastattn.bench.presets import PRESETS, preset_cases
 from fastattn.bench.problem import Made, NoBackward, Problem
 from fastattn.bench.progress import Progress
-from fastattn.bench.provider import Provider
 from fastattn.bench.providers import known_providers, provider
 from fastattn.bench.ratios import paired
 from fastattn.bench.rows import Row, say_bytes
@@ -135,7 +134,7 @@ def run(rows: list[Row], options: Options, device: torch.device, progress: Progr
 
 
 class CaseRunner:
-    """The rows of one case; the problem, its float64 truth and what providers prepared are shared by the modes."""
+    """The rows of one case; the problem and its float64 truth are shared by the modes."""
 
     def __init__(
         self,
@@ -149,7 +148,6 @@ class CaseRunner:
         self.case, self.device, self.clock, self.budget, self.check = case, device, clock, budget, check
         self.progress = progress
         self.problems: dict[BenchCase, Problem] = {}
-        self.made: dict[str, Made] = {}
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the last case left in pieces
 
@@ -204,7 +202,7 @@ class CaseRunner:
             row.reason = who.why_not(problem, row.mode)
             if row.reason is not None:
                 return None
-            made = self._make(who, problem)
+            made = who.make(problem, row.mode)
             row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
             row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
             if who.attends and self._checks(row.mode) and not self._right(row, problem, made):
@@ -259,11 +257,6 @@ class CaseRunner:
         if case not in self.problems:
             self.problems[case] = problem_of(case, self.device)
         return self.problems[case]
-
-    def _make(self, who: Provider, problem: Problem) -> Made:
-        if who.name not in self.made:
-            self.made[who.name] = who.make(problem)
-        return self.made[who.name]
 
 
 def too_large(row: Row, device: torch.device) -> str | None:

@@ -90,7 +90,7 @@ IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") a
 def test_large_cases_are_checked_head_by_head_with_the_same_verdict(op, cpu, monkeypatch):
     [case] = bench_cases("cpu", ops=[op], q_len=[24], num_heads=[8], head_dim=[8], batch=[2])
     whole = Problem(case, cpu)
-    results = whole.results("fwd+bwd", provider("sdpa-math").make(whole))
+    results = whole.results("fwd+bwd", provider("sdpa-math").make(whole, "fwd+bwd"))
     monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
     by_head = Problem(case, cpu)
     everything, parts = whole.check(results), by_head.check(results)

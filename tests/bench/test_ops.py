@@ -46,8 +46,8 @@ def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu):
 @pytest.mark.parametrize("op", OPS)
 def test_a_wrong_result_of_an_operation_is_found(op, cpu):
     problem = problem_of(small(op), cpu)
-    made = provider("fastattn").make(problem)
     for mode in OPS[op].modes:
+        made = provider("fastattn").make(problem, mode)
         for name in problem.results(mode, made):
             results = problem.results(mode, made)
             results[name] = results[name].clone()
@@ -63,7 +63,7 @@ def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monk
     plan = slices(case, "cpu", forward_alone=True)
     if case.q_len > 1:
         assert 1 <= plan.queries < case.q_len and slices(case, "cpu", forward_alone=False).queries == case.q_len
-    results = problem.results("fwd", provider("fastattn").make(problem))
+    results = problem.results("fwd", provider("fastattn").make(problem, "fwd"))
     assert problem.check(results).ok
     results["out"][..., -1, :] += 0.1
     assert not problem.check(results).ok
@@ -76,14 +76,14 @@ def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatc
     ours, other = timed(case, "fwd", ["fastattn", "sdpa"])
     assert ours.correct and other.correct
     problem = Problem(case, cpu)
-    made = provider("sdpa").make(problem)
+    made = provider("sdpa").make(problem, "fwd")
     first, second = (problem.results("fwd", made)["out"] for _ in range(2))
     assert not torch.equal(first, second) and made.checked_as[0] == "self"
 
 
 def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cpu):
     flat = problem_of(small("unbatched"), cpu)
-    query = flat._leaves(provider("sdpa").make(flat).layout)[0][0]
+    query = flat._leaves(provider("sdpa").make(flat, "fwd").layout)[0][0]
     assert query.shape == (4, 40, 16)
     two = problem_of(small("unbatched", batch=[2]), cpu)
     assert provider("sdpa").why_not(two, "fwd") == "3-D tensors have no batch, and 2 were asked for"
@@ -137,7 +137,7 @@ def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu):
     assert row.timed and row.correct is None
     problem = Problem(case, cpu)
     total = sum(each.detach().contiguous().view(torch.int64).sum() for each in problem.qkv[1:])
-    assert provider("read").make(problem).forward(*problem.detached) == total
+    assert provider("read").make(problem, "fwd").forward(*problem.tensors("fwd")) == total
 
 
 @pytest.mark.parametrize("times, coarse", [(4.0, True), (20.0, False)])
