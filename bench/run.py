@@ -25,13 +25,13 @@ from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench.suite import SUITES, Cell
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases, known
 
-BASELINE = "sdpa"
 COARSE = 8.0
 """Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
 backward on a CPU is: it adds its gradients up in the inputs' dtype."""
 BACKWARD_WORDS = ("backward", "bwd")
-BASELINES = {"module": "mha"}
-"""PyTorch's own by the form of a call, where it is another."""
+BASELINES = {"module": ("mha",)}
+BASELINE = ("sdpa", "sdpa-cudnn")
+"""PyTorch's own, by the form of a call: the first of these that is among the providers."""
 BUDGETS = {
     ("cpu", False): Budget(rounds=7, min_time=0.3, max_time=2.0),
     ("cpu", True): Budget(rounds=3, min_time=0.05, max_time=0.5),
@@ -67,7 +67,7 @@ def plan(options: Options, device: torch.device) -> list[Row]:
 def cell_rows(cell: Cell, names: Sequence[str], device: torch.device, baseline: str | None = None) -> list[Row]:
     """A row for each provider, against PyTorch's own unless `baseline` names another."""
     usual = BASELINES.get(OPS[cell.case.op].form, BASELINE)
-    baseline = baseline or (usual if usual in names else None)
+    baseline = baseline or next((name for name in usual if name in names), None)
     return [Row(cell.case, cell.mode, name, device.type, baseline=baseline) for name in names]
 
 
