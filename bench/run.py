@@ -9,18 +9,19 @@ from itertools import groupby
 
 import torch
 
-from fastattn.bench import env, estimate, tiny_calls
+from fastattn.bench import env, estimate, smi, tiny_calls
 from fastattn.bench import options as flags
-from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
+from fastattn.bench.clock import SUSTAINED, Budget, Clock, Timing, clock_for, measure
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.module import problem_of
+from fastattn.bench.notices import Notices
 from fastattn.bench.options import Options
 from fastattn.bench.overhead import overhead_us
 from fastattn.bench.presets import PRESETS, preset_cases
 from fastattn.bench.problem import Made, NoBackward, Problem
 from fastattn.bench.progress import Progress
 from fastattn.bench.providers import known_providers, provider
-from fastattn.bench.ratios import paired
+from fastattn.bench.ratios import Samples, speedup
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench.suite import SUITES, Cell
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases, known
@@ -28,6 +29,10 @@ from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases, known
 COARSE = 8.0
 """Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
 backward on a CPU is: it adds its gradients up in the inputs' dtype."""
+LONGEST_SUSTAINED_MS = 100.0
+"""Calls that take longer are left out of the measurement under sustained load: they would be most of it."""
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""How PyTorch begins to say that a kernel asked for by name does not take a call; why not it says in warnings."""
 BACKWARD_WORDS = ("backward", "bwd")
 BASELINES = {"module": ("mha",)}
 BASELINE = ("sdpa", "sdpa-cudnn")
@@ -140,7 +145,7 @@ class CaseRunner:
         self,
         case: BenchCase,
         device: torch.device,
-        clock: CpuClock | CudaClock,
+        clock: Clock,
         budget: Budget,
         check: bool,
         progress: Progress,
@@ -149,18 +154,30 @@ class CaseRunner:
         self.progress = progress
         self.problems: dict[BenchCase, Problem] = {}
         if device.type == "cuda":
+            smi.sampler()  # its first line takes a while
             torch.cuda.empty_cache()  # what the last case left in pieces
 
     def run(self, rows: list[Row]) -> None:
         """All providers of one mode: each made, checked and weighed by itself, then all timed in turns."""
         calls: dict[str, Callable[[], object]] = {}
+        notices = Notices({row.provider: row.warnings for row in rows})
         for row in rows:
             self.progress.step(f"{row.case.op} {row.mode} · {row.provider}")
-            call = self._ready(row)
+            with notices.listening(row.provider):
+                call = self._ready(row)
             if call is not None:
                 calls[row.provider] = call
         self.progress.say(f"{self.case.op} {rows[0].mode} · timing {', '.join(calls) or 'nobody'}")
-        timings = measure(calls, self.clock, self.budget)
+        with notices.listening():
+            self._time(rows, calls, notices)
+            self._sustain(rows, calls, notices)
+            if self.device.type == "cuda":
+                self._look_closer(rows, calls)
+        _compare(rows)
+
+    def _time(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
+        timings = measure(calls, self.clock, self.budget, notices.turn)
+        states = _gpu_states(timings)
         for row in rows:
             if row.provider not in timings:
                 continue
@@ -170,23 +187,30 @@ class CaseRunner:
             else:
                 row.samples_ms, row.calls_per_sample = timing.samples_ms, timing.inner
                 row.samples_per_round = timing.per_round
-        if self.device.type == "cuda":
-            self._look_closer(rows, calls)
-        base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
-        for row in rows:
-            if base is not None and row.timed:
-                row.speedup = base.median_ms / row.median_ms
-                row.speedup_low, row.speedup_high = paired(base.samples, row.samples) or (None, None)
+                row.gpu_state = states[row.provider]
+
+    def _sustain(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
+        """A second measurement, all at the clocks that lasting load leaves them; a failure there is a warning."""
+        clock = self.clock.sustained
+        fit = [row for row in rows if row.timed and row.median_ms <= LONGEST_SUSTAINED_MS]
+        if clock is None or not fit:
+            return
+        timings = measure({row.provider: calls[row.provider] for row in fit}, clock, SUSTAINED, notices.turn)
+        states = _gpu_states(timings)
+        for row in fit:
+            timing = timings[row.provider]
+            if timing.failure is not None:
+                row.warnings.append(f"under sustained load: {_say(timing.failure)}")
+            else:
+                row.sustained_ms, row.sustained_calls = timing.samples_ms, timing.inner
+                row.sustained_state = states[row.provider]
 
     def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]]) -> None:
-        """On a GPU: its clocks while it is still warm, and two more clocks for tiny calls."""
-        state = env.gpu_state()
+        """On a GPU: two more clocks for tiny calls."""
         for row in rows:
-            if row.timed:
-                row.gpu_state = state
-                if row.median_ms < tiny_calls.TINY_MS:
-                    row.host_ms = tiny_calls.host_ms(calls[row.provider])
-                    row.graph_ms = tiny_calls.graph_ms(calls[row.provider])
+            if row.timed and row.median_ms < tiny_calls.TINY_MS:
+                row.host_ms = tiny_calls.host_ms(calls[row.provider])
+                row.graph_ms = tiny_calls.graph_ms(calls[row.provider])
 
     def _ready(self, row: Row) -> Callable[[], object] | None:
         """What to time for a row; None, with the reason in the row, where it cannot run or is wrong."""
@@ -259,6 +283,29 @@ class CaseRunner:
         return self.problems[case]
 
 
+def _compare(rows: list[Row]) -> None:
+    """Speed-ups against the baseline, by the samples of both clocks."""
+    base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
+    for row in rows:
+        if base is not None and row.timed:
+            row.speedup, row.speedup_low, row.speedup_high = speedup(base.samples, row.samples)
+        if base is not None and base.sustained_ms and row.sustained_ms:
+            both = Samples(base.sustained_ms), Samples(row.sustained_ms)
+            row.sustained_speedup, row.sustained_low, row.sustained_high = speedup(*both)
+
+
+def _gpu_states(timings: dict[str, Timing]) -> dict[str, dict[str, str] | None]:
+    """Clocks, power and temperature in each provider's turns on a GPU; of now where nothing was read near them."""
+    found: dict[str, dict[str, str] | None] = dict.fromkeys(timings)
+    on_gpu = [name for name, timing in timings.items() if timing.spans]
+    sampler = smi.sampler() if on_gpu else None
+    if sampler is None:
+        return found
+    found |= {name: sampler.during(timings[name].spans) for name in on_gpu}
+    missing = [name for name in on_gpu if found[name] is None]
+    return found | dict.fromkeys(missing, env.gpu_state() if missing else None)
+
+
 def too_large(row: Row, device: torch.device) -> str | None:
     """Writes down what a row will take; a sentence where that is more than there is."""
     extra = provider(row.provider).extra_bytes(row.case, row.mode, device)
@@ -271,14 +318,23 @@ def too_large(row: Row, device: torch.device) -> str | None:
 
 def _refuse(row: Row, failure: Exception) -> None:
     """Put an exception into a row's cell."""
-    lines = str(failure).strip().splitlines()
-    words = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
     if _out_of_memory(failure):
         row.reason = "out of memory"
+        return
+    words = _say(failure)
+    if not row.ours and str(failure).startswith(NO_KERNEL):
+        row.reason = "no kernel" if row.warnings else words
     elif isinstance(failure, NoBackward) or (not row.ours and row.mode != "fwd" and _speaks_of_backward(failure)):
         row.reason = str(failure) if isinstance(failure, NoBackward) else f"no backward: {words}"
     else:
         row.reason, row.crashed = words, True
+    if row.warnings:
+        row.reason += f": {min(row.warnings, key=len)}"
+
+
+def _say(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _speaks_of_backward(failure: Exception) -> bool:

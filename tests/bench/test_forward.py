@@ -5,11 +5,8 @@ import torch
 
 import fastattn
 from fastattn import dispatch
-from fastattn.bench import run
-from fastattn.bench.clock import Budget, CpuClock
 from fastattn.bench.module import problem_of
 from fastattn.bench.problem import Problem
-from fastattn.bench.progress import Progress
 from fastattn.bench.providers import Flex, provider
 from fastattn.bench_cases import bench_cases
 
@@ -19,13 +16,6 @@ NO_BACKWARD = "this backend's backward does not exist yet"
 def small(op):
     [case] = bench_cases("cpu", ops=[op], q_len=[24], num_heads=[2], head_dim=[16])
     return case
-
-
-def timed(case, mode, names):
-    cpu = torch.device("cpu")
-    rows = run.cell_rows(run.Cell(case, mode), names, cpu)
-    run.CaseRunner(case, cpu, CpuClock(), Budget(3, 0.001, 0.01), True, Progress(1)).run(rows)
-    return rows
 
 
 @pytest.fixture
@@ -39,17 +29,17 @@ def forward_only(monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["self", "causal", "biased", "dropout", "module"])
-def test_a_backend_with_a_forward_alone_has_its_forward_cells_timed(op, forward_only):
+def test_a_backend_with_a_forward_alone_has_its_forward_cells_timed(op, forward_only, timed):
     forward_only("reference")
-    [row] = timed(small(op), "fwd", ["fastattn-reference"])
+    [row] = timed(op, "fwd", ["fastattn-reference"])
     assert row.timed and row.correct and row.label == "reference", row.reason
 
 
 @pytest.mark.parametrize("mode", ["bwd", "fwd+bwd"])
 @pytest.mark.parametrize("op", ["self", "biased"])
-def test_it_refuses_a_backward_in_its_own_words(op, mode, forward_only):
+def test_it_refuses_a_backward_in_its_own_words(op, mode, forward_only, timed):
     forward_only("reference")
-    [row] = timed(small(op), mode, ["fastattn-reference"])
+    [row] = timed(op, mode, ["fastattn-reference"])
     assert row.reason == NO_BACKWARD and not row.crashed
 
 
@@ -66,7 +56,7 @@ def test_the_free_choice_is_asked_and_labelled_mode_by_mode(forward_only, monkey
 
 
 @pytest.mark.parametrize("op", ["self", "biased"])
-def test_nothing_that_a_forward_calls_wants_gradients(op, cpu, monkeypatch):
+def test_nothing_that_a_forward_calls_wants_gradients(op, cpu, monkeypatch, timed):
     """Reason, first call, check and timing: whoever they ask sees tensors without gradients and autograd off."""
     seen = []
     honest, explain = fastattn.attention, fastattn.explain
@@ -81,10 +71,10 @@ def test_nothing_that_a_forward_calls_wants_gradients(op, cpu, monkeypatch):
 
     monkeypatch.setattr(fastattn, "attention", look(honest))
     monkeypatch.setattr(fastattn, "explain", look(explain))
-    [row] = timed(small(op), "fwd", ["fastattn"])
+    [row] = timed(op, "fwd", ["fastattn"])
     assert row.timed and {name for name, _ in seen} == {"attention", "explain"} and not any(wants for _, wants in seen)
     seen.clear()
-    [row] = timed(small(op), "fwd+bwd", ["fastattn"])
+    [row] = timed(op, "fwd+bwd", ["fastattn"])
     assert row.timed and all(wants for _, wants in seen)
 
 

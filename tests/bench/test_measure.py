@@ -28,11 +28,14 @@ class Recorder:
         timing.spent += self.seconds
         timing.samples_ms.append(1e3 * self.seconds)
 
+    def finish(self):
+        self.order.append(".")
+
 
 def test_rounds_go_through_all_providers_and_turn():
     clock = Recorder(1.0)
     measure({name: (lambda name=name: name) for name in "abc"}, clock, Budget(rounds=3, min_time=0.1, max_time=9))
-    assert "".join(clock.order) == "abcbcacab"
+    assert "".join(clock.order) == "abcbcacab."
 
 
 def test_a_slow_call_stops_at_its_time_but_not_before_three_samples():

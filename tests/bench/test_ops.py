@@ -5,16 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn.bench import run
-from fastattn.bench.clock import Budget, CpuClock
 from fastattn.bench.module import problem_of
 from fastattn.bench.problem import Problem, slices
-from fastattn.bench.progress import Progress
 from fastattn.bench.providers import Sdpa, known_providers, provider
 from fastattn.bench_cases import OPS, BenchCase, bench_cases
 
 SMALL = {"q_len": [40], "num_heads": [4], "head_dim": [16]}
-BUDGET = Budget(3, 0.001, 0.01)
 IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") and not op.dropout_p]
 
 
@@ -23,16 +19,9 @@ def small(op, **more):
     return case
 
 
-def timed(case, mode, names, check=True):
-    cpu = torch.device("cpu")
-    rows = run.cell_rows(run.Cell(case, mode), names, cpu)
-    run.CaseRunner(case, cpu, CpuClock(), BUDGET, check, Progress(1)).run(rows)
-    return rows
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", OPS)
-def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu):
+def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu, timed):
     peer = "mha" if OPS[op].form == "module" else "sdpa"
     for mode in OPS[op].modes:
         ours, other = timed(small(op, dtypes=[dtype]), mode, ["fastattn", peer])
@@ -69,7 +58,7 @@ def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monk
     assert not problem.check(results).ok
 
 
-def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch):
+def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch, timed):
     monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
     case = small("dropout")
     assert slices(case, "cpu", True) is None
@@ -105,20 +94,20 @@ def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cp
         ("self", "read", "bounds one query alone"),
     ],
 )
-def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch):
+def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch, timed):
     monkeypatch.setattr("fastattn.bench.providers.cxx", lambda: "/usr/bin/c++")
     [row] = timed(small(op), "fwd", [name])
     assert row.reason == reason and not row.crashed
 
 
 @pytest.mark.parametrize("name", ["kv_len", "num_kv_heads", "head_dim_v"])
-def test_a_module_refuses_sizes_that_it_would_not_use(name, cpu):
+def test_a_module_refuses_sizes_that_it_would_not_use(name, cpu, timed):
     for row in timed(small("module", **{name: [2]}), "fwd", ["fastattn", "mha"]):
         assert row.reason == "a module looks at itself: one length, one head dim, no shared key heads"
 
 
 @pytest.mark.parametrize("kv_len", [1, 9, 40, 100])
-def test_documents_are_packed_whatever_the_lengths(kv_len, cpu):
+def test_documents_are_packed_whatever_the_lengths(kv_len, cpu, timed):
     [row] = timed(small("documents", kv_len=[kv_len]), "fwd", ["fastattn"])
     assert row.correct, row.reason
     case = small("documents", q_len=[160])
@@ -127,11 +116,11 @@ def test_documents_are_packed_whatever_the_lengths(kv_len, cpu):
     assert sizes[:4] == [10, 15, 22, 34] and sum(sizes) == 160
 
 
-def test_evaluation_has_no_backward(cpu):
+def test_evaluation_has_no_backward(cpu, timed):
     assert {row.reason for row in timed(small("module"), "bwd", ["fastattn", "mha"])} == {"evaluation has no backward"}
 
 
-def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu):
+def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu, timed):
     case = small("decode", q_len=[1], kv_len=[256])
     [row] = timed(case, "fwd", ["read"])
     assert row.timed and row.correct is None
@@ -142,7 +131,9 @@ def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu):
 
 @pytest.mark.parametrize("times, coarse", [(4.0, True), (20.0, False)])
 @pytest.mark.parametrize("name", ["sdpa", "fastattn"])
-def test_another_librarys_result_near_the_bounds_is_timed_and_called_coarse(name, times, coarse, cpu, monkeypatch):
+def test_another_librarys_result_near_the_bounds_is_timed_and_called_coarse(
+    name, times, coarse, cpu, monkeypatch, timed
+):
     honest = Problem.check
 
     def check(self, results):
