@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-NARROW = 96
+NARROW = 100
 """Below this many columns the spread of the times is left out, so that 80 are enough."""
 
 RATIO = 8
@@ -130,7 +130,7 @@ def _columns(width: int, baseline: str | None, unit: str, sustained: bool) -> li
     against = f"vs {baseline}"
     columns = [
         ("mode", 10, "mode"),
-        ("provider", 23 if width >= NARROW else 20, "who"),
+        ("provider", 24 if width >= NARROW else 20, "who"),
         ("time", 8, "time"),
         ("IQR", 5, "spread"),
         (against if baseline and len(against) <= RATIO else "speed-up", RATIO, "speedup"),

@@ -172,7 +172,7 @@ class CaseRunner:
             self._time(rows, calls, notices)
             self._sustain(rows, calls, notices)
             if self.device.type == "cuda":
-                self._look_closer(rows, calls)
+                self._look_closer(rows, calls, notices)
         _compare(rows)
 
     def _time(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
@@ -205,10 +205,11 @@ class CaseRunner:
                 row.sustained_ms, row.sustained_calls = timing.samples_ms, timing.inner
                 row.sustained_state = states[row.provider]
 
-    def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]]) -> None:
+    def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
         """On a GPU: two more clocks for tiny calls."""
         for row in rows:
             if row.timed and row.median_ms < tiny_calls.TINY_MS:
+                notices.turn(row.provider)
                 row.host_ms = tiny_calls.host_ms(calls[row.provider])
                 row.graph_ms = tiny_calls.graph_ms(calls[row.provider])
 

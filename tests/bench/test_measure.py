@@ -38,6 +38,13 @@ def test_rounds_go_through_all_providers_and_turn():
     assert "".join(clock.order) == "abcbcacab."
 
 
+def test_whose_turn_it_is_is_said_before_each_call():
+    clock, turns = Recorder(1.0), []
+    calls = {name: (lambda name=name: turns.append(f"called {name}") or name) for name in "ab"}
+    measure(calls, clock, Budget(rounds=2, min_time=0.1, max_time=9), turns.append)
+    assert turns == [each for name in "ab" + "abba" for each in (name, f"called {name}")]
+
+
 def test_a_slow_call_stops_at_its_time_but_not_before_three_samples():
     timings = measure({"slow": lambda: None}, Recorder(5.0), Budget(rounds=50, min_time=1, max_time=6))
     assert len(timings["slow"].samples_ms) == 3

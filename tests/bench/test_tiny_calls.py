@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastattn.bench import run, tiny_calls
+from fastattn.bench.notices import Notices
 from fastattn.bench.rows import Row
 from fastattn.bench.run import CaseRunner
 from fastattn.bench_cases import BenchCase
@@ -77,5 +78,5 @@ def test_only_tiny_calls_get_more_clocks(monkeypatch, milliseconds, looked):
     case = BenchCase("self", "bf16", 1, 1, 1, 8, 8, 8)
     row = Row(case, "fwd", "sdpa", "cuda", samples_ms=[milliseconds] * 3)
     runner = CaseRunner(case, torch.device("cuda"), None, None, False, run.Progress(1))
-    runner._look_closer([row], {"sdpa": cuda.launch})
+    runner._look_closer([row], {"sdpa": cuda.launch}, Notices({"sdpa": row.warnings}))
     assert (row.host_ms is not None, row.graph_ms is not None) == (looked, looked)
