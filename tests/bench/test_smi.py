@@ -1,9 +1,11 @@
 """What nvidia-smi says beside the benchmark, played by a script: whose turn a line belongs to, and where it is not."""
 
 import datetime
+import os
 import stat
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,15 +44,17 @@ def line(clock, power, temperature):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """Puts a script before all else on PATH; `times` None leaves PATH empty."""
+    """Puts a script before all else on PATH; with `times` None there is none, and no real one is found."""
 
     def install(times, values=None, deaf=False):
         values = values or [line(1980, 512.3, 54)]
-        if times is not None:
+        if times is None:
+            monkeypatch.setattr(smi, "shutil", SimpleNamespace(which=lambda name: None))
+        else:
             path = tmp_path / "nvidia-smi"
             path.write_text(SCRIPT.format(python=sys.executable, times=times, values=values, deaf=deaf))
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("PATH", str(tmp_path))
+            monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
     smi.sampler.cache_clear()
     yield install
