@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from fastattn.bench.ratios import Interval, Samples, paired, quotient, unpaired
+from fastattn.bench.ratios import Interval, Samples, Speedup, paired, quotient, speedup, unpaired
 from fastattn.bench.report import say_case
 from fastattn.bench.rows import Row, rate_unit, say_speedup, say_time, three
 from fastattn.bench_cases import WINDOWED
@@ -17,13 +17,17 @@ from fastattn.bench_cases import WINDOWED
 OURS = "fastattn"
 HEAD = ("operation", "case", "mode", "fastattn", "against", "its time", "ratio", "95% interval")
 ALIGN = "|---|---|---|--:|---|--:|--:|--:|"
+SUSTAINED = "under sustained load"
 READS = "read"
 """A provider that only reads: its lines tell bytes a second."""
 
 
 def markdown(rows: list[Row]) -> list[str]:
     """The table, and below it a line for each pair of cells that belong together."""
-    lines = ["| " + " | ".join(HEAD) + " |", ALIGN, *map(_line, pairs(rows))]
+    sustained = any(row.sustained_ms for row in rows)
+    head = (*HEAD, SUSTAINED) if sustained else HEAD
+    lines = ["| " + " | ".join(head) + " |", ALIGN + "--:|" * sustained]
+    lines += [_line(pair, sustained) for pair in pairs(rows)]
     more = [*_growth(rows), *_half(rows)]
     return [*lines, "", *[f"- {each}" for each in more]] if more else lines
 
@@ -67,6 +71,13 @@ class Pair:
         """The other's first, as of a base."""
         return (self.other or self.ours).samples, self.ours.samples
 
+    @property
+    def sustained(self) -> Speedup | None:
+        """The same under sustained load, where both were measured so."""
+        if self.other is None or not self.other.sustained_ms or not self.ours.sustained_ms:
+            return None
+        return speedup(Samples(self.other.sustained_ms), Samples(self.ours.sustained_ms))
+
 
 def pairs(rows: list[Row]) -> Iterator[Pair]:
     """In the order of the rows, each cell's others one after the other."""
@@ -78,7 +89,7 @@ def pairs(rows: list[Row]) -> Iterator[Pair]:
                 yield from (Pair(ours, other) for other in others or [None])
 
 
-def _line(pair: Pair) -> str:
+def _line(pair: Pair, sustained: bool) -> str:
     case, other = pair.ours.case, pair.other
     rate = other is not None and other.provider == READS
     cells = [case.op, say_case(case), pair.ours.mode, _say_row(pair.ours, rate), "", "", "", ""]
@@ -86,6 +97,8 @@ def _line(pair: Pair) -> str:
         cells[4:6] = [other.provider, _say_row(other, rate)]
     if pair.ratio is not None:
         cells[6:] = [say_speedup(pair.ratio), _say_interval(pair.interval)]
+    if sustained:
+        cells.append(_say_sustained(pair.sustained))
     return "| " + " | ".join(cells) + " |"
 
 
@@ -94,6 +107,13 @@ def _say_row(row: Row, rate: bool) -> str:
         return ("✗ " if row.wrong else "") + (row.reason or "not timed")
     bandwidth = f" ({three((row.least_bytes or 0) / (row.median_ms * 1e6))} GB/s)" if rate else ""
     return say_time(row.median_ms) + bandwidth + (" (coarse)" if row.coarse else "")
+
+
+def _say_sustained(found: Speedup | None) -> str:
+    if found is None:
+        return ""
+    interval = None if found.low is None or found.high is None else Interval(found.low, found.high)
+    return say_speedup(found.ratio) + (f" ({_say_interval(interval)})" if interval is not None else "")
 
 
 def _say_interval(interval: Interval | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastattn.bench.env import headline
 from fastattn.bench.growth import growth
+from fastattn.bench.ratios import Interval
 from fastattn.bench.report import by_op, say_case
 from fastattn.bench.rows import (
     Row,
@@ -19,7 +20,9 @@ from fastattn.bench.rows import (
     say_error,
     say_rate,
     say_speedup,
+    say_sustained,
     say_time,
+    say_warnings,
     three,
 )
 from fastattn.bench_cases import OPS
@@ -29,8 +32,8 @@ READS = (SCHEMA, "fastattn-gpu/1")
 """What is written here, and what `make gpu` writes: its rows are the same."""
 
 MORE = "memory | mask made in | first call | overhead"
-LONG = ("samples_ms", "errors", "gpu_state")
-"""Fields of a row that are lists; a CSV leaves them out."""
+LONG = ("samples_ms", "errors", "gpu_state", "sustained_ms", "sustained_state", "warnings")
+"""Fields of a row that are lists or tables; a CSV leaves them out."""
 
 
 def write_json(
@@ -68,13 +71,18 @@ def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
     """A summary with a column for each provider, then a table of every figure for each operation."""
     lines = [headline(environment), "", f"{environment['date']} · `{environment['command']}`", ""]
     lines += [*summary(rows), ""]
+    warned = say_warnings(rows)
+    if warned:
+        lines += [*(f"- {each}" for each in warned), ""]
+    sustained = any(row.sustained_ms for row in rows)
     for op, of_op in by_op(rows).items():
         against = f"vs {of_op[0].baseline}" if of_op[0].baseline else "speed-up"
         lines += [f"### {op}: {OPS[op].says}", ""]
         rates = "useful {0} | dense-equivalent {0}".format(rate_unit(of_op[0].device)[0])
-        lines += [f"| case | mode | provider | time | IQR | {against} | {rates} | {MORE} | error |"]
-        lines += ["|---|---|---|" + "--:|" * 9 + "---|"]
-        lines += [_markdown_row(row) for row in of_op] + [""]
+        lasting = " sustained |" if sustained else ""
+        lines += [f"| case | mode | provider | time | IQR | {against} |{lasting} {rates} | {MORE} | error |"]
+        lines += ["|---|---|---|" + "--:|" * (9 + sustained) + "---|"]
+        lines += [_markdown_row(row, sustained) for row in of_op] + [""]
     return "\n".join(lines)
 
 
@@ -93,18 +101,21 @@ def summary(rows: list[Row]) -> list[str]:
 def _summary_cell(row: Row) -> str:
     if not row.timed:
         return ("✗ " if row.wrong else "") + (row.reason or "not timed")
-    against = say_against(row)
+    lasting = say_sustained(row)
+    against = ", ".join(filter(None, [say_against(row), f"sustained {lasting}" if lasting else ""]))
     return say_time(row.median_ms) + (f" ({against})" if against else "")
 
 
-def _markdown_row(row: Row) -> str:
+def _markdown_row(row: Row, sustained: bool) -> str:
     start = f"| {say_case(row.case)} | {row.mode} | {row.who} |"
     if not row.timed:
-        return f"{start} {row.reason} | | | | | | | | | {say_error(row)} |"
+        return f"{start} {row.reason} |{' |' * (8 + sustained)} {say_error(row)} |"
+    lasting = _say_interval(row, row.sustained_speedup, row.sustained_low, row.sustained_high)
     cells = [
         say_time(row.median_ms),
         f"{100 * row.spread:.0f}%",
-        _say_interval(row),
+        _say_interval(row, row.speedup, row.speedup_low, row.speedup_high),
+        *([lasting] if sustained else []),
         say_rate(row),
         say_rate(row, dense=True),
         say_bytes(row.peak_bytes),
@@ -116,13 +127,13 @@ def _markdown_row(row: Row) -> str:
     return f"{start} " + " | ".join(cells) + " |"
 
 
-def _say_interval(row: Row) -> str:
-    if row.speedup is None:
+def _say_interval(row: Row, ratio: float | None, low: float | None, high: float | None) -> str:
+    if ratio is None:
         return ""
-    if row.speedup_low is None or row.speedup_high is None or row.provider == row.baseline:
-        return say_speedup(row.speedup)
-    tie = ", tie" if row.tie else ""
-    return f"{say_speedup(row.speedup)} [{three(row.speedup_low)}, {three(row.speedup_high)}]{tie}"
+    if low is None or high is None or row.provider == row.baseline:
+        return say_speedup(ratio)
+    tie = ", tie" if Interval(low, high).tie else ""
+    return f"{say_speedup(ratio)} [{three(low)}, {three(high)}]{tie}"
 
 
 def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:

@@ -95,7 +95,7 @@ class TorchModule(Provider):
     def why_not(self, problem: Problem, mode: str) -> str | None:
         return super().why_not(problem, mode) or forward_alone(problem, mode)
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         return made_of(problem, nn.MultiheadAttention, "torch.nn.MultiheadAttention")
 
 

@@ -107,7 +107,7 @@ class FlashAttention(Peer):
                 return f"no window in {module.__name__}"
         return None if hasattr(module, "flash_attn_func") else f"{module.__name__} has no flash_attn_func"
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         module = self.module()
         attend: Callable[..., Any] = module.flash_attn_func  # type: ignore[union-attr]
         mask, options = problem.mask, {}
@@ -138,7 +138,7 @@ class Xformers(Peer):
             return "no backward with shared key heads"
         return None
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         module, case, mask = self.module(), problem.case, problem.mask
         biases = module.fmha.attn_bias  # type: ignore[union-attr]
         bias = None

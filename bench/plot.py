@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart by every kind of colour vision; PyTorch in grey, as the ground to stand on.
 COLORS = {
     "fastattn": "#0072B2",
+    "fastattn-cuda": "#00508A",
     "fastattn-triton": "#56B4E9",
     "fastattn-reference": "#88B8D8",
     "sdpa": "#8C8C8C",

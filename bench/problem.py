@@ -114,10 +114,9 @@ class Problem:
     def bias(self) -> Tensor | None:
         return self.leaves[3] if self.op.bias else None
 
-    @property
-    def detached(self) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = (each.detach() for each in self.qkv)
-        return query, key, value
+    def tensors(self, mode: str) -> tuple[Tensor, ...]:
+        """query, key, value and a bias as `mode` takes them: leaves that want gradients, for "fwd" none that does."""
+        return _plain(self.leaves) if mode == "fwd" else self.leaves
 
     def flops(self, mode: str, *, useful: bool) -> int:
         """Floating-point operations of the matrix products; `useful` ones on pairs that the mask shows."""
@@ -281,6 +280,11 @@ def tiny(case: BenchCase) -> BenchCase:
     )
 
 
+def recording(mode: str) -> torch.set_grad_enabled:
+    """A context with autograd as `mode` runs: off for "fwd", on where there is a backward."""
+    return torch.set_grad_enabled(mode != "fwd")
+
+
 def _with_graph(out: Tensor, made: Made) -> Tensor:
     if not out.requires_grad:
         raise NoBackward(f"no backward in {made.label}")
@@ -288,8 +292,8 @@ def _with_graph(out: Tensor, made: Made) -> Tensor:
 
 
 def _plain(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Without gradients, but for a bias: a model's parameter is one in its forward too."""
-    return (*(each.detach() for each in leaves[:3]), *leaves[3:])
+    """Tensors that want no gradients, a learned bias too: a backend without a backward takes them."""
+    return tuple(each.detach() for each in leaves)
 
 
 def _badness(row: Agreement) -> tuple[bool, float]:

@@ -46,5 +46,6 @@ class Provider:
         """Bytes, about, that `mode` of `case` will take beside its inputs and outputs."""
         return 0
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
+        """What runs `mode` of `problem`: compiled, built and labelled for this mode."""
         raise NotImplementedError

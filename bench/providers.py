@@ -19,7 +19,7 @@ from fastattn.bench import estimate
 from fastattn.bench.env import cxx
 from fastattn.bench.module import TorchModule, forward_alone, made_of
 from fastattn.bench.peers import PEERS
-from fastattn.bench.problem import Made, Problem, tiny
+from fastattn.bench.problem import Made, Problem, recording, tiny
 from fastattn.bench.provider import Provider
 from fastattn.bench.read import Read
 from fastattn.bench_cases import OPS, BenchCase, known
@@ -49,21 +49,21 @@ class Fastattn(Provider):
 
     def why_not(self, problem: Problem, mode: str) -> str | None:
         try:
-            self._explain(problem, self.room)
+            _explain(problem, mode, self.room)
         except fastattn.BackendUnavailable:
-            return self._explain(problem).reasons[self.room]
+            return _explain(problem, mode).reasons[self.room]
         return super().why_not(problem, mode) or forward_alone(problem, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
         try:
-            room = self._explain(Problem(tiny(case), device), self.room).backend
+            room = _explain(Problem(tiny(case), device), mode, self.room).backend
         except fastattn.BackendUnavailable:
             return 0
         return estimate.plain_bytes(case, mode) if room == "reference" else 0
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         mask, room, seed, dropout_p = problem.mask, self.room, problem.seed, problem.op.dropout_p
-        label = self._explain(problem, room).backend
+        label = say_backends(_explain(problem, mode, room))
         if problem.op.form == "module":
             return made_of(problem, fastattn.nn.MultiheadAttention, label, backend=room)
         if problem.op.form != "4-D":
@@ -79,11 +79,25 @@ class Fastattn(Provider):
 
         return Made(forward, label, mask_s=mask_s)
 
-    @staticmethod
-    def _explain(problem: Problem, room: str | None = None) -> fastattn.Verdict:
+
+def _explain(problem: Problem, mode: str, room: str | None = None) -> fastattn.Verdict:
+    """What fastattn runs `mode` on: a forward alone wants no gradients, and may run where there is no backward."""
+    query, key, value, *bias = problem.tensors(mode)
+    with recording(mode):
         return fastattn.explain(
-            *problem.qkv, mask=problem.mask, bias=problem.bias, dropout_p=problem.op.dropout_p, backend=room
+            query,
+            key,
+            value,
+            mask=problem.mask,
+            bias=bias[0] if bias else None,
+            dropout_p=problem.op.dropout_p,
+            backend=room,
         )
+
+
+def say_backends(verdict: fastattn.Verdict) -> str:
+    """A row's label: who computes."""
+    return verdict.backend
 
 
 class Sdpa(Provider):
@@ -112,7 +126,7 @@ class Sdpa(Provider):
         unfused = self.kernel == "math" or (device.type == "cpu" and other)
         return (estimate.plain_bytes(case, mode) if unfused else 0) + estimate.mask_bytes(case)
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         made = as_torch_calls(F.scaled_dot_product_attention, problem, self.kernel or "")
@@ -174,7 +188,7 @@ class Flex(Provider):
             return "mask without a rule"
         return super().why_not(problem, mode)
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         from torch.nn.attention.flex_attention import flex_attention
 
         # Each case is compiled anew and for its own sizes; the compiler's limit on versions of one function stays away.
@@ -189,10 +203,12 @@ class Flex(Provider):
             return compiled(query, key, value, block_mask=block_mask, enable_gqa=enable_gqa)
 
         start = time.perf_counter()
-        with torch.no_grad():
-            forward(*problem.detached)
+        leaves = problem.tensors(mode)
+        with recording(mode):
+            out = forward(*leaves)
+        if mode != "fwd":
+            torch.autograd.grad(out, leaves, problem.d_out)
         if problem.device.type == "cuda":
-            torch.autograd.grad(forward(*problem.qkv), problem.qkv, problem.d_out)
             torch.cuda.synchronize()
         return Made(forward, "compiled", time.perf_counter() - start, prepared, mask_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,20 @@ class Samples(NamedTuple):
     @property
     def rounds(self) -> int:
         return len(self.ms) // self.per_round
+
+
+class Speedup(NamedTuple):
+    """How many times faster the second of two is, by medians, and that ratio's interval where there is one."""
+
+    ratio: float
+    low: float | None
+    high: float | None
+
+
+def speedup(base: Samples, mine: Samples) -> Speedup:
+    """Of `mine` over `base`, timed in the same rounds."""
+    low, high = paired(base, mine) or (None, None)
+    return Speedup(statistics.median(base.ms) / statistics.median(mine.ms), low, high)
 
 
 def paired(base: Samples, mine: Samples) -> Interval | None:

@@ -22,7 +22,7 @@ class Read(Provider):
             return "bounds one query alone"
         return super().why_not(problem, mode)
 
-    def make(self, problem: Problem) -> Made:
+    def make(self, problem: Problem, mode: str) -> Made:
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return key.view(torch.int64).sum() + value.view(torch.int64).sum()
 

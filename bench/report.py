@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import env
 from fastattn.bench.growth import growth
-from fastattn.bench.rows import Row, rate_unit, say_bytes, say_error, say_rate, say_speedup, say_time
+from fastattn.bench.rows import Row, rate_unit, say_bytes, say_error, say_rate, say_speedup, say_time, say_warnings
 from fastattn.bench_cases import OPS, BenchCase
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-NARROW = 96
+NARROW = 100
 """Below this many columns the spread of the times is left out, so that 80 are enough."""
+
+RATIO = 8
+"""Columns of the ratio to the baseline; a longer name stands in the legend alone."""
 
 NOISY = 0.1
 """An interquartile range above this share of the median is shown in yellow."""
@@ -35,7 +38,8 @@ def print_case(console: Console, rows: list[Row], *, first_of_op: bool) -> None:
     from rich.text import Text
 
     case, baseline = rows[0].case, rows[0].baseline
-    columns = _columns(console.width, baseline, rate_unit(rows[0].device)[0])
+    sustained = any(row.sustained_ms for row in rows)
+    columns = _columns(console.width, baseline, rate_unit(rows[0].device)[0], sustained)
     if first_of_op:
         console.print()
         console.rule(Text.assemble((f" {case.op} ", "bold cyan"), (f"{OPS[case.op].says} ", "dim")), align="left")
@@ -58,8 +62,14 @@ def print_legend(console: Console, rows: list[Row]) -> None:
     _print_growth(console, rows)
     _print_tiny(console, rows)
     _print_overhead(console, rows)
+    _print_warnings(console, rows)
+    sustained = (
+        "Sustained: the same ratio with the calls of all queued one behind the other, without pauses and cold caches. "
+        if any(row.sustained_ms for row in rows)
+        else ""
+    )
     console.print(
-        f"Time: median. {against}{unit}: on visible pairs alone. Memory: a call's peak beyond its inputs, "
+        f"Time: median. {against}{sustained}{unit}: on visible pairs alone. Memory: a call's peak beyond its inputs, "
         "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick"
         + (", ~ beyond them, but near." if any(row.coarse for row in rows) else "."),
         style="dim",
@@ -102,23 +112,37 @@ def _print_overhead(console: Console, rows: list[Row]) -> None:
         console.print(f"Call overhead, forward on one query and one key: {shown}", soft_wrap=True)
 
 
+def _print_warnings(console: Console, rows: list[Row]) -> None:
+    for each in say_warnings(rows):
+        console.print(each, style="yellow", soft_wrap=True)
+
+
 def say_case(case: BenchCase) -> str:
     return f"{case.dtype}  {case.sizes.replace('-', ' ')}"
 
 
-def _columns(width: int, baseline: str | None, unit: str) -> list[tuple[str, int, str]]:
-    """Name, width and meaning of each column; the last takes what is left."""
+def _columns(width: int, baseline: str | None, unit: str, sustained: bool) -> list[tuple[str, int, str]]:
+    """Name, width and meaning of each column; the last takes what is left.
+
+    The ratio under sustained load stands beside the usual one where there are figures; on a narrow terminal in the
+    place of the memory.
+    """
+    against = f"vs {baseline}"
     columns = [
         ("mode", 10, "mode"),
-        ("provider", 23 if width >= NARROW else 20, "who"),
+        ("provider", 24 if width >= NARROW else 20, "who"),
         ("time", 8, "time"),
         ("IQR", 5, "spread"),
-        (f"vs {baseline}" if baseline else "speed-up", 8, "speedup"),
+        (against if baseline and len(against) <= RATIO else "speed-up", RATIO, "speedup"),
+        ("sustained", 9, "sustained"),
         (unit, 8, "rate"),
         ("memory", 9, "memory"),
         ("error", 0, "error"),
     ]
-    return [column for column in columns if width >= NARROW or column[2] != "spread"]
+    left_out = set() if sustained else {"sustained"}
+    if width < NARROW:
+        left_out |= {"spread", "memory"} if sustained else {"spread"}
+    return [column for column in columns if column[2] not in left_out]
 
 
 def _line(row: Row, mode: str, columns: list[tuple[str, int, str]]) -> Text:
@@ -147,8 +171,9 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
     if what == "spread":
         return f"{100 * row.spread:.0f}%", "yellow" if row.spread > NOISY else "dim"
     if what == "speedup":
-        tie = "≈" if row.tie else ""
-        return ("-", "dim") if row.speedup is None else (tie + say_speedup(row.speedup), _speed_style(row))
+        return _ratio_cell(row, row.speedup, row.tie)
+    if what == "sustained":
+        return _ratio_cell(row, row.sustained_speedup, row.sustained_tie)
     if what == "rate":
         return say_rate(row), ""
     if what == "memory":
@@ -157,10 +182,11 @@ def _cell(row: Row, what: str) -> tuple[str, str]:
     return say_error(row), style
 
 
-def _speed_style(row: Row) -> str:
-    if row.provider == row.baseline or row.speedup is None:
-        return "dim"
-    return "" if row.tie else "green" if row.speedup > 1 else "red"
+def _ratio_cell(row: Row, ratio: float | None, tie: bool) -> tuple[str, str]:
+    if ratio is None:
+        return "-", "dim"
+    style = "dim" if row.provider == row.baseline else "" if tie else "green" if ratio > 1 else "red"
+    return "≈" * tie + say_speedup(ratio), style
 
 
 def by_op(rows: Iterable[Row]) -> dict[str, list[Row]]:

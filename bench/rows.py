@@ -18,8 +18,10 @@ class Row:
 
     `first_call_s`: seconds of the first call of this mode, with what it compiles or builds. `mask_s`: seconds that the
     mask took in this provider's form. `overhead_us`: microseconds of the host for a call that does next to nothing.
-    `graph_ms`, `host_ms`: a tiny call on a GPU by two more clocks. `gpu_state`: clocks, power and temperature after it.
-    `speedup_low`, `speedup_high`: the 95% interval of the speed-up. `coarse`: another library's result beyond the
+    `graph_ms`, `host_ms`: a tiny call on a GPU by two more clocks. `gpu_state`: clocks, power and temperature in its
+    turns. `speedup_low`, `speedup_high`: the 95% interval of the speed-up. `sustained_...`: the same figures under
+    lasting load, `sustained_calls` calls a sample; empty where that was not measured. `warnings`: what the provider
+    warned of, each sentence once. `coarse`: another library's result beyond the
     yardstick's bounds, yet so near that it is timed.
     Exactly one of `reason` (why there is no time) and `samples_ms` is filled once the row has run.
     """
@@ -53,6 +55,13 @@ class Row:
     graph_ms: float | None = None
     host_ms: float | None = None
     gpu_state: dict[str, str] | None = None
+    sustained_ms: list[float] = field(default_factory=list)
+    sustained_calls: int | None = None
+    sustained_speedup: float | None = None
+    sustained_low: float | None = None
+    sustained_high: float | None = None
+    sustained_state: dict[str, str] | None = None
+    warnings: list[str] = field(default_factory=list)
     peak_bytes: int | None = None
     memory_method: str | None = None
     estimated_bytes: int | None = None
@@ -107,9 +116,15 @@ class Row:
     @property
     def tie(self) -> bool:
         """Whether the interval of its speed-up spans 1: neither it nor the baseline is shown to be faster."""
-        if self.speedup_low is None or self.speedup_high is None or self.provider == self.baseline:
-            return False
-        return Interval(self.speedup_low, self.speedup_high).tie
+        return self._ties(self.speedup_low, self.speedup_high)
+
+    @property
+    def sustained_tie(self) -> bool:
+        """The same under sustained load."""
+        return self._ties(self.sustained_low, self.sustained_high)
+
+    def _ties(self, low: float | None, high: float | None) -> bool:
+        return low is not None and high is not None and self.provider != self.baseline and Interval(low, high).tie
 
     @property
     def spread(self) -> float:
@@ -153,12 +168,16 @@ class Row:
         }
         del record["case"]
         timed = self.timed
+        sustained = statistics.median(self.sustained_ms) if self.sustained_ms else None
         low, high = self.quartiles_ms if timed else (None, None)
         return record | {
             "median_ms": self.median_ms if timed else None,
             "q1_ms": low,
             "q3_ms": high,
             "tie": self.tie,
+            "sustained_median_ms": sustained,
+            "sustained_tie": self.sustained_tie,
+            "sustained_tflops": None if sustained is None else self.tflops(sustained),
             "tflops": self.tflops() if timed else None,
             "dense_tflops": self.tflops(dense=True) if timed else None,
             "gb_per_s": (self.least_bytes or 0) / (self.median_ms * 1e6) if timed else None,
@@ -210,6 +229,22 @@ def say_against(row: Row) -> str:
     if row.speedup is None or row.provider == row.baseline:
         return ""
     return say_speedup(row.speedup) + (", tie" if row.tie else "")
+
+
+def say_sustained(row: Row) -> str:
+    """The speed-up under sustained load, likewise; nothing where it was not measured."""
+    if row.sustained_speedup is None or row.provider == row.baseline:
+        return ""
+    return say_speedup(row.sustained_speedup) + (", tie" if row.sustained_tie else "")
+
+
+def say_warnings(rows: list[Row]) -> list[str]:
+    """What providers warned of and ran nevertheless, a line each; who failed has it in the row's own cell."""
+    found: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for each in row.warnings if row.timed else ():
+            found[row.provider, each] = found.get((row.provider, each), 0) + 1
+    return [f"{who} warned in {count} row{'s' * (count > 1)}: {each}" for (who, each), count in found.items()]
 
 
 def say_error(row: Row) -> str:

@@ -9,30 +9,34 @@ from itertools import groupby
 
 import torch
 
-from fastattn.bench import env, estimate, tiny_calls
+from fastattn.bench import env, estimate, smi, tiny_calls
 from fastattn.bench import options as flags
-from fastattn.bench.clock import Budget, CpuClock, CudaClock, clock_for, measure
+from fastattn.bench.clock import SUSTAINED, Budget, Clock, Timing, clock_for, measure
 from fastattn.bench.memory import peak_bytes
 from fastattn.bench.module import problem_of
+from fastattn.bench.notices import Notices
 from fastattn.bench.options import Options
 from fastattn.bench.overhead import overhead_us
 from fastattn.bench.presets import PRESETS, preset_cases
 from fastattn.bench.problem import Made, NoBackward, Problem
 from fastattn.bench.progress import Progress
-from fastattn.bench.provider import Provider
 from fastattn.bench.providers import known_providers, provider
-from fastattn.bench.ratios import paired
+from fastattn.bench.ratios import Samples, speedup
 from fastattn.bench.rows import Row, say_bytes
 from fastattn.bench.suite import SUITES, Cell
 from fastattn.bench_cases import DEFAULT_OPS, OPS, BenchCase, bench_cases, known
 
-BASELINE = "sdpa"
 COARSE = 8.0
 """Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
 backward on a CPU is: it adds its gradients up in the inputs' dtype."""
+LONGEST_SUSTAINED_MS = 100.0
+"""Calls that take longer are left out of the measurement under sustained load: they would be most of it."""
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""How PyTorch begins to say that a kernel asked for by name does not take a call; why not it says in warnings."""
 BACKWARD_WORDS = ("backward", "bwd")
-BASELINES = {"module": "mha"}
-"""PyTorch's own by the form of a call, where it is another."""
+BASELINES = {"module": ("mha",)}
+BASELINE = ("sdpa", "sdpa-cudnn")
+"""PyTorch's own, by the form of a call: the first of these that is among the providers."""
 BUDGETS = {
     ("cpu", False): Budget(rounds=7, min_time=0.3, max_time=2.0),
     ("cpu", True): Budget(rounds=3, min_time=0.05, max_time=0.5),
@@ -68,7 +72,7 @@ def plan(options: Options, device: torch.device) -> list[Row]:
 def cell_rows(cell: Cell, names: Sequence[str], device: torch.device, baseline: str | None = None) -> list[Row]:
     """A row for each provider, against PyTorch's own unless `baseline` names another."""
     usual = BASELINES.get(OPS[cell.case.op].form, BASELINE)
-    baseline = baseline or (usual if usual in names else None)
+    baseline = baseline or next((name for name in usual if name in names), None)
     return [Row(cell.case, cell.mode, name, device.type, baseline=baseline) for name in names]
 
 
@@ -135,13 +139,13 @@ def run(rows: list[Row], options: Options, device: torch.device, progress: Progr
 
 
 class CaseRunner:
-    """The rows of one case; the problem, its float64 truth and what providers prepared are shared by the modes."""
+    """The rows of one case; the problem and its float64 truth are shared by the modes."""
 
     def __init__(
         self,
         case: BenchCase,
         device: torch.device,
-        clock: CpuClock | CudaClock,
+        clock: Clock,
         budget: Budget,
         check: bool,
         progress: Progress,
@@ -149,20 +153,31 @@ class CaseRunner:
         self.case, self.device, self.clock, self.budget, self.check = case, device, clock, budget, check
         self.progress = progress
         self.problems: dict[BenchCase, Problem] = {}
-        self.made: dict[str, Made] = {}
         if device.type == "cuda":
+            smi.sampler()  # its first line takes a while
             torch.cuda.empty_cache()  # what the last case left in pieces
 
     def run(self, rows: list[Row]) -> None:
         """All providers of one mode: each made, checked and weighed by itself, then all timed in turns."""
         calls: dict[str, Callable[[], object]] = {}
+        notices = Notices({row.provider: row.warnings for row in rows})
         for row in rows:
             self.progress.step(f"{row.case.op} {row.mode} · {row.provider}")
-            call = self._ready(row)
+            with notices.listening(row.provider):
+                call = self._ready(row)
             if call is not None:
                 calls[row.provider] = call
         self.progress.say(f"{self.case.op} {rows[0].mode} · timing {', '.join(calls) or 'nobody'}")
-        timings = measure(calls, self.clock, self.budget)
+        with notices.listening():
+            self._time(rows, calls, notices)
+            self._sustain(rows, calls, notices)
+            if self.device.type == "cuda":
+                self._look_closer(rows, calls, notices)
+        _compare(rows)
+
+    def _time(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
+        timings = measure(calls, self.clock, self.budget, notices.turn)
+        states = _gpu_states(timings)
         for row in rows:
             if row.provider not in timings:
                 continue
@@ -172,23 +187,31 @@ class CaseRunner:
             else:
                 row.samples_ms, row.calls_per_sample = timing.samples_ms, timing.inner
                 row.samples_per_round = timing.per_round
-        if self.device.type == "cuda":
-            self._look_closer(rows, calls)
-        base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
-        for row in rows:
-            if base is not None and row.timed:
-                row.speedup = base.median_ms / row.median_ms
-                row.speedup_low, row.speedup_high = paired(base.samples, row.samples) or (None, None)
+                row.gpu_state = states[row.provider]
 
-    def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]]) -> None:
-        """On a GPU: its clocks while it is still warm, and two more clocks for tiny calls."""
-        state = env.gpu_state()
+    def _sustain(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
+        """A second measurement, all at the clocks that lasting load leaves them; a failure there is a warning."""
+        clock = self.clock.sustained
+        fit = [row for row in rows if row.timed and row.median_ms <= LONGEST_SUSTAINED_MS]
+        if clock is None or not fit:
+            return
+        timings = measure({row.provider: calls[row.provider] for row in fit}, clock, SUSTAINED, notices.turn)
+        states = _gpu_states(timings)
+        for row in fit:
+            timing = timings[row.provider]
+            if timing.failure is not None:
+                row.warnings.append(f"under sustained load: {_say(timing.failure)}")
+            else:
+                row.sustained_ms, row.sustained_calls = timing.samples_ms, timing.inner
+                row.sustained_state = states[row.provider]
+
+    def _look_closer(self, rows: list[Row], calls: dict[str, Callable[[], object]], notices: Notices) -> None:
+        """On a GPU: two more clocks for tiny calls."""
         for row in rows:
-            if row.timed:
-                row.gpu_state = state
-                if row.median_ms < tiny_calls.TINY_MS:
-                    row.host_ms = tiny_calls.host_ms(calls[row.provider])
-                    row.graph_ms = tiny_calls.graph_ms(calls[row.provider])
+            if row.timed and row.median_ms < tiny_calls.TINY_MS:
+                notices.turn(row.provider)
+                row.host_ms = tiny_calls.host_ms(calls[row.provider])
+                row.graph_ms = tiny_calls.graph_ms(calls[row.provider])
 
     def _ready(self, row: Row) -> Callable[[], object] | None:
         """What to time for a row; None, with the reason in the row, where it cannot run or is wrong."""
@@ -204,7 +227,7 @@ class CaseRunner:
             row.reason = who.why_not(problem, row.mode)
             if row.reason is not None:
                 return None
-            made = self._make(who, problem)
+            made = who.make(problem, row.mode)
             row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
             row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
             if who.attends and self._checks(row.mode) and not self._right(row, problem, made):
@@ -260,10 +283,28 @@ class CaseRunner:
             self.problems[case] = problem_of(case, self.device)
         return self.problems[case]
 
-    def _make(self, who: Provider, problem: Problem) -> Made:
-        if who.name not in self.made:
-            self.made[who.name] = who.make(problem)
-        return self.made[who.name]
+
+def _compare(rows: list[Row]) -> None:
+    """Speed-ups against the baseline, by the samples of both clocks."""
+    base = next((row for row in rows if row.provider == row.baseline and row.timed), None)
+    for row in rows:
+        if base is not None and row.timed:
+            row.speedup, row.speedup_low, row.speedup_high = speedup(base.samples, row.samples)
+        if base is not None and base.sustained_ms and row.sustained_ms:
+            both = Samples(base.sustained_ms), Samples(row.sustained_ms)
+            row.sustained_speedup, row.sustained_low, row.sustained_high = speedup(*both)
+
+
+def _gpu_states(timings: dict[str, Timing]) -> dict[str, dict[str, str] | None]:
+    """Clocks, power and temperature in each provider's turns on a GPU; of now where nothing was read near them."""
+    found: dict[str, dict[str, str] | None] = dict.fromkeys(timings)
+    on_gpu = [name for name, timing in timings.items() if timing.spans]
+    sampler = smi.sampler() if on_gpu else None
+    if sampler is None:
+        return found
+    found |= {name: sampler.during(timings[name].spans) for name in on_gpu}
+    missing = [name for name in on_gpu if found[name] is None]
+    return found | dict.fromkeys(missing, env.gpu_state() if missing else None)
 
 
 def too_large(row: Row, device: torch.device) -> str | None:
@@ -278,14 +319,23 @@ def too_large(row: Row, device: torch.device) -> str | None:
 
 def _refuse(row: Row, failure: Exception) -> None:
     """Put an exception into a row's cell."""
-    lines = str(failure).strip().splitlines()
-    words = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
     if _out_of_memory(failure):
         row.reason = "out of memory"
+        return
+    words = _say(failure)
+    if not row.ours and str(failure).startswith(NO_KERNEL):
+        row.reason = "no kernel" if row.warnings else words
     elif isinstance(failure, NoBackward) or (not row.ours and row.mode != "fwd" and _speaks_of_backward(failure)):
         row.reason = str(failure) if isinstance(failure, NoBackward) else f"no backward: {words}"
     else:
         row.reason, row.crashed = words, True
+    if row.warnings:
+        row.reason += f": {min(row.warnings, key=len)}"
+
+
+def _say(failure: Exception) -> str:
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _speaks_of_backward(failure: Exception) -> bool:

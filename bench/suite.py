@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastattn.bench_cases import BenchCase
 
 PEERS = {
-    "cuda": ("fastattn", "sdpa", "sdpa-cudnn", "sdpa-flash", "flex"),
+    "cuda": ("fastattn", "fastattn-cuda", "fastattn-triton", "sdpa-cudnn", "sdpa-flash", "flex"),
     "cpu": ("fastattn", "sdpa"),
 }
 """Who runs every cell; peers found in a folder come on top."""
@@ -36,29 +36,43 @@ class Cell:
 
 
 def suite(device: str) -> list[Cell]:
-    """The cells of a device ("cpu" or "cuda"), in order."""
-    return list(dict.fromkeys(_cuda() if device == "cuda" else _cpu()))
+    """The cells of a device ("cpu" or "cuda"), in order: the headline, then the rest."""
+    return list(dict.fromkeys([*headline(device), *(_cuda() if device == "cuda" else _cpu())]))
+
+
+def headline(device: str) -> list[Cell]:
+    """The six cells of a device that say most, the first of `suite`: no mask and causal both ways, one query over a
+    long cache, a sliding window.
+    """
+    if device == "cuda":
+        plain = [_square(op, TOKENS, 128) for op in ("self", "causal")]
+        decode, window = _decode(16384), _square("truncated", 32768, 128, window=1024)
+    else:
+        plain = [_eight_heads(op, "fp32", 1024, 64) for op in ("self", "causal")]
+        decode = BenchCase("decode", "bf16", 1, 32, 8, 1, 4096, 128)
+        window = _eight_heads("truncated", "fp32", 1024, 64, window=128)
+    return [*(Cell(case, mode) for mode in ("fwd", "bwd") for case in plain), Cell(decode, "fwd"), Cell(window, "fwd")]
 
 
 def _cuda() -> Iterable[Cell]:
+    """Behind the headline. Other lengths and head dims first, each once; then other masks; then every combination."""
+    for length in (2048, 8192):
+        yield from (Cell(_square(op, length, 128), "fwd") for op in ("causal", "self"))
+    for head_dim in (256, 64):
+        yield from (Cell(_square(op, TOKENS, head_dim), "fwd") for op in ("causal", "self"))
+    for length, head_dim in ((2048, 128), (8192, 128), (TOKENS, 64), (TOKENS, 256)):
+        yield Cell(_square("causal", length, head_dim), "bwd")
+    yield Cell(_square("truncated", 32768, 128, window=1024), "bwd")
+    yield Cell(_decode(65536), "fwd")
     for mode in ("fwd", "bwd"):
-        yield Cell(_square("self", 16384, 128), mode)
-        yield Cell(_square("causal", 16384, 128), mode)
-        yield Cell(_square("causal", 4096, 64), mode)
-    yield Cell(_decode(16384), "fwd")
-    for mode in ("fwd", "bwd"):
-        yield Cell(_square("truncated", 32768, 128, window=1024), mode)
         yield Cell(_square("masked", 4096, 128), mode)
         yield Cell(_square("documents", 16384, 128), mode)
-        yield Cell(_square("self", 16384, 64), mode)
-    for mode in ("fwd", "bwd"):
-        for head_dim in (128, 64):
-            for length in (2048, 8192, 32768, 4096, 16384):
-                for op in ("causal", "self"):
-                    yield Cell(_square(op, length, head_dim), mode)
-    yield Cell(_decode(65536), "fwd")
     yield Cell(_square("gqa", 8192, 128, num_kv_heads=4), "fwd")
     yield Cell(_square("self", 512, 128), "fwd")
+    for mode in ("fwd", "bwd"):
+        for head_dim in (128, 64, 256):
+            for length in (2048, 8192, 32768, 4096, 16384):
+                yield from (Cell(_square(op, length, head_dim), mode) for op in ("causal", "self"))
 
 
 def _square(op: str, length: int, head_dim: int, *, num_kv_heads: int | None = None, window: int | None = None):
@@ -76,7 +90,6 @@ def _cpu() -> Iterable[Cell]:
     """What a laptop does in a minute or two."""
     masks = (("self", None), ("causal", None), ("truncated", 128))
     yield from _cpu_sizes(1024, 64, "fp32", masks)
-    yield Cell(BenchCase("decode", "bf16", 1, 32, 8, 1, 4096, 128), "fwd")
     yield Cell(BenchCase("masked", "fp32", 2, 8, 8, 1024, 1024, 64), "fwd")
     yield Cell(BenchCase("documents", "fp32", 1, 8, 8, 1024, 1024, 64), "fwd")
     for length, head_dim in ((1024, 64), (2048, 64), (1024, 128), (512, 64)):

@@ -1,10 +1,15 @@
 """Small runs of the benchmark, in this process."""
 
 import json
+import time
 
 import pytest
 import torch
 
+from fastattn.bench import run
+from fastattn.bench.clock import Budget, CpuClock, CudaClock
+from fastattn.bench.progress import Progress
+from fastattn.bench_cases import BenchCase, bench_cases
 from fastattn.cli import main
 
 SMALL = ["-N", "32", "-H", "2", "-D", "16", "-B", "2", "--device", "cpu"]
@@ -14,6 +19,49 @@ SHORT = ["--rounds", "3", "--min-time", "0.001", "--max-time", "0.05"]
 @pytest.fixture
 def cpu():
     return torch.device("cpu")
+
+
+@pytest.fixture
+def timed(cpu):
+    """Runs one cell on the CPU, an operation at small sizes or a case: a row for each provider."""
+
+    def cell(case, mode, names, clock=None, check=True):
+        if not isinstance(case, BenchCase):
+            [case] = bench_cases("cpu", ops=[case], q_len=[40], num_heads=[4], head_dim=[16])
+        rows = run.cell_rows(run.Cell(case, mode), names, cpu)
+        run.CaseRunner(case, cpu, clock or CpuClock(), Budget(3, 0.001, 0.01), check, Progress(1)).run(rows)
+        return rows
+
+    return cell
+
+
+class Host:
+    """Plays a GPU on calls that the CPU does: an event is a time."""
+
+    def event(self):
+        return HostEvent()
+
+    def synchronize(self):
+        pass
+
+    now = staticmethod(time.time)
+
+
+class HostEvent:
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+@pytest.fixture
+def gpu_clock():
+    """A GPU's clock that times a CPU's calls."""
+    return CudaClock(lambda: None, Host())
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_case(benchmark, op, mode, name):
     reason = who.why_not(problem, mode)
     if reason:
         pytest.skip(reason)
-    call = problem.call(mode, who.make(problem))
+    call = problem.call(mode, who.make(problem, mode))
 
     def run():
         call()

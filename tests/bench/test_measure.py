@@ -28,11 +28,21 @@ class Recorder:
         timing.spent += self.seconds
         timing.samples_ms.append(1e3 * self.seconds)
 
+    def finish(self):
+        self.order.append(".")
+
 
 def test_rounds_go_through_all_providers_and_turn():
     clock = Recorder(1.0)
     measure({name: (lambda name=name: name) for name in "abc"}, clock, Budget(rounds=3, min_time=0.1, max_time=9))
-    assert "".join(clock.order) == "abcbcacab"
+    assert "".join(clock.order) == "abcbcacab."
+
+
+def test_whose_turn_it_is_is_said_before_each_call():
+    clock, turns = Recorder(1.0), []
+    calls = {name: (lambda name=name: turns.append(f"called {name}") or name) for name in "ab"}
+    measure(calls, clock, Budget(rounds=2, min_time=0.1, max_time=9), turns.append)
+    assert turns == [each for name in "ab" + "abba" for each in (name, f"called {name}")]
 
 
 def test_a_slow_call_stops_at_its_time_but_not_before_three_samples():
@@ -90,7 +100,7 @@ IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") a
 def test_large_cases_are_checked_head_by_head_with_the_same_verdict(op, cpu, monkeypatch):
     [case] = bench_cases("cpu", ops=[op], q_len=[24], num_heads=[8], head_dim=[8], batch=[2])
     whole = Problem(case, cpu)
-    results = whole.results("fwd+bwd", provider("sdpa-math").make(whole))
+    results = whole.results("fwd+bwd", provider("sdpa-math").make(whole, "fwd+bwd"))
     monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
     by_head = Problem(case, cpu)
     everything, parts = whole.check(results), by_head.check(results)

@@ -5,16 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn.bench import run
-from fastattn.bench.clock import Budget, CpuClock
 from fastattn.bench.module import problem_of
 from fastattn.bench.problem import Problem, slices
-from fastattn.bench.progress import Progress
 from fastattn.bench.providers import Sdpa, known_providers, provider
 from fastattn.bench_cases import OPS, BenchCase, bench_cases
 
 SMALL = {"q_len": [40], "num_heads": [4], "head_dim": [16]}
-BUDGET = Budget(3, 0.001, 0.01)
 IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") and not op.dropout_p]
 
 
@@ -23,16 +19,9 @@ def small(op, **more):
     return case
 
 
-def timed(case, mode, names, check=True):
-    cpu = torch.device("cpu")
-    rows = run.cell_rows(run.Cell(case, mode), names, cpu)
-    run.CaseRunner(case, cpu, CpuClock(), BUDGET, check, Progress(1)).run(rows)
-    return rows
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", OPS)
-def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu):
+def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu, timed):
     peer = "mha" if OPS[op].form == "module" else "sdpa"
     for mode in OPS[op].modes:
         ours, other = timed(small(op, dtypes=[dtype]), mode, ["fastattn", peer])
@@ -46,8 +35,8 @@ def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu):
 @pytest.mark.parametrize("op", OPS)
 def test_a_wrong_result_of_an_operation_is_found(op, cpu):
     problem = problem_of(small(op), cpu)
-    made = provider("fastattn").make(problem)
     for mode in OPS[op].modes:
+        made = provider("fastattn").make(problem, mode)
         for name in problem.results(mode, made):
             results = problem.results(mode, made)
             results[name] = results[name].clone()
@@ -63,27 +52,27 @@ def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monk
     plan = slices(case, "cpu", forward_alone=True)
     if case.q_len > 1:
         assert 1 <= plan.queries < case.q_len and slices(case, "cpu", forward_alone=False).queries == case.q_len
-    results = problem.results("fwd", provider("fastattn").make(problem))
+    results = problem.results("fwd", provider("fastattn").make(problem, "fwd"))
     assert problem.check(results).ok
     results["out"][..., -1, :] += 0.1
     assert not problem.check(results).ok
 
 
-def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch):
+def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch, timed):
     monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
     case = small("dropout")
     assert slices(case, "cpu", True) is None
     ours, other = timed(case, "fwd", ["fastattn", "sdpa"])
     assert ours.correct and other.correct
     problem = Problem(case, cpu)
-    made = provider("sdpa").make(problem)
+    made = provider("sdpa").make(problem, "fwd")
     first, second = (problem.results("fwd", made)["out"] for _ in range(2))
     assert not torch.equal(first, second) and made.checked_as[0] == "self"
 
 
 def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cpu):
     flat = problem_of(small("unbatched"), cpu)
-    query = flat._leaves(provider("sdpa").make(flat).layout)[0][0]
+    query = flat._leaves(provider("sdpa").make(flat, "fwd").layout)[0][0]
     assert query.shape == (4, 40, 16)
     two = problem_of(small("unbatched", batch=[2]), cpu)
     assert provider("sdpa").why_not(two, "fwd") == "3-D tensors have no batch, and 2 were asked for"
@@ -105,20 +94,20 @@ def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cp
         ("self", "read", "bounds one query alone"),
     ],
 )
-def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch):
+def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch, timed):
     monkeypatch.setattr("fastattn.bench.providers.cxx", lambda: "/usr/bin/c++")
     [row] = timed(small(op), "fwd", [name])
     assert row.reason == reason and not row.crashed
 
 
 @pytest.mark.parametrize("name", ["kv_len", "num_kv_heads", "head_dim_v"])
-def test_a_module_refuses_sizes_that_it_would_not_use(name, cpu):
+def test_a_module_refuses_sizes_that_it_would_not_use(name, cpu, timed):
     for row in timed(small("module", **{name: [2]}), "fwd", ["fastattn", "mha"]):
         assert row.reason == "a module looks at itself: one length, one head dim, no shared key heads"
 
 
 @pytest.mark.parametrize("kv_len", [1, 9, 40, 100])
-def test_documents_are_packed_whatever_the_lengths(kv_len, cpu):
+def test_documents_are_packed_whatever_the_lengths(kv_len, cpu, timed):
     [row] = timed(small("documents", kv_len=[kv_len]), "fwd", ["fastattn"])
     assert row.correct, row.reason
     case = small("documents", q_len=[160])
@@ -127,22 +116,24 @@ def test_documents_are_packed_whatever_the_lengths(kv_len, cpu):
     assert sizes[:4] == [10, 15, 22, 34] and sum(sizes) == 160
 
 
-def test_evaluation_has_no_backward(cpu):
+def test_evaluation_has_no_backward(cpu, timed):
     assert {row.reason for row in timed(small("module"), "bwd", ["fastattn", "mha"])} == {"evaluation has no backward"}
 
 
-def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu):
+def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu, timed):
     case = small("decode", q_len=[1], kv_len=[256])
     [row] = timed(case, "fwd", ["read"])
     assert row.timed and row.correct is None
     problem = Problem(case, cpu)
     total = sum(each.detach().contiguous().view(torch.int64).sum() for each in problem.qkv[1:])
-    assert provider("read").make(problem).forward(*problem.detached) == total
+    assert provider("read").make(problem, "fwd").forward(*problem.tensors("fwd")) == total
 
 
 @pytest.mark.parametrize("times, coarse", [(4.0, True), (20.0, False)])
 @pytest.mark.parametrize("name", ["sdpa", "fastattn"])
-def test_another_librarys_result_near_the_bounds_is_timed_and_called_coarse(name, times, coarse, cpu, monkeypatch):
+def test_another_librarys_result_near_the_bounds_is_timed_and_called_coarse(
+    name, times, coarse, cpu, monkeypatch, timed
+):
     honest = Problem.check
 
     def check(self, results):

@@ -108,7 +108,7 @@ def test_a_peer_gets_each_mask_by_its_own_convention(folder, cpu, name, op):
     made_of = problem(op, cpu)
     mode = "fwd" if name == "xformers" and op == "gqa" else "fwd+bwd"
     assert PEERS[name].why_not(made_of, mode) is None
-    made = PEERS[name].make(made_of)
+    made = PEERS[name].make(made_of, mode)
     verdict = made_of.check(made_of.results(mode, made))
     assert verdict.ok, verdict.worst
     calls = sys.modules["attend_by_hand"].CALLS
@@ -118,7 +118,7 @@ def test_a_peer_gets_each_mask_by_its_own_convention(folder, cpu, name, op):
 
 def test_tensors_are_laid_out_once_and_outside_the_call(folder, cpu, monkeypatch):
     made_of = problem("causal", cpu)
-    call = made_of.call("fwd", PEERS["fa2"].make(made_of))
+    call = made_of.call("fwd", PEERS["fa2"].make(made_of, "fwd"))
     call()
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: 1 / 0)
     call()

@@ -153,10 +153,10 @@ def test_ctrl_c_writes_what_was_measured_and_resume_goes_on(bench, monkeypatch):
     flags = ("--op", "self,causal", "--providers", "sdpa", "--mode", "fwd")
     honest = Sdpa.make
 
-    def make(self, problem):
+    def make(self, problem, mode):
         if problem.case.op == "causal":
             raise KeyboardInterrupt
-        return honest(self, problem)
+        return honest(self, problem, mode)
 
     with monkeypatch.context() as patched:
         patched.setattr(Sdpa, "make", make)

@@ -9,11 +9,12 @@ from fastattn.bench import against, brgemm, tables
 from fastattn.bench.options import parse
 from fastattn.bench.providers import known_providers
 from fastattn.bench.rows import Row
-from fastattn.bench.run import plan
-from fastattn.bench.suite import SUITES, cpu_table
+from fastattn.bench.run import cell_rows, plan
+from fastattn.bench.suite import PEERS, SUITES, Cell, cpu_table, headline, suite
 from fastattn.bench_cases import OPS, BenchCase
 from fastattn.cli import main
 
+BATCHES = {"B8-H16-N2048-D128", "B2-H16-N8192-D128"}
 CELLS = {cell.name: cell for cell in cpu_table()}
 
 
@@ -39,6 +40,60 @@ CELLS = {cell.name: cell for cell in cpu_table()}
 )  # fmt: skip
 def test_the_cpu_rooms_table_has_every_row(name):
     assert name in CELLS
+
+
+HEADLINE = [
+    "self/bf16/B1-H16-N16384-D128/fwd",
+    "causal/bf16/B1-H16-N16384-D128/fwd",
+    "self/bf16/B1-H16-N16384-D128/bwd",
+    "causal/bf16/B1-H16-N16384-D128/bwd",
+    "decode/bf16/B8-H32/8-N1-M16384-D128/fwd",
+    "truncated/bf16/B1-H16-N32768-D128-W1024/fwd",
+]
+
+
+def test_a_gpus_headline_are_six_cells():
+    assert [cell.name for cell in headline("cuda")] == HEADLINE
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_suite_begins_with_its_headline_and_has_each_cell_once(device):
+    cells = suite(device)
+    assert cells[:6] == headline(device) and len(set(cells)) == len(cells)
+    assert {(cell.case.op, cell.mode) for cell in cells[:6]} == {
+        ("self", "fwd"), ("causal", "fwd"), ("self", "bwd"), ("causal", "bwd"), ("decode", "fwd"), ("truncated", "fwd")
+    }  # fmt: skip
+
+
+def test_a_gpus_other_lengths_and_head_dims_come_before_the_long_tail():
+    names = [cell.name for cell in suite("cuda")]
+    early = [f"{op}/bf16/{sizes}/fwd" for op in ("self", "causal") for sizes in BATCHES | {"B1-H8-N16384-D256"}]
+    early += [f"causal/bf16/{sizes}/bwd" for sizes in BATCHES | {"B1-H8-N16384-D256", "B1-H32-N16384-D64"}]
+    assert max(map(names.index, early)) < 6 + 12
+    tokens = {cell.case.batch * cell.case.q_len for cell in suite("cuda") if cell.case.op in ("self", "causal")}
+    assert tokens == {16384, 32768}, "the batch keeps the number of tokens; 32k is one sequence"
+
+
+def test_a_cpus_suite_is_small():
+    assert max(cell.case.q_len for cell in suite("cpu")) <= 2048 and suite("cpu")[0].case.q_len == 1024
+
+
+def test_a_gpus_cell_has_each_backend_beside_pytorchs_kernels(cpu):
+    assert PEERS["cuda"] == ("fastattn", "fastattn-cuda", "fastattn-triton", "sdpa-cudnn", "sdpa-flash", "flex")
+    assert set(PEERS["cuda"]) <= set(known_providers())
+
+
+@pytest.mark.parametrize(
+    "names, baseline",
+    [
+        (PEERS["cuda"], "sdpa-cudnn"),
+        (PEERS["cpu"], "sdpa"),
+        (("sdpa-cudnn", "sdpa"), "sdpa"),
+        (("fastattn", "sdpa-flash"), None),
+    ],
+)
+def test_the_baseline_is_pytorchs_choice_else_cudnn(names, baseline, cpu):
+    assert {row.baseline for row in cell_rows(Cell(CASE, "fwd"), names, cpu)} == {baseline}
 
 
 def test_a_suite_is_planned_with_its_own_providers_and_baselines(cpu):

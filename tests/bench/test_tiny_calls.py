@@ -1,4 +1,4 @@
-"""The clocks for tiny calls on a stand-in for CUDA, and what nvidia-smi says."""
+"""The clocks for tiny calls on a stand-in for CUDA."""
 
 import contextlib
 from types import SimpleNamespace
@@ -6,13 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastattn.bench import env, run, tiny_calls
-from fastattn.bench.clock import CudaClock, Timing
+from fastattn.bench import run, tiny_calls
+from fastattn.bench.notices import Notices
 from fastattn.bench.rows import Row
 from fastattn.bench.run import CaseRunner
 from fastattn.bench_cases import BenchCase
-
-SMI = "1980 MHz, 1980 MHz, 3201 MHz, 512.30 W, 700.00 W, 54"
 
 
 class Cuda:
@@ -72,31 +70,13 @@ def test_what_cannot_be_captured_has_no_graph_time(monkeypatch):
     assert tiny_calls.graph_ms(cuda.launch) is None
 
 
-def test_a_round_of_a_gpu_is_several_samples_that_belong_together(monkeypatch):
-    cuda, timing = Cuda(), Timing()
-    cuda.install(monkeypatch)
-    clock = CudaClock.__new__(CudaClock)
-    clock.flush = SimpleNamespace(zero_=cuda.launch)
-    clock.warm_up(cuda.launch, timing)
-    for rounds in (1, 2):
-        clock.sample(cuda.launch, timing)
-        assert timing.samples_ms == [1.0] * (rounds * timing.per_round) and timing.per_round > 1
-
-
 @pytest.mark.parametrize("milliseconds, looked", [(0.05, True), (0.5, False)])
 def test_only_tiny_calls_get_more_clocks(monkeypatch, milliseconds, looked):
     cuda = Cuda()
     cuda.install(monkeypatch)
-    monkeypatch.setattr(env, "_output", lambda command: SMI)
+    monkeypatch.setattr(run.smi, "sampler", lambda: None)
     case = BenchCase("self", "bf16", 1, 1, 1, 8, 8, 8)
     row = Row(case, "fwd", "sdpa", "cuda", samples_ms=[milliseconds] * 3)
     runner = CaseRunner(case, torch.device("cuda"), None, None, False, run.Progress(1))
-    runner._look_closer([row], {"sdpa": cuda.launch})
+    runner._look_closer([row], {"sdpa": cuda.launch}, Notices({"sdpa": row.warnings}))
     assert (row.host_ms is not None, row.graph_ms is not None) == (looked, looked)
-    assert row.gpu_state["power.draw"] == "512.30 W" and row.gpu_state["clocks.sm"] == "1980 MHz"
-
-
-@pytest.mark.parametrize("said", [None, "", "Failed to initialize NVML", "1, 2"])
-def test_a_silent_nvidia_smi_is_no_state(monkeypatch, said):
-    monkeypatch.setattr(env, "_output", lambda command: said or None)
-    assert env.gpu_state() is None
