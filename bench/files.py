@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -86,16 +87,37 @@ def markdown(rows: list[Row], environment: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """A line for each case and mode: median time by provider, and its speed-up against the baseline."""
+def rates(rows: list[Row]) -> list[str]:
+    """A line for each case and mode: the rate of the median time by provider, on visible pairs alone."""
+    unit, _ = rate_unit(rows[0].device)
+    return [f"Useful {unit}, of the median time:", "", *summary(rows, _rate_cell)]
+
+
+def summary(rows: list[Row], cell: Callable[[Row], str] | None = None) -> list[str]:
+    """A line for each case and mode, a column for each provider: its `cell`, else its median time and its speed-up
+    against the baseline.
+    """
     providers = list(dict.fromkeys(row.provider for row in rows))
     titles = [next((row.who for row in rows if row.provider == name and row.timed), name) for name in providers]
     lines = ["| operation | case | mode | " + " | ".join(titles) + " |", "|---|---|---|" + "--:|" * len(providers)]
-    for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
-        cells = {row.provider: _summary_cell(row) for row in group}
+    for group in _side_by_side(rows):
+        cells = {name: (cell or _summary_cell)(row) for name, row in group.items()}
         shown = " | ".join(cells.get(name, "") for name in providers)
-        lines.append(f"| {case.op} | {say_case(case)} | {mode} | {shown} |")
+        first = next(iter(group.values()))
+        lines.append(f"| {first.case.op} | {say_case(first.case)} | {first.mode} | {shown} |")
     return lines
+
+
+def _side_by_side(rows: list[Row]) -> list[dict[str, Row]]:
+    """Rows of a case and mode by provider; one that a provider ran again is another line."""
+    groups: list[dict[str, Row]] = []
+    for _, of_cell in groupby(rows, key=lambda row: (row.case, row.mode)):
+        groups.append({})
+        for row in of_cell:
+            if row.provider in groups[-1]:
+                groups.append({})
+            groups[-1][row.provider] = row
+    return groups
 
 
 def _summary_cell(row: Row) -> str:
@@ -104,6 +126,10 @@ def _summary_cell(row: Row) -> str:
     lasting = say_sustained(row)
     against = ", ".join(filter(None, [say_against(row), f"sustained {lasting}" if lasting else ""]))
     return say_time(row.median_ms) + (f" ({against})" if against else "")
+
+
+def _rate_cell(row: Row) -> str:
+    return say_rate(row) if row.timed else _summary_cell(row)
 
 
 def _markdown_row(row: Row, sustained: bool) -> str:

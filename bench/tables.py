@@ -4,25 +4,32 @@
     (written by `fastattn bench report`)
     <!-- end of table -->
 
-A name may be followed by `as=ratios`, for fastattn against each of the others with intervals, and by `only=REGEX`, as
-`--only` takes it. A measurement that is not there yet is a line that says so.
+A name may be followed by `as=KIND` and by `only=REGEX`, as `--only` takes it. Kinds: `ratios`, fastattn against each of
+the others with intervals; `rates`, FLOP/s in the place of times; `direct`, the figures of direct.py. A measurement
+that is not there yet is a line that says so.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from fastattn.bench import against
+from fastattn.bench import against, direct
 from fastattn.bench.env import headline, say_busy
-from fastattn.bench.files import read_json, summary
+from fastattn.bench.files import rates, read_json, summary
 from fastattn.bench.options import Parser
 
 OK, DIFFERENT, USAGE = 0, 1, 2
 
-BEGIN = re.compile(r"<!-- table: (?P<source>\S+)(?: as=(?P<kind>ratios))?(?: only=(?P<only>\S+))? -->")
+BEGIN = re.compile(r"<!-- table: (?P<source>\S+)(?: as=(?P<kind>\w+))?(?: only=(?P<only>\S+))? -->")
 END = "<!-- end of table -->"
+MARKDOWN: dict[str | None, Callable[[list[Any]], list[str]]] = {
+    None: summary, "ratios": against.markdown, "rates": rates, "direct": direct.markdown,
+}  # fmt: skip
+"""What makes a table's lines, by its kind."""
 DOCUMENTS = ("README.md", "docs/*.md")
 
 
@@ -40,26 +47,28 @@ def render(text: str, root: Path) -> str:
 
 
 def _filled(root: Path, match: re.Match[str]) -> str:
-    source = match["source"]
+    source, kind = match["source"], match["kind"]
+    if kind not in MARKDOWN:
+        raise ValueError(f"as={kind} is no kind of table; there are {', '.join(filter(None, MARKDOWN))}; none: times")
     if not (root / source).is_file():
         return f"Not measured yet: `{source}` is not there."
-    return table(root / source, match["only"], match["kind"])
+    return table(root / source, match["only"], kind)
 
 
 def table(path: Path, only: str | None = None, kind: str | None = None) -> str:
     """Machine, versions, commit and date in one line, then a line a case: who took how long; or a line a pair."""
     rows, environment = read_json(path)
-    shown = [row for row in rows if only is None or re.search(only, row.name)]
+    found: list[Any] = direct.read_direct(path) if kind == "direct" else rows
+    shown = [each for each in found if only is None or re.search(only, each.name)]
     if not shown:
-        raise ValueError(f"{path} has no row that {only!r} finds")
-    date = environment["date"][:10]
-    lines = [f"{headline(environment)} · {date}", ""]
+        asked = (f" as={kind}" if kind else "") + (f" that {only!r} finds" if only else "")
+        raise ValueError(f"{path} has no row{asked}")
+    lines = [f"{headline(environment)} · {environment['date'][:10]}", ""]
     busy = say_busy(environment)
     if busy:
         lines += [busy, ""]
-    if kind == "ratios":
-        return "\n".join([*lines, *against.markdown(shown), *against.ceilings(environment)])
-    return "\n".join([*lines, *summary(shown)])
+    below = against.ceilings(environment) if kind == "ratios" else []
+    return "\n".join([*lines, *MARKDOWN[kind](shown), *below])
 
 
 def documents(root: Path) -> list[Path]:

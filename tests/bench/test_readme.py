@@ -99,6 +99,8 @@ def test_a_marker_may_pick_rows(checkout):
         ("<!-- table: README.md -->", tables.END, "README.md is not a run of fastattn bench"),
         ("<!-- table: bench/results/one.json -->", "", "has no end; write <!-- end of table --> below it"),
         ("<!-- table: bench/results/one.json only=nothing -->", tables.END, "has no row that 'nothing' finds"),
+        ("<!-- table: bench/results/one.json as=direct -->", tables.END, "has no row as=direct"),
+        ("<!-- table: bench/results/one.json as=rate -->", tables.END, "as=rate is no kind of table; there are ratios"),
         ("no marker", tables.END, "no marked table in"),
     ],
 )
@@ -114,6 +116,42 @@ def test_a_measurement_that_is_not_there_yet_is_said(checkout, kind):
     assert main(["bench", "report", str(root)]) == 0
     assert "Not measured yet: `bench/results/none.json` is not there." in (root / "README.md").read_text()
     assert main(["bench", "report", str(root), "--check"]) == 0
+
+
+GPU = ROOT / "bench/results/h200-2026-11-27.json"
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("rates", "| causal | bf16  B1 H16 N16384 D128 | fwd | 419 | 639 |"),
+        ("direct", "| causal | bf16  B1 H16 N16384 D128 | fwd | fastattn-cuda | 610 | sdpa-cudnn | 542 | 1.13x |"),
+    ],
+)
+def test_a_gpu_table_is_its_measurement(checkout, kind, words):
+    """And differs once the measurement does."""
+    root = checkout(f"<!-- table: bench/results/one.json as={kind} only=causal/.*N16384-D128/fwd -->")
+    path = root / "bench/results/one.json"
+    whole = json.loads(GPU.read_text())
+    whole["rows"] = [row for row in whole["rows"] if row["provider"] != "fastattn-cuda"]
+    path.write_text(json.dumps(whole))
+    assert main(["bench", "report", str(root)]) == 0
+    assert words in (root / "README.md").read_text() and "NVIDIA H200 · torch" in (root / "README.md").read_text()
+    assert main(["bench", "report", str(root), "--check"]) == 0
+    for row in whole["rows"]:
+        row["samples_ms"] = [2 * each for each in row["samples_ms"]]
+    for entry in whole["direct"]:
+        entry["baseline_tflops"] += 1
+    path.write_text(json.dumps(whole))
+    assert main(["bench", "report", str(root), "--check"]) == 1
+
+
+def test_a_cell_that_was_timed_twice_has_two_lines(checkout):
+    root = checkout("<!-- table: bench/results/one.json as=rates only=truncated.*triton -->")
+    shutil.copy(GPU, root / "bench/results/one.json")
+    assert main(["bench", "report", str(root)]) == 0
+    lines = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| truncated")]
+    assert [line.split(" | ")[-1] for line in lines] == ["341 |", "338 |"]
 
 
 def test_a_run_of_make_gpu_is_read_too(checkout):
