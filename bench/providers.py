@@ -51,7 +51,8 @@ class Fastattn(Provider):
         try:
             self._explain(problem, self.room)
         except fastattn.BackendUnavailable:
-            return self._explain(problem).reasons[self.room]
+            free = self._explain(problem)
+            return free.reasons[self.room] or free.backward_reasons[self.room]
         return super().why_not(problem, mode) or forward_alone(problem, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:

@@ -105,7 +105,6 @@ for _ in range(cuda.MOST_LEAVES):
     MANY = MANY & Dense(torch.ones(16, 16, dtype=torch.bool))
 REFUSED = {
     "float32": (spec_of(TENSOR.float()), "torch.float32 has no kernel; float16 and bfloat16 have"),
-    "grad": (spec_of(TENSOR.clone().requires_grad_()), "this room's backward does not exist yet"),
     "wide": (spec_of(TENSOR.repeat(1, 1, 1, 5)), "head_dim 320 is above 256"),
     "masks": (spec_of(mask=MANY), "made of 9 masks, at most 8 can be joined"),
 }
