@@ -79,7 +79,7 @@ def room(name: str) -> ModuleType:
 
 
 def requested(backend: str | None) -> str | None:
-    """The backend asked for by argument or by FASTATTN_BACKEND; None where the choice is free. ValueError if unknown."""
+    """The backend asked for by argument or by FASTATTN_BACKEND; None: the choice is free. ValueError if unknown."""
     source = "backend"
     if backend is None:
         backend, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"

@@ -148,7 +148,7 @@ class AttnSpec:
     @classmethod
     def from_flat(cls, inputs: AttnInputs, packed: FlatSpec, mask: Mask | None = None) -> AttnSpec:
         """The spec of tensors that have been checked before; `mask` saves unpacking it."""
-        query, key, value, bias, sinks, _ = inputs
+        query, _, value, bias, sinks, _ = inputs
         batch, num_heads, q_len, head_dim = query.shape
         _, num_kv_heads, kv_len, head_dim_v = value.shape
         if mask is None:

@@ -3,6 +3,7 @@ Triton's interpreter, chosen by the dispatch itself; on a GPU, tests/cuda/test_g
 """
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_without_a_gradient_of_lse(ran):
     out = attention(*leaves[:3], mask=Causal())
     grads = torch.autograd.grad(out, leaves.differentiable, problem.d_out)
     assert ran == PAIR
-    quiet = problem.__class__(problem.case, problem.inputs, problem.mask, problem.d_out, torch.zeros_like(problem.d_lse))
-    check_close(quiet, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
+    without = dataclasses.replace(problem, d_lse=torch.zeros_like(problem.d_lse))
+    check_close(without, dict(zip(("dq", "dk", "dv"), grads, strict=True)))
 
 
 ALONE = {"bias": (2, 2, 5, 7), "sinks": (2,)}
@@ -142,10 +143,6 @@ WAYS = {
     "checkpointed-reentrant": lambda model, query: checkpoint(model, query, use_reentrant=True),
     "functional": lambda model, query: torch.func.functional_call(model, dict(model.named_parameters()), (query,)),
 }
-
-
-def of(backend, part, found):
-    return found.count((backend, part))
 
 
 @pytest.mark.parametrize("watched", [False, True], ids=["", "backward-profiled"])

@@ -34,8 +34,8 @@ def of_wrappers(conftest):
 
 
 def of_the_room(conftest):
-    """tests/cuda: the room takes tensors on the CPU, and its library is the simulator's; beside it Triton's interpreter,
-    which TRITON_INTERPRET=1 must have asked for.
+    """tests/cuda: the room takes tensors on the CPU, and its library is the simulator's. Triton's backward is its
+    interpreter's, which TRITON_INTERPRET=1 must have asked for.
     """
     conftest.take_cpu_tensors(setattr, conftest.simulated("plain").library)
     conftest.choose_as_on_hopper(setattr)
