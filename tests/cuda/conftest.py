@@ -11,6 +11,7 @@ import torch
 
 from fastattn import compiler, dispatch, explain, native_cuda, nvcc, simulator
 from fastattn.backends import cuda, triton
+from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import poison
 
 ENDS_WITHIN = 180.0  # seconds, of a test on a GPU: the longest waits 140 for compute-sanitizer
@@ -132,11 +133,14 @@ def ran(monkeypatch):
 
 
 @pytest.fixture
-def on_both_simulators(room, take, monkeypatch):
+def on_both_simulators(request, take, monkeypatch):
     """CPU tensors are chosen for as a Hopper GPU's: the CUDA forward in the simulator, Triton in its interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton's interpreter is for machines without a GPU; tests/cuda/test_gpu.py has these calls")
-    take(room.library)
+    tensor = torch.empty(1, 1, 1, 64)
+    refused = triton.why_not(AttnSpec.of(AttnInputs(tensor, tensor, tensor)))
+    if refused is not None:
+        pytest.skip(refused)
+    take(request.getfixturevalue("room").library)
     choose_as_on_hopper(monkeypatch.setattr)
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
