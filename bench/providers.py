@@ -52,15 +52,15 @@ class Fastattn(Provider):
             self._explain(problem, self.room)
         except fastattn.BackendUnavailable:
             free = self._explain(problem)
-            return free.reasons[self.room] or free.backward_reasons[self.room]
+            return free.reasons[self.room] or free.backward_reasons.get(self.room)
         return super().why_not(problem, mode) or forward_alone(problem, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
         try:
-            room = self._explain(Problem(tiny(case), device), self.room).backend
+            found = self._explain(Problem(tiny(case), device), self.room)
         except fastattn.BackendUnavailable:
             return 0
-        return estimate.plain_bytes(case, mode) if room == "reference" else 0
+        return estimate.plain_bytes(case, mode) if "reference" in (found.backend, found.backward) else 0
 
     def make(self, problem: Problem) -> Made:
         mask, room, seed, dropout_p = problem.mask, self.room, problem.seed, problem.op.dropout_p
