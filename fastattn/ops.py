@@ -16,7 +16,6 @@ import dataclasses
 import importlib.machinery
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,8 +54,11 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
         part = sharding.localized(inputs, spec)
         out, lse = attention(part.inputs, part.spec, backend)
         return part.gathered(out), part.gathered(lse)
-    with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
-        return FORWARD(*inputs, *spec.flat(), backend or "")
+    packed = spec.flat()
+    if not torch.jit.is_tracing():
+        return FORWARD(*inputs, *packed, backend or "")
+    with tracing.recorded_by_jit():  # which records once more without gradients, and wants the same graph
+        return FORWARD(*inputs, *packed._replace(needs_grad=False), backend or "")
 
 
 def attention_weights(

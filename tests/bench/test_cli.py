@@ -256,7 +256,7 @@ def test_info_names_the_machine_and_every_room(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for words in ("CPU", "torch", "triton", "C++ compiler", "chosen", *BACKENDS):
+    for words in ("CPU", "torch", "triton", "C++ compiler", "runs this call", *BACKENDS):
         assert words in text
 
 

@@ -193,6 +193,19 @@ def test_a_program_runs_with_gradients_and_without_however_it_was_exported(trace
     assert ran == (PAIR if trained else PAIR[:1])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["with-gradients", "without"])
+def test_a_program_of_the_old_tracer_trains_with_the_two(grad, ran):
+    """Traced with gradients it is recorded once more without, and the two records must be equal."""
+    query, key, value = leaves()
+    model = Model(key, value)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, (query,))
+    ran.clear()
+    traced(query).float().square().sum().backward()
+    assert ran == PAIR and query.grad.abs().sum() > 0
+
+
 def test_a_gradient_of_a_gradient_begins_with_the_same_two(ran):
     query, key, value = leaves(5)
     (first,) = torch.autograd.grad(attention(query, key, value).float().square().sum(), query, create_graph=True)
@@ -206,6 +219,7 @@ REFUSES = (
 )
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("way", [name for name in WAYS if name != "checkpointed-reentrant"])
 def test_the_forward_asked_for_by_name_refuses_who_wants_gradients(way, ran, monkeypatch):
     """Whoever watches; a reentrant checkpoint runs it without gradients first."""
@@ -219,7 +233,7 @@ def test_the_forward_asked_for_by_name_refuses_who_wants_gradients(way, ran, mon
         WAYS[way](model, query)
     assert ran == PAIR[:1]
     monkeypatch.delenv("FASTATTN_BACKEND")
-    for asks in (attention, explain):
+    for asks in (attention, explain, lambda *given, **named: torch.jit.trace(lambda *x: attention(*x, **named), given)):
         with pytest.raises(BackendUnavailable, match=REFUSES.format("")):
             asks(query, key, value, backend="cuda")
 
