@@ -51,15 +51,16 @@ class Fastattn(Provider):
         try:
             _explain(problem, mode, self.room)
         except fastattn.BackendUnavailable:
-            return _explain(problem, mode).reasons[self.room]
+            free = _explain(problem, mode)
+            return free.reasons[self.room] or free.backward_reasons.get(self.room)
         return super().why_not(problem, mode) or forward_alone(problem, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
         try:
-            room = _explain(Problem(tiny(case), device), mode, self.room).backend
+            found = _explain(Problem(tiny(case), device), mode, self.room)
         except fastattn.BackendUnavailable:
             return 0
-        return estimate.plain_bytes(case, mode) if room == "reference" else 0
+        return estimate.plain_bytes(case, mode) if "reference" in (found.backend, found.backward) else 0
 
     def make(self, problem: Problem, mode: str) -> Made:
         mask, room, seed, dropout_p = problem.mask, self.room, problem.seed, problem.op.dropout_p
@@ -96,8 +97,8 @@ def _explain(problem: Problem, mode: str, room: str | None = None) -> fastattn.V
 
 
 def say_backends(verdict: fastattn.Verdict) -> str:
-    """A row's label: who computes."""
-    return verdict.backend
+    """A row's label: who computes, forward + backward where two do."""
+    return " + ".join(dict.fromkeys(filter(None, (verdict.backend, verdict.backward))))
 
 
 class Sdpa(Provider):

@@ -179,13 +179,13 @@ def _print_pairs(console: Console, title: str, pairs: dict[str, str]) -> None:
 
 
 def _print_rooms(console: Console, device: str) -> None:
-    """Which rooms would run a plain causal call, in the dtype that suits the device."""
+    """Which rooms would run a plain causal call that wants gradients, in the dtype that suits the device."""
     import torch
 
     import fastattn
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    query = torch.empty(1, 8, 1024, 64, dtype=dtype, device=device)
+    query = torch.empty(1, 8, 1024, 64, dtype=dtype, device=device, requires_grad=True)
     try:
         verdict = fastattn.explain(query, query, query, mask=fastattn.masks.Causal())
     except (fastattn.BackendUnavailable, ValueError) as refusal:
@@ -194,9 +194,10 @@ def _print_rooms(console: Console, device: str) -> None:
         return
     pairs = {}
     for room, reason in verdict.reasons.items():
-        chosen = "[green]runs it[/] (chosen)" if room == verdict.backend else "[green]could run it[/]"
-        pairs[room] = chosen if reason is None else reason.replace("[", "\\[")
-    _print_pairs(console, f"rooms, for a causal call in {str(dtype).removeprefix('torch.')} on {device}", pairs)
+        words = verdict.of(room).replace("[", "\\[")
+        pairs[room] = f"[green]{words}[/]" if reason is None else words
+    name = str(dtype).removeprefix("torch.")
+    _print_pairs(console, f"rooms, for a causal call in {name} on {device} and its gradients", pairs)
     for note in verdict.notes:
         console.print(f"  note: {note}", markup=False)
 
@@ -323,7 +324,7 @@ def _in_child(room: str, cases: list[Case], only: re.Pattern[str] | None) -> Ite
 
 def _reason(refusal: str) -> str:
     """The reason inside BackendUnavailable's sentence."""
-    match = re.search(r"cannot run this call: (.*?)\. What can:", refusal, re.DOTALL)
+    match = re.search(r"cannot run this call: (.*?)\. (?:What can:|backend=None)", refusal, re.DOTALL)
     return match[1] if match else refusal
 
 

@@ -1,4 +1,4 @@
-"""Which room runs a call: the ordered list, the choice, and the choice explained."""
+"""Which backends run a call, forward and backward: the ordered list, the choice, and the choice explained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 from fastattn.spec import AttnInputs, AttnSpec
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-"""In order of preference: `backend=None` takes the first that can run."""
+"""In order of preference; see `choose`."""
 
 _MODULES = {
     "cpu": "fastattn.backends.cpu",
@@ -21,6 +21,10 @@ _MODULES = {
     "reference": "fastattn.reference",
 }
 
+Pair = tuple[str, str | None]
+"""The backends of a call's forward and of its backward, None where no gradients are wanted. All keep the same numbers
+between the passes (out, lse, dropout's bits), so that any two go together."""
+
 
 class BackendUnavailable(RuntimeError):
     """The backend that was asked for exists but cannot run this call; the message says why and what could."""
@@ -28,33 +32,54 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a call would run on, and why not on the others. `str()` is a table."""
+    """What a call would run on, and why not on the others. `str()` is a table.
+
+    `backend` runs the forward, `backward` the backward; that is None where no gradients are wanted, and then
+    `backward_reasons` is empty. `kernels` are those of the forward and of the backward. Of each backend, `reasons` say
+    why it cannot run the forward, `backward_reasons` why it cannot run the backward; None: it can.
+    """
 
     backend: str
-    kernel: str
+    backward: str | None
+    kernels: tuple[str, ...]
     reasons: dict[str, str | None]
+    backward_reasons: dict[str, str | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def kernel(self) -> str:
+        """The kernels of both passes."""
+        return ", ".join(dict.fromkeys(self.kernels))
+
+    def of(self, name: str) -> str:
+        """What a backend does for this call, could do, or why it does nothing."""
+        reason, lacks = self.reasons[name], self.backward_reasons.get(name)
+        if name == self.backend and self.backward in (None, name):
+            return f"runs this call: {self.kernel}"
+        if name == self.backend:
+            return f"runs the forward: {self.kernels[0]}; {lacks}"
+        if name == self.backward:
+            return f"runs the backward: {self.kernels[1]}"
+        return reason or (f"could run the forward; {lacks}" if lacks else "could run this call")
 
     def __str__(self) -> str:
         width = max(map(len, self.reasons))
-        lines = [f"{'backend':<{width}}  verdict"]
-        for name, reason in self.reasons.items():
-            chosen = f"runs this call: {self.kernel}" if name == self.backend else "could run this call"
-            lines.append(f"{name:<{width}}  {chosen if reason is None else reason}")
+        lines = [f"{'backend':<{width}}  verdict", *(f"{name:<{width}}  {self.of(name)}" for name in self.reasons)]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 @functools.cache
 def room(name: str) -> ModuleType:
-    """The module of a backend: why_not, forward, backward, kernel_name; where there is something to say, also
-    needs_asking, prepare (why_not, and whatever must be done before a run), notes (for a verdict), weights (what
-    attention_weights returns), READS_BLOCKS and READS_BLOCKS_BACKWARD (whether keys may lie in blocks).
+    """The module of a backend: why_not, forward, kernel_name; backward and kernel_name_backward once it has one. Where
+    there is something to say, also needs_asking, prepare (why_not, and whatever must be done before a run),
+    why_not_backward (of a call that why_not lets pass), notes (for a verdict), weights (what attention_weights
+    returns), READS_BLOCKS and READS_BLOCKS_BACKWARD (whether keys may lie in blocks).
     """
     return importlib.import_module(_MODULES[name])
 
 
 def requested(backend: str | None) -> str | None:
-    """The room asked for by argument or by FASTATTN_BACKEND; None where the choice is free. ValueError if unknown."""
+    """The backend asked for by argument or by FASTATTN_BACKEND; None: the choice is free. ValueError if unknown."""
     source = "backend"
     if backend is None:
         backend, source = os.environ.get("FASTATTN_BACKEND") or None, "FASTATTN_BACKEND"
@@ -65,48 +90,80 @@ def requested(backend: str | None) -> str | None:
     return backend
 
 
-def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> str:
-    """The room that runs `spec`; `asked` is what `requested` gave. Builds something only where it is `to_run`.
+def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> Pair:
+    """The backends that run `spec`: the forward goes to the first that can run the call, the backward to the first of
+    those whose backward can. `asked` is what `requested` gave; a backend asked for runs both. Builds something only
+    where it is `to_run`.
 
     Raises:
-        BackendUnavailable: a room was asked for that cannot run it. A choice made by name never falls back.
+        BackendUnavailable: a backend was asked for that cannot run both. A choice made by name never falls back.
     """
+    forward = reason = None
+    for name in BACKENDS if asked is None else (asked,):
+        reason = free_reason(name, spec, to_run=to_run) if asked is None else _reason(name, spec, to_run)
+        if reason is not None:
+            continue
+        forward = forward or name
+        if not spec.needs_grad:
+            return forward, None
+        reason = _backward_reason(name, spec)
+        if reason is None:
+            return forward, name
     if asked is None:
-        for name in BACKENDS:
-            if free_reason(name, spec, to_run=to_run) is None:
-                return name
         raise BackendUnavailable("no backend can run this call")
-    reason = _reason(asked, spec, to_run)
-    if reason is not None:
-        others = [name for name in BACKENDS if name != asked and free_reason(name, spec) is None]
-        raise BackendUnavailable(
-            f"backend {asked!r} cannot run this call: {reason}. "
-            f"What can: {', '.join(repr(name) for name in others)}; backend=None chooses"
-        )
-    return asked
+    raise BackendUnavailable(f"backend {asked!r} cannot run this call: {reason}. {_instead(spec, asked, forward)}")
 
 
 def verdict(spec: AttnSpec, inputs: AttnInputs, backend: str | None, notes: list[str]) -> Verdict:
     """The choice with everybody's reasons; raises as `choose` does."""
     asked = requested(backend)
-    name = choose(spec, asked)
+    forward, backward = choose(spec, asked)
     reasons = {each: _reason(each, spec, False) if each == asked else free_reason(each, spec) for each in BACKENDS}
-    module = room(name)
-    more = module.notes(spec, inputs) if hasattr(module, "notes") else []
-    return Verdict(name, module.kernel_name(spec), reasons, [*notes, *more])
+    backward_reasons: dict[str, str | None] = {}
+    kernels = [room(forward).kernel_name(spec)]
+    if backward is not None:
+        backward_reasons = {each: reason or _backward_reason(each, spec) for each, reason in reasons.items()}
+        kernels.append(room(backward).kernel_name_backward(spec))
+    for name in dict.fromkeys((forward, backward or forward)):
+        notes = [*notes, *(room(name).notes(spec, inputs) if hasattr(room(name), "notes") else [])]
+    return Verdict(forward, backward, tuple(kernels), reasons, backward_reasons, notes)
 
 
 def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | None:
-    """Why a free choice would pass a room by: it cannot run the call, or runs only when asked for by name."""
+    """Why a free choice would pass a backend by: it cannot run the call, or runs only when asked for by name."""
     needs_asking = getattr(room(name), "needs_asking", None)
     return _reason(name, spec, to_run) or (needs_asking(spec) if needs_asking else None)
 
 
 def _reason(name: str, spec: AttnSpec, to_run: bool) -> str | None:
+    """Why a backend cannot run a call, its gradients apart."""
     module = room(name)
     if spec.pages is not None and not getattr(module, "READS_BLOCKS", False):
         return "keys in blocks are not read in place here, and nothing is copied in silence"
-    if spec.pages is not None and spec.needs_grad and not getattr(module, "READS_BLOCKS_BACKWARD", False):
-        return "keys in blocks are read forward only here; torch.no_grad() leaves the gradients out"
     prepare = getattr(module, "prepare", None) if to_run else None
     return module.why_not(spec) if prepare is None else prepare(spec)
+
+
+def _backward_reason(name: str, spec: AttnSpec) -> str | None:
+    """Why a backend that can run a call cannot run its backward."""
+    module = room(name)
+    if not hasattr(module, "backward"):
+        return "its backward does not exist yet"
+    if spec.pages is not None and not getattr(module, "READS_BLOCKS_BACKWARD", False):
+        return "keys in blocks are read forward only here"
+    why_not = getattr(module, "why_not_backward", None)
+    return why_not(spec) if why_not else None
+
+
+def _instead(spec: AttnSpec, asked: str, runs_forward: str | None) -> str:
+    """What to do where a backend was asked for in vain: who can, what a free choice takes, what it can itself."""
+    free = "backend=None without FASTATTN_BACKEND" if os.environ.get("FASTATTN_BACKEND") else "backend=None"
+    forward, backward = choose(spec, None)
+    if runs_forward and forward == asked:
+        free = f"{free} runs this very forward with {backward!r} as backward"
+    else:
+        can = [each for each in BACKENDS if each != asked and free_reason(each, spec) is None]
+        if spec.needs_grad:
+            can = [each for each in can if _backward_reason(each, spec) is None]
+        free = f"What can: {', '.join(map(repr, can))}; {free} chooses"
+    return f"{free}; under torch.no_grad() {asked!r} runs it" if runs_forward else free

@@ -58,7 +58,8 @@ def attention(
         dropout_p: probability of dropping a weight, 0 to 1 (1 gives zeros). Applied whenever it is above 0.
         dropout_seed: int64 [1] on the query's device; drawn from torch's generator when None. See `dropout_mask`.
         deterministic: False allows an unordered, possibly faster backward.
-        backend: a room by name, which then runs the call or raises; None takes the first that can (see `explain`).
+        backend: a backend by name, which then runs the call and its gradients or raises. None takes the first that
+            can run the call and, for the gradients, the first of those that has a backward for it (see `explain`).
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -68,7 +69,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; nothing is computed.
-        BackendUnavailable: the room asked for cannot run this call.
+        BackendUnavailable: the backend asked for cannot run this call, or its gradients where they are wanted.
 
     Second derivatives, forward-mode differentiation and functorch transforms use the plain formulation whatever the
     backend. Under autocast, inputs are cast as torch's scaled_dot_product_attention casts them.
@@ -102,12 +103,13 @@ def explain(
     backend: str | None = None,
     **arguments: object,
 ) -> Verdict:
-    """What `attention` with the same arguments would run on, and why not on the others.
+    """What `attention` with the same arguments would run on, forward and backward, and why not on the others.
 
     Works on meta tensors, computes nothing and builds nothing.
 
     Returns:
-        Verdict with `.backend`, `.kernel`, `.reasons` (room -> None or a sentence), `.notes`; `str()` is a table.
+        Verdict with `.backend` of the forward, `.backward` (None where no gradients are wanted), `.kernel` of both,
+        `.reasons` and `.backward_reasons` (backend -> None or a sentence), `.notes`; `str()` is a table.
 
     Raises:
         As `attention` does.

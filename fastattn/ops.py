@@ -1,12 +1,13 @@
 """The operators fastattn::attention_forward and fastattn::attention_backward: what compilers and autograd see.
 
 They take the tensors and the spec as primitives, so that torch.compile, torch.export and every dispatch mode treat
-attention as one node. The room is chosen inside, at run time. Made with torch.library.Library, as custom_op costs
-more a call.
+attention as one node. The backends of forward and backward are chosen inside, at run time, as an exported program may
+run on another device; both from the same spec, which says whether gradients are wanted: inside, where grad mode is
+off, nothing else does. Made with torch.library.Library, as custom_op costs more a call.
 
-A call that nobody watches (plain eager tensors, no mode, no profiler) goes to the room directly: the dispatcher's two
-passes through Python cost more than a small problem takes. Both ways end in the same two functions, `_run_forward`,
-`_run_backward`.
+A call that nobody watches (plain eager tensors, no mode, no profiler) goes to the backend directly: the dispatcher's
+two passes through Python cost more than a small problem takes. Its two backends are chosen before the forward, and the
+backward keeps to that. Both ways end in the same two functions, `_run_forward`, `_run_backward`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import dataclasses
 import importlib.machinery
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
 _SPEC = (
     "str mask_code, SymInt[] mask_numbers, Tensor[] mask_tensors, float scale, float? softcap, float dropout_p, "
-    "bool deterministic, str backend"
+    "bool deterministic, bool needs_grad, str backend"
 )
 _LIBRARY = torch.library.Library("fastattn", "DEF")
 _LIBRARY.define(f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
@@ -44,15 +44,21 @@ _modes_active, _profiler_enabled = torch._C._len_torch_dispatch_stack, torch.aut
 
 
 def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[Tensor, Tensor]:
-    """out, lse of a checked call; `backend=None` leaves the choice to the room list."""
+    """out, lse of a checked call; `backend=None` leaves the choice to the list of backends."""
     if not _watched(inputs):
-        return _Eager.apply(*inputs, spec, backend) if spec.needs_grad else _run_forward(spec, inputs, backend)
+        forward, backward = dispatch.choose(spec, backend, to_run=True)
+        if backward is None:
+            return _run_forward(spec, inputs, forward)
+        return _Eager.apply(*inputs, spec, forward, backward)
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec)
         out, lse = attention(part.inputs, part.spec, backend)
         return part.gathered(out), part.gathered(lse)
-    with tracing.recorded_by_jit() if torch.jit.is_tracing() else nullcontext():
-        return FORWARD(*inputs, *spec.flat(), backend or "")
+    packed = spec.flat()
+    if not torch.jit.is_tracing():
+        return FORWARD(*inputs, *packed, backend or "")
+    with tracing.recorded_by_jit():  # which records once more without gradients, and wants the same graph
+        return FORWARD(*inputs, *packed._replace(needs_grad=False), backend or "")
 
 
 def attention_weights(
@@ -69,7 +75,7 @@ def attention_weights(
         return part.gathered(weights * (part.spec.num_heads / max(spec.num_heads, 1)), summed=True)
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
     if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
-        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)), "weights", None)
+        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
         if compute is not None:
             return compute(spec, inputs, lse, rows, mean=mean)
     weights = reference.attention_weights(spec, inputs, lse, rows)
@@ -94,14 +100,14 @@ def _watched(inputs: AttnInputs) -> bool:
     )
 
 
-def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str | None) -> tuple[Tensor, Tensor]:
-    return dispatch.room(dispatch.choose(spec, backend, to_run=True)).forward(spec, inputs)
+def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor]:
+    return dispatch.room(backend).forward(spec, inputs)
 
 
 def _run_backward(
     spec: AttnSpec,
     inputs: AttnInputs,
-    backend: str | None,
+    backend: str,
     out: Tensor,
     lse: Tensor,
     d_out: Tensor,
@@ -111,10 +117,7 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    if not spec.needs_grad:  # nobody records gradients within an operator, and a room may have no backward
-        spec = dataclasses.replace(spec, needs_grad=True)
-    room = dispatch.room(dispatch.choose(spec, backend, to_run=True))
-    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
+    return dispatch.room(backend).backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -127,31 +130,31 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, spec, backend = args
+        *tensors, spec, forward, backward = args
         inputs = AttnInputs(*tensors)
-        out, lse = _run_forward(spec, inputs, backend)
+        out, lse = _run_forward(spec, inputs, forward)
         # The mask's tensors are saved too, so that torch notices when one is changed in between.
         # In the operator's order: a checkpoint may go the one way and come back the other.
         ctx.save_for_backward(*inputs, *spec.mask.tensors, out, lse)
-        ctx.spec, ctx.backend = spec, backend
+        ctx.spec, ctx.backend = spec, backward
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
-            return (None,) * (N_INPUTS + 2)
+            return (None,) * (N_INPUTS + 3)
         *saved, out, lse = ctx.saved_tensors
         inputs = AttnInputs(*saved[:N_INPUTS])
         d_out = torch.zeros_like(out) if d_out is None else d_out
         if tracing.functorch_active():  # vmap over torch.autograd.grad
-            return (*reference.pull_back(ctx.spec, inputs, lse, d_out, d_lse), None, None, None)
+            return (*reference.pull_back(ctx.spec, inputs, lse, d_out, d_lse), None, None, None, None)
         if torch.is_grad_enabled():
-            grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend or "")
-            return (*_present(inputs, grads), None, None, None)
+            grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend)
+            return (*_present(inputs, grads), None, None, None, None)
         wants_dbias = ctx.needs_input_grad[AttnInputs._fields.index("bias")]
         grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
@@ -161,7 +164,7 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, spec, backend = _unpack(args)
-    return _run_forward(spec, inputs, backend)
+    return _run_forward(spec, inputs, dispatch.choose(spec, backend, to_run=True)[0])
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -171,7 +174,11 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs, spec, backend = _unpack(args)
-    grads = _run_backward(spec, inputs, backend, out, lse, d_out, d_lse)
+    if not spec.needs_grad:  # traced without gradients, and run with them
+        spec = dataclasses.replace(spec, needs_grad=True)
+    # The forward, or who recorded it, has held a name against the call.
+    chosen = backend or dispatch.choose(spec, None, to_run=True)[1]
+    grads = _run_backward(spec, inputs, chosen, out, lse, d_out, d_lse)  # type: ignore[arg-type]
     return tuple(
         inputs.query.new_empty(0) if grad is None or given is None else reference.like(grad, given)
         for grad, given in zip(grads, inputs, strict=False)
@@ -184,11 +191,11 @@ def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the tensors for the backward pass and the primitives beside them. A room asked for by name that has no
-    backward says so here: within the operator, where it was chosen, nobody records gradients.
+    """Keep the tensors for the backward pass and the primitives beside them. A backend asked for by name that has no
+    backward says so here, where a program was traced without gradients and is run with them.
     """
     _, spec, backend = _unpack(inputs)
-    if backend is not None:
+    if backend is not None and not spec.needs_grad:
         dispatch.choose(dataclasses.replace(spec, needs_grad=True), backend)
     mask_tensors = inputs[N_INPUTS + 2]
     ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output)
@@ -264,7 +271,7 @@ def _register_flops() -> None:
 
     def spec(*shapes: Any) -> AttnSpec:
         meta = [torch.empty(tuple(shape), device="meta") for shape in shapes]
-        return AttnSpec.from_flat(AttnInputs(*meta), FlatSpec("Full", [], [], 1.0, None, 0.0, True))
+        return AttnSpec.from_flat(AttnInputs(*meta), FlatSpec("Full", [], [], 1.0, None, 0.0, True, False))
 
     @register_flop_formula(torch.ops.fastattn.attention_forward)
     def _forward_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -36,6 +36,9 @@ def kernel_name(spec: AttnSpec) -> str:
     return "plain PyTorch"
 
 
+kernel_name_backward = kernel_name
+
+
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len]."""
     with torch.no_grad():

@@ -80,6 +80,7 @@ class FlatSpec(NamedTuple):
     softcap: float | None
     dropout_p: float
     deterministic: bool
+    needs_grad: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +135,8 @@ class AttnSpec:
         _check_tensors(inputs)
         _check_hooks(score, normalizer)
         mask = as_mask(mask, inputs.query, inputs.key)
-        spec = cls.from_flat(inputs, FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic), mask=mask)
+        packed = FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic, _needs_grad(inputs))
+        spec = cls.from_flat(inputs, packed, mask=mask)
         _check_sizes(spec, inputs)
         _check_numbers(spec, inputs)
         if call is not None and flat.is_plain(spec.mask):
@@ -146,7 +148,7 @@ class AttnSpec:
     @classmethod
     def from_flat(cls, inputs: AttnInputs, packed: FlatSpec, mask: Mask | None = None) -> AttnSpec:
         """The spec of tensors that have been checked before; `mask` saves unpacking it."""
-        query, key, value, bias, sinks, _ = inputs
+        query, _, value, bias, sinks, _ = inputs
         batch, num_heads, q_len, head_dim = query.shape
         _, num_kv_heads, kv_len, head_dim_v = value.shape
         if mask is None:
@@ -157,18 +159,18 @@ class AttnSpec:
         scale = packed.scale
         if scale is None:
             scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-        wants = query.requires_grad or key.requires_grad or value.requires_grad
-        wants = wants or (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
         return cls(
             batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, head_dim_v, query.dtype, query.device,
             mask, scale, packed.softcap, None if bias is None else tuple(bias.shape), sinks is not None,
-            packed.dropout_p, packed.deterministic, wants and torch.is_grad_enabled(), DotProduct(), Softmax(), pages,
+            packed.dropout_p, packed.deterministic, packed.needs_grad, DotProduct(), Softmax(), pages,
         )  # fmt: skip
 
     def flat(self) -> FlatSpec:
         """The spec as primitives; `from_flat` of the same tensors brings it back."""
         code, numbers, tensors = flat.pack(self.pages or self.mask)
-        return FlatSpec(code, numbers, tensors, self.scale, self.softcap, self.dropout_p, self.deterministic)
+        return FlatSpec(
+            code, numbers, tensors, self.scale, self.softcap, self.dropout_p, self.deterministic, self.needs_grad
+        )
 
     @property
     def group(self) -> int:
@@ -257,11 +259,19 @@ def _plain_call(
         return None
     if query.is_nested or key.is_nested or value.is_nested or query.shape[-2] > LONGEST_SEEN:
         return None
-    wants = (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
     return (
         query.shape, key.shape, value.shape, query.dtype, key.dtype, value.dtype,
-        query.device, key.device, value.device, query.layout, key.layout, value.layout, wants, mask, scale, softcap,
+        query.device, key.device, value.device, query.layout, key.layout, value.layout,
+        _needs_grad(inputs), mask, scale, softcap,
     )  # fmt: skip
+
+
+def _needs_grad(inputs: AttnInputs) -> bool:
+    """Whether gradients are recorded. Asked where the call is made or traced: within an operator grad mode is off."""
+    query, key, value, bias, sinks, _ = inputs
+    wants = query.requires_grad or key.requires_grad or value.requires_grad
+    wants = wants or (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
+    return wants and torch.is_grad_enabled()
 
 
 _KNOWN = (Tensor, torch.nn.Parameter)

@@ -35,10 +35,19 @@ def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
 
 
 def kernel_name(spec: AttnSpec) -> str:
-    """The kernels that run the call."""
+    """The kernels of the forward."""
+    return f"attention forward{_isa()}"
+
+
+def kernel_name_backward(spec: AttnSpec) -> str:
+    """The kernels of the backward."""
+    return f"attention backward{_isa()}"
+
+
+def _isa() -> str:
+    """The instruction set, in brackets, where the library is there."""
     library = LIBRARY.available()
-    isa = "" if library is None else f" ({library.isa()})"
-    return "attention forward" + (" and backward" if spec.needs_grad else "") + isa
+    return "" if library is None else f" ({library.isa()})"
 
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:

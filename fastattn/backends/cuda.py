@@ -72,7 +72,7 @@ def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
 
 
 def kernel_name(spec: AttnSpec) -> str:
-    """The kernels that run the call."""
+    """The kernels of the forward."""
     return f"attention forward for Hopper ({KINDS[_kind(spec, _listed(spec))]})"
 
 
@@ -192,8 +192,6 @@ def feature_reason(spec: AttnSpec) -> str | None:
     """What of a call the kernels cannot do, wherever its tensors are."""
     if spec in _KNOWN:  # it has run
         return None
-    if spec.needs_grad:
-        return "a tensor requires grad, and this room's backward does not exist yet; under torch.no_grad() it runs"
     if spec.dtype not in DTYPES:
         return f"dtype {spec.dtype} has no kernel; float16 and bfloat16 have"
     if max(spec.head_dim, spec.head_dim_v) > MAX_HEAD_DIM:

@@ -36,15 +36,33 @@ def why_not(spec: AttnSpec) -> str | None:
     return _missing(_interpreting()) or _device_reason(spec) or _feature_reason(spec)
 
 
+def why_not_backward(spec: AttnSpec) -> str | None:
+    """The first reason why the backward of a call that `why_not` lets pass cannot run."""
+    width, needed = WIDE_FLOAT32
+    if spec.device.type == "cpu" or spec.dtype != torch.float32 or max(spec.head_dim, spec.head_dim_v) <= width:
+        return None
+    has = torch.cuda.get_device_properties(spec.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if has >= needed:
+        return None
+    return (
+        f"float32 gradients at head_dim above {width} need {needed // 1024} KiB of shared memory a block, "
+        f"the device has {has // 1024}; bfloat16 and float16 need less"
+    )
+
+
 def needs_asking(spec: AttnSpec) -> str | None:
     """The interpreter works for whoever asks for it by name only."""
     return "Triton's interpreter is slow and runs only with backend='triton'" if spec.device.type == "cpu" else None
 
 
 def kernel_name(spec: AttnSpec) -> str:
-    """The kernels that run the call."""
-    backward = ", attn_delta, attn_dq, attn_dkv" + (", attn_dbias" if spec.bias_shape is not None else "")
-    return "attn_fwd" + (backward if spec.needs_grad else "")
+    """The kernels of the forward."""
+    return "attn_fwd"
+
+
+def kernel_name_backward(spec: AttnSpec) -> str:
+    """The kernels of the backward."""
+    return "attn_delta, attn_dq, attn_dkv" + (", attn_dbias" if spec.bias_shape is not None else "")
 
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
@@ -131,14 +149,6 @@ def _device_reason(spec: AttnSpec) -> str | None:
     capability = _capability(spec.device.index)
     if capability < SMALLEST_CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, 8.0 or newer is needed"
-    width, needed = WIDE_FLOAT32
-    if spec.needs_grad and spec.dtype == torch.float32 and max(spec.head_dim, spec.head_dim_v) > width:
-        has = torch.cuda.get_device_properties(spec.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        if has < needed:
-            return (
-                f"float32 gradients at head_dim above {width} need {needed // 1024} KiB of shared memory a block, "
-                f"the device has {has // 1024}; bfloat16 and float16 need less"
-            )
     return None
 
 

@@ -129,11 +129,16 @@ def test_flex_has_no_backward_on_a_cpu(bench, monkeypatch):
     assert "Nothing ran" in text.out and "no backward on CPU" in text.out
 
 
-def test_a_room_that_refuses_says_so_in_its_cell(bench, monkeypatch):
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+def test_a_room_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
     from fastattn import dispatch
 
-    monkeypatch.setattr(dispatch.room("triton"), "why_not", lambda spec: "the moon is wrong")
-    code, _, report = bench("--op", "self", "--providers", "fastattn-triton,sdpa", "--mode", "fwd")
+    reasons = {"why_not": None, "needs_asking": None, "why_not_backward": "the moon is wrong"}
+    if mode == "fwd":
+        reasons = {"why_not": "the moon is wrong"}
+    for name, reason in reasons.items():
+        monkeypatch.setattr(dispatch.room("triton"), name, lambda spec, reason=reason: reason)
+    code, _, report = bench("--op", "self", "--providers", "fastattn-triton,sdpa", "--mode", mode)
     assert code == 0
     assert rows_of(report, provider="fastattn-triton")[0]["reason"] == "the moon is wrong"
 
@@ -251,7 +256,7 @@ def test_info_names_the_machine_and_every_room(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for words in ("CPU", "torch", "triton", "C++ compiler", "chosen", *BACKENDS):
+    for words in ("CPU", "torch", "triton", "C++ compiler", "runs this call", *BACKENDS):
         assert words in text
 
 

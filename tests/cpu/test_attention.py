@@ -223,7 +223,8 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
     query = torch.randn(1, 2, 8, 16, requires_grad=True)
     verdict = explain(query, query, query)
     assert verdict.backend == "cpu"
-    assert verdict.kernel == f"attention forward and backward ({library.isa()})"
+    assert (verdict.backward, verdict.backward_reasons["cpu"]) == ("cpu", None)
+    assert verdict.kernel == f"attention forward ({library.isa()}), attention backward ({library.isa()})"
     assert "dtype torch.float64" in explain(*[query.double()] * 3).reasons["cpu"]
     called = []
     room = dispatch.room("cpu")

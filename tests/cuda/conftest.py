@@ -1,6 +1,7 @@
 """The CUDA room's library for the simulator: the same translation units, compiled by the C++ compiler."""
 
 import dataclasses
+import os
 import runpy
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastattn import compiler, explain, native_cuda, nvcc, simulator
-from fastattn.backends import cuda
+from fastattn import compiler, dispatch, explain, native_cuda, nvcc, simulator
+from fastattn.backends import cuda, triton
+from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import poison
 
 ENDS_WITHIN = 180.0  # seconds, of a test on a GPU: the longest waits 140 for compute-sanitizer
@@ -38,6 +40,20 @@ class Room(NamedTuple):
         """How many programs share a tile's keys."""
         known = cuda._problem(problem.spec)
         return self.library.tiles(known.sizes, known.kind, known.by_head, -1).splits
+
+
+def take_cpu_tensors(put, library):
+    """The CUDA backend takes tensors on the CPU, and its library is this one. `put` is setattr, or a patch's."""
+    for name, answer in {"get": library, "available": library, "prepare": None, "why_not": None}.items():
+        put(native_cuda.LIBRARY, name, lambda answer=answer: answer)
+    put(cuda, "_spec_reason", cuda.feature_reason)
+    put(cuda, "_device_reason", lambda device: None)
+
+
+def choose_as_on_hopper(put):
+    """A free choice of CPU tensors passes by the CPU backend, and does not mind Triton's interpreter."""
+    put(dispatch, "BACKENDS", ("cuda", "triton", "reference"))
+    put(triton, "needs_asking", lambda spec: None)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -94,3 +110,37 @@ def room():
 def checked():
     """For races: every access to shared memory is held against the barriers."""
     return simulated("checked")
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """take(library): the CUDA backend takes CPU tensors."""
+    return lambda library: take_cpu_tensors(monkeypatch.setattr, library)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Which backend's forward and backward ran, in order, as ("cuda", "forward")."""
+    found = []
+    for name in dispatch.BACKENDS:
+        module = dispatch.room(name)
+        for part in ("forward", "backward"):
+            if hasattr(module, part):
+                real, what = getattr(module, part), (name, part)
+                spy = lambda *args, real=real, what=what, **named: found.append(what) or real(*args, **named)
+                monkeypatch.setattr(module, part, spy)
+    return found
+
+
+@pytest.fixture
+def on_both_simulators(request, take, monkeypatch):
+    """CPU tensors are chosen for as a Hopper GPU's: the CUDA forward in the simulator, Triton in its interpreter."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is for machines without a GPU; tests/cuda/test_gpu.py has these calls")
+    tensor = torch.empty(1, 1, 1, 64)
+    refused = triton.why_not(AttnSpec.of(AttnInputs(tensor, tensor, tensor)))
+    if refused is not None:
+        pytest.skip(refused)
+    take(request.getfixturevalue("room").library)
+    choose_as_on_hopper(monkeypatch.setattr)
+    monkeypatch.delenv("FASTATTN_BACKEND", raising=False)

@@ -189,12 +189,23 @@ def test_a_call_runs_on_the_device_of_its_tensors():
     assert torch.equal(got.cpu(), want.cpu())
 
 
-def test_a_gradient_is_left_to_another_room():
-    tensor = torch.randn(1, 2, 64, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    verdict = explain(tensor, tensor, tensor)
-    assert "backward does not exist yet" in verdict.reasons["cuda"] and verdict.backend != "cuda"
-    attention(tensor, tensor, tensor).sum().backward()
-    assert tensor.grad.isfinite().all()
+TRAINED = ("gqa", "causal-empty-rows", "lengths", "table", "dropout", "everything")
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_gradients_come_from_triton_after_this_forward(name, ran):
+    """The choice that nobody makes by name; tests/cuda/test_pair.py has more of it, simulated."""
+    problem = make_inputs(dataclasses.replace(CASES[name], dtype=torch.bfloat16), DEVICE)
+    leaves = problem.inputs.detached()
+    verdict = explain(**leaves._asdict(), mask=problem.mask, **problem.numbers)
+    if verdict.backward != "triton":
+        pytest.skip(f"triton's backward cannot run here: {verdict.backward_reasons['triton']}")
+    assert verdict.backend == "cuda"
+    results = run(problem)
+    assert ran == [("cuda", "forward"), ("triton", "backward")]
+    check_close(problem, results)
+    ran.clear()
+    same(results, run(problem))
 
 
 def test_more_tiles_than_an_axis_of_a_grid_has():

@@ -39,13 +39,9 @@ def no_kernels():
 
 
 @pytest.fixture
-def taken(no_kernels, monkeypatch):
+def taken(no_kernels, take):
     """The room takes CPU tensors, and its library is the one without kernels."""
-    monkeypatch.setattr(native_cuda.LIBRARY, "get", lambda: no_kernels)
-    monkeypatch.setattr(native_cuda.LIBRARY, "prepare", lambda: None)
-    monkeypatch.setattr(native_cuda.LIBRARY, "why_not", lambda: None)
-    monkeypatch.setattr(cuda, "_spec_reason", cuda.feature_reason)
-    monkeypatch.setattr(cuda, "_device_reason", lambda device: None)
+    take(no_kernels)
 
 
 CALLS = {"plain": (64, None), "causal": (64, Causal()), "decode": (1, None)}

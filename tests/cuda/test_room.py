@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import operator
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastattn import BackendUnavailable, attention, compiler, dispatch, explain, native_cuda, nvcc
-from fastattn.backends import cuda
+from fastattn.backends import cuda, triton
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
 from fastattn.native_cuda import LIBRARY
 from fastattn.paged import Paged
@@ -21,6 +24,29 @@ def spec_of(tensor=TENSOR, device=None, **arguments):
     """A spec whose tensors pretend to be on a device."""
     spec = AttnSpec.of(AttnInputs(tensor, tensor, tensor), **arguments)
     return spec if device is None else dataclasses.replace(spec, device=torch.device(device))
+
+
+def on_gpu(head_dim=64, dtype=torch.bfloat16):
+    """A tensor that wants a gradient, on a GPU that is not there."""
+    with FakeTensorMode():
+        return torch.empty(1, 2, 8, head_dim, dtype=dtype, device="cuda:0", requires_grad=True)
+
+
+@pytest.fixture
+def hopper(chip, monkeypatch):
+    """A Hopper GPU as far as both of its backends can see; nothing may be built."""
+    chip(9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(
+        shared_memory_per_block_optin=227 * 1024))  # fmt: skip
+    monkeypatch.setattr(triton, "_interpreting", lambda: False)
+    monkeypatch.setattr(triton, "_missing", lambda interpreting: None)
+    monkeypatch.delitem(sys.modules, "fastattn.kernels.launch", raising=False)
+    for name in ("get", "build", "prepare"):
+        monkeypatch.setattr(LIBRARY, name, lambda name=name: pytest.fail(f"{name} was called"))
+    monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
+    triton._capability.cache_clear()
+    yield
+    triton._capability.cache_clear()
 
 
 @pytest.fixture
@@ -66,6 +92,56 @@ def test_no_gpu_and_another_makers_are_said(monkeypatch, chip):
     assert cuda.why_not(spec_of(device="cuda:0")) == "torch sees no NVIDIA GPU here"
 
 
+def test_training_on_hopper_is_explained_as_the_two_that_run_it(hopper):
+    tensor = on_gpu()
+    verdict = explain(tensor, tensor, tensor, mask=Causal())
+    assert (verdict.backend, verdict.backward) == ("cuda", "triton")
+    assert verdict.kernel == "attention forward for Hopper (intervals of keys), attn_delta, attn_dq, attn_dkv"
+    assert (verdict.reasons["cuda"], verdict.reasons["triton"]) == (None, None)
+    none = "its backward does not exist yet"
+    assert (verdict.backward_reasons["cuda"], verdict.backward_reasons["triton"]) == (none, None)
+    lines = str(verdict).splitlines()
+    assert lines[2] == f"cuda       runs the forward: attention forward for Hopper (intervals of keys); {none}"
+    assert lines[3] == "triton     runs the backward: attn_delta, attn_dq, attn_dkv"
+    with torch.no_grad():
+        verdict = explain(tensor, tensor, tensor)
+    assert (verdict.backend, verdict.backward) == ("cuda", None)
+
+
+def test_asked_for_by_name_it_trains_nobody(hopper):
+    tensor = on_gpu()
+    says = r"backward does not exist yet\. backend=None runs this very forward with 'triton' as backward; under torch"
+    with pytest.raises(BackendUnavailable, match=says):
+        explain(tensor, tensor, tensor, backend="cuda")
+    with torch.no_grad():
+        assert explain(tensor, tensor, tensor, backend="cuda").backend == "cuda"
+
+
+def test_without_triton_the_reference_is_its_backward(hopper, monkeypatch):
+    monkeypatch.setattr(triton, "_missing", lambda interpreting: "the package triton is not installed")
+    tensor = on_gpu()
+    verdict = explain(tensor, tensor, tensor)
+    assert (verdict.backend, verdict.backward) == ("cuda", "reference")
+    assert verdict.backward_reasons["triton"] == "the package triton is not installed"
+
+
+def test_without_its_library_triton_trains_alone(hopper, monkeypatch):
+    monkeypatch.setattr(LIBRARY, "why_not", lambda: "no nvcc is found")
+    tensor = on_gpu()
+    verdict = explain(tensor, tensor, tensor)
+    assert (verdict.backend, verdict.backward, verdict.reasons["cuda"]) == ("triton", "triton", "no nvcc is found")
+
+
+def test_little_shared_memory_takes_wide_float32_gradients_from_triton(hopper, monkeypatch):
+    tensor = on_gpu(head_dim=320, dtype=torch.float32)
+    assert explain(tensor, tensor, tensor).backward == "triton"
+    small = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    verdict = explain(tensor, tensor, tensor)
+    assert (verdict.backend, verdict.backward) == ("triton", "reference")
+    assert "need 163 KiB of shared memory a block, the device has 99" in verdict.backward_reasons["triton"]
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
 def test_another_chip_is_none_of_its(chip, capability):
     chip(*capability)
@@ -105,7 +181,6 @@ for _ in range(cuda.MOST_LEAVES):
     MANY = MANY & Dense(torch.ones(16, 16, dtype=torch.bool))
 REFUSED = {
     "float32": (spec_of(TENSOR.float()), "torch.float32 has no kernel; float16 and bfloat16 have"),
-    "grad": (spec_of(TENSOR.clone().requires_grad_()), "this room's backward does not exist yet"),
     "wide": (spec_of(TENSOR.repeat(1, 1, 1, 5)), "head_dim 320 is above 256"),
     "masks": (spec_of(mask=MANY), "made of 9 masks, at most 8 can be joined"),
 }

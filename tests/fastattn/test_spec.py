@@ -162,6 +162,16 @@ def test_a_spec_survives_the_operator_border(name):
     assert type(again.mask) is type(spec.mask)
 
 
+def test_whether_gradients_are_wanted_is_said_where_the_call_is_made():
+    """An operator's kernel runs with grad mode off, and a program that was traced without gradients may run with it."""
+    inputs = AttnInputs(*(t(1, 2, 3, 4) for _ in range(3)), bias=t(3, 3).requires_grad_())
+    with torch.no_grad():
+        quiet = AttnSpec.of(inputs)
+        loud = AttnSpec.from_flat(inputs, quiet.flat()._replace(needs_grad=True))
+    assert not quiet.needs_grad and not AttnSpec.from_flat(inputs, quiet.flat()).needs_grad
+    assert loud.needs_grad and loud.flat().needs_grad and AttnSpec.of(inputs).needs_grad
+
+
 def test_zero_heads_and_zero_batch_are_problems_too():
     for shape in ((0, 2, 3, 4), (2, 0, 3, 4)):
         empty = torch.randn(shape, requires_grad=True)

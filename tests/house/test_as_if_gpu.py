@@ -13,7 +13,7 @@ from fastattn import simulator
 TESTS = Path(__file__).resolve().parents[1]
 SOME = {
     "sim/test_instructions.py": ("barriers or max_nan or (wgmma and n64) or (load and rank)", 20),
-    "cuda/test_gpu.py": ("one-by-one or dim40 or first_of or multiple_of_16 or gradient", 7),
+    "cuda/test_gpu.py": ("one-by-one or dim40 or first_of or multiple_of_16 or (gradient and gqa)", 7),
 }
 """Of each file: which, and how many there are at least."""
 

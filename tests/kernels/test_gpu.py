@@ -303,6 +303,25 @@ def test_the_same_bits_whatever_runs_beside(name):
 
 # ---- kernels
 
+LATER = {
+    "causal": {"q_len": 300, "mask": Causal()},
+    "decode": {"q_len": 1, "kv_len": 3000, "num_heads": 8, "num_kv_heads": 2},
+    "padding": {"q_len": 200, "batch": 2, "mask": lambda: Lengths(ints(150, 77))},
+    "table": {"q_len": 100, "mask": lambda: Dense(torch.rand(100, 100, device=DEVICE) < 0.5)},
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_later_calls_read_their_own_tensors(name):
+    """The first call of a kind is launched by Triton, later ones packed; tensors are freed and moved in between."""
+    fields, kept = dict(LATER[name]), []
+    mask = fields.pop("mask", None)
+    for turn in range(5):
+        case = Case(name, mask=lambda *_: mask() if callable(mask) else mask, head_dim=64, **fields)
+        problem = make_inputs(case, DEVICE, seed=turn)
+        check_close(problem, run(problem, "triton"))
+        kept.append(problem if turn % 2 else None)
+
 
 def test_new_sizes_compile_nothing(monkeypatch):
     """Other lengths, batches, heads, scales, windows and layouts; all rows see something, and all keys are seen."""

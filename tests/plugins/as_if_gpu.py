@@ -34,15 +34,11 @@ def of_wrappers(conftest):
 
 
 def of_the_room(conftest):
-    """tests/cuda: the room takes tensors on the CPU, and its library is the simulator's."""
-    from fastattn import native_cuda
-    from fastattn.backends import cuda
-
-    library = conftest.simulated("plain").library
-    cuda._device_reason = lambda device: None
-    cuda._spec_reason = cuda.feature_reason
-    for name, answer in {"get": library, "available": library, "prepare": None, "why_not": None}.items():
-        setattr(native_cuda.LIBRARY, name, lambda answer=answer: answer)
+    """tests/cuda: the room takes tensors on the CPU, and its library is the simulator's. Triton's backward is its
+    interpreter's, which TRITON_INTERPRET=1 must have asked for.
+    """
+    conftest.take_cpu_tensors(setattr, conftest.simulated("plain").library)
+    conftest.choose_as_on_hopper(setattr)
     empty = torch.empty
 
     def on_cpu(*shape, device=None, **how):
