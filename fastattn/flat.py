@@ -30,6 +30,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     name: tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
     for name, cls in CLASSES.items()
 }
+ALIGNMENT = 16
+"""Bytes of the widest load: kernels read memory otherwise where an address is no multiple of it."""
 CHECKS_VALUES = frozenset(name for name, cls in CLASSES.items() if "validate" in inspect.signature(cls).parameters)
 
 
@@ -77,6 +79,17 @@ def pack(mask: Mask) -> Flat:
 
     put(mask)
     return " ".join(words), numbers, tensors
+
+
+def structure(mask: Mask) -> tuple[object, ...] | None:
+    """All of a mask but what its tensors hold, by value: its code, numbers, and how each tensor lies in memory. None
+    where it is a class of the user's.
+    """
+    if not is_known(mask):
+        return None
+    code, numbers, tensors = pack(mask)
+    lie = ((each.dtype, each.shape, each.stride(), each.data_ptr() % ALIGNMENT == 0) for each in tensors)
+    return code, *numbers, *lie
 
 
 def unpack(code: str, numbers: list[int], tensors: list[Tensor]) -> Mask:

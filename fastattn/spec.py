@@ -167,10 +167,12 @@ class AttnSpec:
 
     def flat(self) -> FlatSpec:
         """The spec as primitives; `from_flat` of the same tensors brings it back."""
-        code, numbers, tensors = flat.pack(self.pages or self.mask)
-        return FlatSpec(
-            code, numbers, tensors, self.scale, self.softcap, self.dropout_p, self.deterministic, self.needs_grad
-        )
+        mask = flat.pack(self.pages or self.mask)
+        return FlatSpec(*mask, self.scale, self.softcap, self.dropout_p, self.deterministic, self.needs_grad)
+
+    def mask_structure(self) -> tuple[object, ...] | None:
+        """All of the mask but what its tensors hold (flat.structure)."""
+        return flat.structure(self.pages or self.mask)
 
     @property
     def group(self) -> int:

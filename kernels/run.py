@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from fastattn import flat
 from fastattn.kernels.launch import (
     INTERPRETED,
     Backward,
@@ -110,15 +109,13 @@ def _structure(spec: AttnSpec) -> tuple[Any, ...] | None:
     """All of a spec but what its mask's tensors hold, by value: calls of one structure whose tensors lie alike are
     launched alike. None where the mask is a class of the user's.
     """
-    mask = spec.pages or spec.mask
-    if not flat.is_known(mask):
+    mask = spec.mask_structure()
+    if mask is None:
         return None
-    code, numbers, tensors = flat.pack(mask)
-    lie = tuple((each.dtype, each.shape, each.stride(), each.data_ptr() % TMA_BYTES == 0) for each in tensors)
     _STRUCTURES[spec] = made = (
         spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v,
-        spec.dtype, spec.device, code, *numbers, lie, spec.scale, spec.softcap, spec.bias_shape, spec.has_sinks,
-        spec.dropout_p, type(spec.score), type(spec.normalizer),
+        spec.dtype, spec.device, mask, spec.scale, spec.softcap, spec.bias_shape, spec.has_sinks, spec.dropout_p,
+        type(spec.score), type(spec.normalizer),
     )  # fmt: skip
     return made
 
