@@ -94,7 +94,9 @@ def _run(plan: Callable[..., Plan], spec: AttnSpec, tensors: dict[str, Tensor], 
     aligned = [address % TMA_BYTES == 0 for address in addresses.values()]
     key: list[Any] = [plan, structure, target, torch.get_float32_matmul_precision(), "dbias" in tensors]
     key.append(all(aligned) or tuple(aligned))
-    for name, tensor in tensors.items():  # their shapes follow from the structure
+    if spec.pages is not None:
+        key.append(tensors["key"].shape[0])  # how many blocks the pools have
+    for name, tensor in tensors.items():  # all other shapes follow from the structure
         if name not in OWN:
             key += name, tensor.dtype, tensor.stride()
     found = _PLANS.get(tuple(key))

@@ -7,10 +7,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn import dropout_mask
+from fastattn import dropout_mask, reference
+from fastattn.backends import triton
 from fastattn.kernels import configs, launch
 from fastattn.kernels.configs import pick, pick_forward, splits_of, tiles_of
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
+from fastattn.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import Case, check_close, make_inputs, run
 
@@ -26,8 +28,13 @@ def ints(*values):
 
 @pytest.fixture
 def processors(monkeypatch):
-    """Pretends that the device has this many."""
-    return lambda count: monkeypatch.setitem(configs.PROCESSORS, TARGET, count)
+    """Pretends that the device has this many; plans made for another number are forgotten."""
+
+    def pretend(count):
+        monkeypatch.setitem(configs.PROCESSORS, TARGET, count)
+        monkeypatch.setattr("fastattn.kernels.run._PLANS", {})
+
+    return pretend
 
 
 def problem_of(q_len, kv_len, group=1, mask=None, **fields):
@@ -278,6 +285,20 @@ def test_lengths_of_nothing_and_one(processors, q_len, kv_len):
     problem = problem_of(q_len, kv_len, 2, Causal(), batch=2, sinks=True)
     assert splits(problem) == 1
     check(problem)
+
+
+# ---- keys in blocks
+
+
+def test_pools_of_other_sizes_that_lie_alike():
+    """Their strides do not say how many blocks there are, and entries beyond them are clamped."""
+    for blocks, block in ((2, 1), (8, 7), (4, 3)):
+        pools = torch.randn(2, blocks, 1, TILE, 16, device=DEVICE, dtype=torch.bfloat16)
+        table = torch.tensor([[block, 0]], dtype=torch.int32, device=DEVICE)
+        inputs = AttnInputs(torch.randn(1, 2, 1, 16, device=DEVICE, dtype=torch.bfloat16), *pools)
+        spec = AttnSpec.of(inputs, mask=Paged(Full(), table, TILE))
+        for found, want in zip(triton.forward(spec, inputs), reference.forward(spec, inputs), strict=True):
+            torch.testing.assert_close(found, want, atol=2e-2, rtol=2e-2)
 
 
 # ---- how many parts
