@@ -86,7 +86,7 @@ class PackedLaunch:
         warps, _, shared = compiled.packed_metadata[:3]
         config = LaunchConfig((programs, 1, 1), (32 * warps, 1, 1), shared, None, None, 0)
         self._config, self._at = config, ctypes.addressof(config)
-        self._function = compiled.function
+        self._compiled, self._function = compiled, compiled.function  # Triton unloads what nobody holds
 
     def run(self, addresses: dict[str, int], stream: int) -> None:
         """Launches it on a stream of the current device. RuntimeError with the driver's words where that fails."""
