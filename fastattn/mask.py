@@ -14,13 +14,14 @@ Length = int | Tensor  # one length for all rows, or one for each row
 Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
 FAR = 2**60  # sums of a few still fit an int64
 _CONSTANT = (int, str, bool, type(None))
+_OWN = ("fastattn.mask", "fastattn.masks")
 
 
 class Mask:
     """Base of all masks: the table, its picture, its combinations.
 
-    Masks of numbers and words alone are equal and hashable by value; with a tensor, or anything else that may change,
-    a mask equals itself only.
+    The library's masks of numbers and words alone are equal and hashable by value; with a tensor, a mask equals itself
+    only, and so does one of the user's classes, which may hold more than its fields say.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -36,9 +37,8 @@ class Mask:
         return object.__hash__(self) if value is None else hash(value)
 
     def _value(self) -> tuple[object, ...] | None:
-        """The class and its fields; None where one of them may change."""
-        made = getattr(type(self), "__dataclass_params__", None)
-        if made is None or not made.frozen:
+        """The class and its fields; None where one of them may change, or the class is not the library's."""
+        if type(self).__module__ not in _OWN:
             return None
         value: list[object] = [type(self)]
         for name in self.__dataclass_fields__:  # type: ignore[attr-defined]

@@ -322,6 +322,30 @@ class Listed(Mask):
         return q_idx * 0, q_idx * 0 + len(self.keys)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn(Mask):
+    """A user's, with more in it than its field says."""
+
+    size: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "stops", torch.randint(self.size, (self.size,)))
+
+    def interval(self, q_idx, q_len, kv_len):
+        return q_idx * 0, self.stops[q_idx]
+
+
+class Shifted(Window):
+    """A user's, made of one of the library's."""
+
+    def __init__(self, left, by):
+        super().__init__(left, 0)
+        object.__setattr__(self, "by", by)
+
+    def interval(self, q_idx, q_len, kv_len):
+        return tuple(each + self.by for each in super().interval(q_idx, q_len, kv_len))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -329,8 +353,11 @@ class Listed(Mask):
         lambda: Causal(offset=torch.tensor([3])),
         lambda: Causal() & Lengths(torch.tensor([3])),
         lambda: Listed([1, 2]),
+        lambda: Drawn(9),
+        lambda: Shifted(3, 1),
+        lambda: Causal() & Drawn(9),
     ],
-    ids=["lengths", "offsets", "and", "user"],
+    ids=["lengths", "offsets", "and", "users-list", "users-number", "users-window", "users-in-and"],
 )
 def test_masks_that_may_change_equal_themselves_alone(make):
     one, other = make(), make()
