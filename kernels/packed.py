@@ -53,20 +53,25 @@ class LaunchConfig(ctypes.Structure):
 
 
 @functools.cache
-def _libcuda() -> ctypes.CDLL:
-    """NVIDIA's driver: the library that Triton's launcher calls."""
-    library = ctypes.CDLL("libcuda.so.1")
-    library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
-    library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+def _libcuda() -> ctypes.CDLL | None:
+    """NVIDIA's driver: the library that Triton's launcher calls. None where it lacks one of these: drivers before
+    CUDA 12 know no descriptors.
+    """
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        library.cuTensorMapReplaceAddress.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+        library.cuGetErrorString.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    except (OSError, AttributeError):
+        return None
     return library
 
 
 class PackedLaunch:
     """The launch of one kernel with one grid."""
 
-    def __init__(self, compiled: Any, programs: int, parts: list[Part]) -> None:
-        self.name, self.lock, self.library = compiled.name, threading.Lock(), _libcuda()
+    def __init__(self, library: ctypes.CDLL, compiled: Any, programs: int, parts: list[Part]) -> None:
+        self.name, self.lock, self.library = compiled.name, threading.Lock(), library
         offsets, size = [], 0
         for part in parts:
             aligned = MAP_BYTES if part.is_map else 8
@@ -117,6 +122,9 @@ def pack(compiled: Any, programs: int, planned: tuple, bound: tuple) -> PackedLa
     plain = metadata.num_ctas == 1 and not (metadata.launch_pdl or metadata.launch_cooperative_grid)
     if metadata.target.backend != "cuda" or not plain or metadata.global_scratch_size or metadata.profile_scratch_size:
         return None
+    library, ptx = _libcuda(), compiled.asm.get("ptx")  # TRITON_STORE_BINARY_ONLY keeps no PTX
+    if library is None or ptx is None:
+        return None
     descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
     kinds = tuple(compiled.src.signature.values())[: len(planned)]  # the rest are constants
     found = list(_parts(kinds, planned, bound, descriptors))
@@ -124,9 +132,9 @@ def pack(compiled: Any, programs: int, planned: tuple, bound: tuple) -> PackedLa
     if len(parts) < len(found):
         return None
     parts += [Part(SCRATCH[:8]), Part(SCRATCH[8:])]
-    if declared(compiled.asm["ptx"]) != [len(part.data) for part in parts]:
+    if declared(ptx) != [len(part.data) for part in parts]:
         return None
-    return PackedLaunch(compiled, programs, parts)
+    return PackedLaunch(library, compiled, programs, parts)
 
 
 def declared(ptx: str) -> list[int]:

@@ -56,6 +56,7 @@ class ReadyLaunch:
             return
         bound = launch.bound(tensors)
         compiled = bound.run()
+        _THREAD.launched = True
         if compiled is not None and self.packed is None:  # the interpreter compiles nothing
             self.packed = pack(compiled, launch.programs, launch.args, bound.args)
 
@@ -128,13 +129,12 @@ def _addresses(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 def _stream(device: torch.device) -> int | None:
     """The stream to launch on; None where Triton has to launch: in its interpreter, where somebody hooks its launches,
-    and at a thread's first call, since a thread may have no CUDA context yet and Triton's launcher sees to that.
+    and until a thread has launched by Triton, whose launcher gives a thread a CUDA context that has none yet.
     """
     runtime = knobs.runtime
     if INTERPRETED or any(_hooked(each) for each in (runtime.launch_enter_hook, runtime.launch_exit_hook)):
         return None
     if not hasattr(_THREAD, "launched"):
-        _THREAD.launched = True
         return None
     return torch._C._cuda_getCurrentRawStream(device.index or 0)
 

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import threading
 import time
+import weakref
 
 import driver as stubbing
 import pytest
@@ -250,14 +251,15 @@ def test_a_threads_first_call_is_tritons_own(target, launched):
     counts = []
 
     def call():
-        for _ in range(2):
-            backend.forward(spec, inputs)
+        nothing = AttnInputs(query[:0], key[:0], value[:0])
+        for each in (nothing, inputs, inputs):  # a call without work launches nothing
+            backend.forward(AttnSpec.of(each), each)
             counts.append(len(launched))
 
     thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    assert counts == [0, 1]
+    assert counts == [0, 0, 1]
 
 
 def test_a_failed_launch_says_which_and_why(target, monkeypatch):
@@ -295,9 +297,49 @@ def test_what_is_not_known_is_left_to_tritons_launcher(target):
 
     for changed in ({"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 8}, {"profile_scratch_size": 8}):
         assert packed.pack(Other(**changed), 1, each.launch.args, bound.args) is None, changed
+    bare = Other()
+    bare.asm = {}  # TRITON_STORE_BINARY_ONLY
+    assert packed.pack(bare, 1, each.launch.args, bound.args) is None
     cut = Other()
     cut.asm = {"ptx": compiled.asm["ptx"].replace(".param .u64", ".param .u32", 1)}
     assert packed.pack(cut, 1, each.launch.args, bound.args) is None
+
+
+def test_a_driver_without_descriptors_is_left_to_tritons_launcher(target, launched, monkeypatch):
+    """cuTensorMapReplaceAddress came with CUDA 12."""
+
+    class Old:
+        def __init__(self, name):
+            self.library = library(name)
+
+        def __getattr__(self, name):
+            if name.startswith("cuTensorMap"):
+                raise AttributeError(f"undefined symbol: {name}")
+            return getattr(self.library, name)
+
+    library = ctypes.CDLL
+    monkeypatch.setattr(packed, "_libcuda", packed._libcuda.__wrapped__)
+    monkeypatch.setattr(packed.ctypes, "CDLL", Old)
+    query, key, value = tensors()
+    inputs = AttnInputs(query, key, value)
+    for _ in range(2):
+        backend.forward(AttnSpec.of(inputs), inputs)
+    assert launched == []
+
+
+def test_a_packed_launch_keeps_its_kernel_loaded(target, launched):
+    """Triton 3.8 and 3.9 unload a compiled kernel with the object."""
+    query, key, value = tensors()
+    inputs = AttnInputs(query, key, value)
+    for _ in range(2):
+        backend.forward(AttnSpec.of(inputs), inputs)
+    [ready] = run._PLANS.values()
+    [one] = ready.launches
+    caches = [cache for per_device in one.launch.kernel.device_caches.values() for cache in per_device[:1]]
+    [held] = [weakref.ref(each) for cache in caches for each in cache.values() if each.function == one.packed._function]
+    one.launch.kernel.device_caches.clear()
+    gc.collect()
+    assert held() is not None
 
 
 CALLS = {"plain": (64, None), "causal": (64, Causal()), "decode": (1, None)}
