@@ -335,9 +335,11 @@ def test_a_packed_launch_keeps_its_kernel_loaded(target, launched):
         backend.forward(AttnSpec.of(inputs), inputs)
     [ready] = run._PLANS.values()
     [one] = ready.launches
-    caches = [cache for per_device in one.launch.kernel.device_caches.values() for cache in per_device[:1]]
-    [held] = [weakref.ref(each) for cache in caches for each in cache.values() if each.function == one.packed._function]
-    one.launch.kernel.device_caches.clear()
+    kernels = one.launch.kernel.device_caches
+    of = [each for kept in kernels.values() for each in kept[0].values() if each.function == one.packed._function]
+    [held] = map(weakref.ref, of)
+    of.clear()
+    kernels.clear()
     gc.collect()
     assert held() is not None
 
