@@ -5,6 +5,7 @@ them. For the walk the tree is also written as an OR of ANDs: where that has at 
 kernels walk the terms' spans, in closed form; else block lists, made on the tensors' device, without a host sync.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -138,6 +139,7 @@ _MADE: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[list[int], Any]]] = weak
 """By mask, then by sizes and stream: what was made of its tensors, and their versions then."""
 
 
+_LOCK = threading.Lock()
 MOST_MADE = 8
 """Of one mask: a few layers' sizes. A mask that outlives many lengths must not keep a table for each."""
 
@@ -156,11 +158,14 @@ def _remembered(mask: Any, sizes: tuple, device: torch.device, make: Callable[[]
         stream = torch.cuda.current_stream(device).cuda_stream
     made, versions = _MADE.setdefault(mask, {}), [tensor._version for tensor in tensors]
     place = sizes, device, stream
-    if place not in made or made[place][0] != versions:
-        if len(made) >= MOST_MADE:
-            del made[next(iter(made))]
-        made[place] = versions, make()
-    return made[place][1]
+    found = made.get(place)
+    if found is None or found[0] != versions:
+        found = versions, make()
+        with _LOCK:  # masks that are equal by value share this, whoever's they are
+            while len(made) >= MOST_MADE:
+                del made[next(iter(made))]
+            made[place] = found
+    return found[1]
 
 
 def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> tuple:
