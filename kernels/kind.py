@@ -63,7 +63,6 @@ class Kind(NamedTuple):
 
 def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) -> Kind:
     """The kind of a spec; `flags` are those of a kernel's own: packed, split, persistent."""
-    exact = spec.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     by_hand = interpreted and spec.dtype == torch.bfloat16
     score = score_of(spec)[0]
     normalizer = type(spec.normalizer).__name__ + ("" if score == "raw" else "Natural")
@@ -72,7 +71,7 @@ def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) 
         ("BLOCK_D", wide(spec.head_dim)),
         ("HEAD_DIM_V", spec.head_dim_v),
         ("BLOCK_DV", wide(spec.head_dim_v)),
-        ("PRECISION", "ieee" if exact else "tf32"),
+        ("PRECISION", precision_of(spec)),
         ("BF16_BY_HAND", by_hand),
         ("BIAS", bias_axes(spec)),
         ("HIDES", mask.hides or spec.bias_shape is not None),
@@ -109,6 +108,14 @@ def _kind(
         SPLIT=tl.constexpr(split),
         PERSISTENT=tl.constexpr(persistent),
     )
+
+
+def precision_of(spec: AttnSpec) -> str:
+    """How products are multiplied. torch's setting is float32's alone, and torch refuses to tell it where it was set
+    for one backend.
+    """
+    exact = spec.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
 
 
 def bias_axes(spec: AttnSpec) -> str:

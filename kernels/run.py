@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from fastattn.kernels.kind import precision_of
 from fastattn.kernels.launch import (
     INTERPRETED,
     Backward,
@@ -93,7 +94,7 @@ def _run(plan: Callable[..., Plan], spec: AttnSpec, tensors: dict[str, Tensor], 
         ReadyPlan(plan(spec, tensors, target)).run(spec, tensors, addresses)
         return
     aligned = [address % TMA_BYTES == 0 for address in addresses.values()]
-    key: list[Any] = [plan, structure, target, torch.get_float32_matmul_precision(), "dbias" in tensors]
+    key: list[Any] = [plan, structure, target, precision_of(spec), "dbias" in tensors]
     key.append(all(aligned) or tuple(aligned))
     if spec.pages is not None:
         key.append(tensors["key"].shape[0])  # how many blocks the pools have

@@ -1,5 +1,8 @@
 """The Triton room against float64: forward and every gradient, on poisoned memory, the same bits twice."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -177,3 +180,26 @@ def test_the_interpreter_runs_only_when_asked():
     assert verdict.backend in ("cpu", "reference")
     assert "runs only with backend='triton'" in verdict.reasons["triton"]
     assert explain(query, query, query, backend="triton").kernel == "attn_fwd"
+
+
+SETTINGS = {
+    "cuda": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "mkldnn": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_half_precision_does_not_ask_how_float32_is_multiplied(setting):
+    """Where that was set for one backend, torch raises when it is asked for that of all. In a process of its own, as
+    torch has no way back.
+    """
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has one setting for all backends")
+    call = (
+        f"import torch; {setting}\n"
+        "from fastattn import attention\n"
+        f"given = torch.randn(3, 1, 1, 4, 16, dtype=torch.bfloat16, device={DEVICE!r})\n"
+        "attention(*given.unbind(), backend='triton')"
+    )
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
