@@ -2,8 +2,8 @@
 the plan, the compiled kernels, every parameter that is no address. A call then brings its addresses.
 
 Triton's own way to a launch looks at each argument to find the kernel that fits, and encodes each descriptor; here the
-key says the same in fewer words: the spec's structure, and of each tensor its dtype, its strides and whether 16 divides
-its address.
+key says the same in fewer words: the spec's structure, how many blocks there are of keys in blocks, and of each tensor
+its dtype, its strides and whether 16 divides its address.
 """
 
 import threading
