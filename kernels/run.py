@@ -39,10 +39,13 @@ OWN = frozenset(("lse", "total", "delta", "dq", "dk", "dv", "dbias", "dsinks"))
 
 
 class ReadyLaunch:
-    """A planned launch that packs its parameters once its kernel is compiled."""
+    """A planned launch that packs its parameters when it is met again: with a cache that grows by a token, many a plan
+    serves one call alone.
+    """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
+        self.compiled: Any = None
         self.packed: PackedLaunch | None = None
 
     def run(self, spec: AttnSpec, tensors: dict[str, Tensor], addresses: dict[str, int], stream: int | None) -> None:
@@ -52,14 +55,14 @@ class ReadyLaunch:
             lists = launch.block_lists(spec)
             tensors = tensors | lists
             addresses = addresses | _addresses(lists)
-        if stream is not None and self.packed is not None:
-            self.packed.run(addresses, stream)
-            return
-        bound = launch.bound(tensors)
-        compiled = bound.run()
+        if stream is not None:
+            if self.packed is None and self.compiled is not None:
+                self.packed = pack(self.compiled, launch.programs, launch.args, launch.bound(tensors).args)
+            if self.packed is not None:
+                self.packed.run(addresses, stream)
+                return
+        self.compiled = launch.bound(tensors).run()
         _THREAD.launched = True
-        if compiled is not None and self.packed is None:  # the interpreter compiles nothing
-            self.packed = pack(compiled, launch.programs, launch.args, bound.args)
 
 
 class ReadyPlan:

@@ -194,7 +194,7 @@ def test_threads_do_not_mix_their_addresses(target, monkeypatch):
     """One buffer serves them all: what a launch finds in it is one call's."""
     given = [tensors() for _ in range(4)]
     specs = [AttnSpec.of(AttnInputs(*each)) for each in given]
-    for spec, each in zip(specs, given, strict=True):
+    for spec, each in zip(specs, given, strict=True):  # the second one packs
         backend.forward(spec, AttnInputs(*each))
     [ready] = run._PLANS.values()
     [one] = [each.packed for each in ready.launches]
@@ -266,7 +266,8 @@ def test_a_failed_launch_says_which_and_why(target, monkeypatch):
     query, key, value = tensors()
     inputs = AttnInputs(query, key, value)
     spec = AttnSpec.of(inputs)
-    backend.forward(spec, inputs)
+    for _ in range(2):
+        backend.forward(spec, inputs)
     [ready] = run._PLANS.values()
     [one] = [each.packed for each in ready.launches]
     library = one.library
@@ -305,6 +306,17 @@ def test_what_is_not_known_is_left_to_tritons_launcher(target):
     assert packed.pack(cut, 1, each.launch.args, bound.args) is None
 
 
+def test_a_length_that_is_met_once_packs_nothing(target, launched, monkeypatch):
+    """Each token of a cache that grows is a plan of its own, and packing costs more than one launch."""
+    packs, pack = [], run.pack
+    monkeypatch.setattr(run, "pack", lambda *given: packs.append(1) or pack(*given))
+    query, key, value = tensors(q_len=1)
+    for kv_len in (100, 101, 102, 102):
+        inputs = AttnInputs(query, key[:, :, :kv_len], value[:, :, :kv_len])
+        backend.forward(AttnSpec.of(inputs), inputs)
+    assert len(packs) == len(launched) == 1
+
+
 def test_a_driver_without_descriptors_is_left_to_tritons_launcher(target, launched, monkeypatch):
     """cuTensorMapReplaceAddress came with CUDA 12."""
 
@@ -338,6 +350,7 @@ def test_a_packed_launch_keeps_its_kernel_loaded(target, launched):
     kernels = one.launch.kernel.device_caches
     of = [each for kept in kernels.values() for each in kept[0].values() if each.function == one.packed._function]
     [held] = map(weakref.ref, of)
+    one.compiled = None
     of.clear()
     kernels.clear()
     gc.collect()
