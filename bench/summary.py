@@ -24,36 +24,55 @@ MARKS = {True: ("✓", "green"), False: ("✗", "bold red"), None: ("-", "yellow
 
 
 def print_summary(console: Console, record: dict[str, Any]) -> None:
+    """Failures, then the steps, then a line a cell."""
     console.print()
     console.print(headline(record["environment"]), style="bold")
     busy = say_busy(record["environment"])
     if busy:
         console.print(busy, style="yellow")
-    for name, step in record["steps"].items():
-        mark, style = MARKS[step["ok"]]
-        console.print(f"{mark} {name:<6} {step['seconds']:>5.0f} s  {step['words']}", style=style)
     _print_lines(console, failures(record), "✗", "red")
     _print_lines(console, {"notes on others": notes(record)}, "·", "yellow")
+    for name, step in record["steps"].items():
+        mark, style = MARKS[step["ok"]]
+        console.print(f"{mark} {name:<12} {step['seconds']:>5.0f} s  {step['words']}", style=style)
     rows = [Row.of(row) for row in record.get("rows", [])]
     if rows:
         _print_ratios(console, rows)
     if record.get("tune"):
         _print_tuned(console, record["tune"])
-    if record.get("left"):
-        console.print(f"not reached within the budget: {len(record['left'])} cells", style="yellow")
+    left = sum(map(len, record.get("left", {}).values()))
+    if left:
+        console.print(f"not reached within the budget: {left} cells", style="yellow")
 
 
 def failures(record: dict[str, Any]) -> dict[str, list[str]]:
-    """What went wrong, by kind, a line each."""
-    tests = record.get("tests", {"failed": {}})["failed"]
+    """What went wrong, by kind, a line each: first of all the backends whose smallest call failed."""
+    smoke = {backend: each for backend, each in record.get("smoke", {}).items() if each["ok"] is False}
+    tests = [item for step in record.get("tests", {}).values() for item in step["tests"].items()]
+    files = [item for step in record.get("tests", {}).values() for item in step["collection"].items()]
     checks = [row for row in record.get("checks", []) if row["ok"] is False]
-    rows = [row for row in map(Row.of, record.get("rows", [])) if row.failed]
+    rows = [row for row in map(Row.of, [*record.get("rows", []), *record.get("flex", [])]) if row.failed]
+    crashed = [item for step in record.get("crashed", {}).values() for item in step.items()]
     return {
-        "tests": [f"{name}: {why}".removesuffix(": ") for name, why in tests.items()],
-        "checks": [f"{row['room']}, {row['case']}: {row['words']}" for row in checks],
-        "results": [f"{row.name}: {row.reason}" for row in rows],
-        "crashes": [f"{name}: {why}" for name, why in record.get("crashed", {}).items()],
+        "backends": [f"{backend}'s smallest call: {_first(each['words'])}" for backend, each in smoke.items()],
+        "files": [f"{name}: {_last(each['words'])}" for name, each in files if each["outcome"] == "failed"],
+        "checks": [f"{row['room']}, {row['case']}: {_first(row['words'])}" for row in checks],
+        "results": list(dict.fromkeys(f"{row.name}: {row.reason}" for row in rows)),
+        "crashes": [f"{name}: {_first(each['words'])}" for name, each in crashed],
+        "tests": [
+            ": ".join(filter(None, [name, _first(each["words"]), *each.get("stack", [])[:1]]))
+            for name, each in tests
+            if each["outcome"] not in ("passed", "skipped")
+        ],
     }
+
+
+def _first(words: str | None) -> str:
+    return next((line.strip() for line in (words or "").splitlines() if line.strip()), "")
+
+
+def _last(words: str) -> str:
+    return _first("\n".join(reversed(words.splitlines())))
 
 
 def notes(record: dict[str, Any]) -> list[str]:
@@ -126,8 +145,11 @@ def _print_tuned(console: Console, lines: list[dict[str, Any]]) -> None:
 
 
 def best_two(rows: list[Row]) -> tuple[Row | None, Row | None]:
-    """fastattn's own choice, and the fastest of the others; None where there is none that was timed."""
+    """fastattn's own choice, its fastest backend where it had none, and the fastest of the others; None where there is
+    none that was timed.
+    """
     timed = [row for row in rows if row.timed]
-    ours = next((row for row in timed if row.provider == "fastattn"), None)
+    by_name = min((row for row in timed if row.ours), key=lambda row: row.median_ms, default=None)
+    ours = next((row for row in timed if row.provider == "fastattn"), by_name)
     others = [row for row in timed if not row.ours]
     return ours, min(others, key=lambda row: row.median_ms, default=None)

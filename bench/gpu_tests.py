@@ -1,0 +1,171 @@
+"""Steps of `make gpu` that run tests: of single instructions, of the backends, under compute-sanitizer.
+
+Each names its files, and pytest collects no other. What it says comes as lines of pytest_lines.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastattn.bench import pytest_lines
+from fastattn.bench.gpu_children import Outcome, ended, objects
+
+if TYPE_CHECKING:
+    from fastattn.bench.pipeline import Run
+
+SILENCE = 30.0
+SANITIZED = 150.0
+"""Seconds after which a test hangs; those that wait for compute-sanitizer end it themselves after 140."""
+
+DONE = ("passed", "skipped")
+NEW_LINE = "\n"
+NO_TESTS = 5
+"""pytest's exit code where nothing was left to run; 1 are failed tests, which have lines of their own."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one pytest runs: files or tests, those with a mark, those of a backend alone."""
+
+    paths: tuple[str, ...]
+    marked: str = "gpu"
+    backend: str | None = None
+    without: tuple[str, ...] = ()
+    silence: float = SILENCE
+
+
+SANITIZERS = {
+    "cuda": "tests/cuda/test_gpu.py::test_the_sanitizer_finds_nothing",
+    "triton": "tests/kernels/test_gpu.py::test_no_access_outside_of_tensors",
+}
+ROOM_CASES = tuple(f"tests/kernels/test_{name}.py" for name in ("attention", "features", "decode"))
+"""The Triton backend's own cases, which take the best device there is."""
+
+SELECTIONS: dict[str, dict[str, tuple[Selection, ...]]] = {
+    "cuda": {
+        "instructions": (Selection(("tests/sim/test_instructions.py",)),),
+        "tests": (
+            Selection(("tests/cuda/test_gpu.py",), backend="cuda", without=(SANITIZERS["cuda"],)),
+            Selection(("tests/kernels/test_gpu.py",), backend="triton", without=(SANITIZERS["triton"],)),
+            Selection(("tests/fastattn/test_integrations_registry.py", "tests/house/test_poison.py")),
+            Selection(ROOM_CASES, marked="not gpu", backend="triton"),
+        ),
+        "sanitizers": tuple(
+            Selection((test,), backend=backend, silence=SANITIZED) for backend, test in SANITIZERS.items()
+        ),
+    },
+    "cpu": {
+        "instructions": (),
+        "tests": (Selection(("tests/cpu/test_attention.py",), marked="not gpu", backend="cpu"),),
+        "sanitizers": (),
+    },
+}
+"""By device and step. Every test that is marked gpu is in one of a GPU's."""
+
+
+def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
+    """A step's selections, one pytest after the other. What has an outcome is not run again, nor what its backend's
+    smallest call failed for.
+    """
+    selections = SELECTIONS[run.settings.device][step]
+    if not selections:
+        return None, "there is nothing to run without a GPU"
+    kept = run.record.setdefault("tests", {}).setdefault(
+        step, {"tests": {}, "collection": {}, "ended": {}, "running": []}
+    )
+    until, left_out, stopped, broken = run.now() + seconds, [], [], []
+    for selection in selections:
+        name = " ".join(selection.paths)
+        if selection.backend is not None and selection.backend not in good:
+            left_out.append(selection.backend)
+            continue
+        if not run.wanted(_verdict(kept, selection)):
+            continue
+        if run.now() >= until:
+            stopped.append("the time was spent")
+            break
+        words, finished = _pytest(run, kept, selection, until - run.now())
+        kept["ended"][name] = {"finished": finished, "words": words}
+    for selection in selections:
+        end = kept["ended"].get(" ".join(selection.paths))
+        if end and end["words"]:
+            (broken if end["finished"] else stopped).append(end["words"])
+    outcomes = [test["outcome"] for test in kept["tests"].values()]
+    bad = sum(outcome not in DONE for outcome in outcomes)
+    errors = sum(each["outcome"] == "failed" for each in kept["collection"].values())
+    words = [f"{outcomes.count(name)} {name}" for name in DONE if name in outcomes] or ["nothing ran"]
+    words += [f"{bad} failed"] if bad else []
+    words += [f"{errors} files could not be collected"] if errors else []
+    words += [f"without those of {', '.join(dict.fromkeys(left_out))}"] if left_out else []
+    words += [*dict.fromkeys([*broken, *stopped])]
+    ok = False if bad or errors or broken else None if stopped or left_out else True
+    return ok, ", ".join(words)
+
+
+def _verdict(kept: dict[str, Any], selection: Selection) -> bool | None:
+    """None where pytest has not come to an end; False where a test, or pytest itself, failed."""
+    end = kept["ended"].get(" ".join(selection.paths))
+    if end is None or not end["finished"]:
+        return None
+    files = {path.split("::")[0] for path in selection.paths}
+    mine = [test for name, test in kept["tests"].items() if name.split("::")[0] in files]
+    errors = [each for name, each in kept["collection"].items() if name.split("::")[0] in files]
+    return not (end["words"] or errors or any(test["outcome"] not in DONE for test in mine))
+
+
+def _pytest(run: Run, kept: dict[str, Any], selection: Selection, seconds: float) -> tuple[str, bool]:
+    """How it ended in words, empty where all that it ran is in the record; and whether it came to its end."""
+    done = [name for name, test in kept["tests"].items() if not run.wanted(test["outcome"] in DONE)]
+    for path in selection.paths:
+        kept["collection"].pop(path.split("::")[0], None)
+    flags = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", pytest_lines.__name__, "-m", selection.marked]
+    flags += [f"--deselect={test}" for test in selection.without]
+    flags += ["-n", str(run.settings.jobs), "--max-worker-restart=40"]
+    with tempfile.TemporaryDirectory(prefix="fastattn-tests-") as folder:
+        ids = Path(folder, "done.txt")
+        ids.write_text("\n".join(done))
+        variables = {
+            pytest_lines.DONE: str(ids), pytest_lines.STACKS: folder, "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        }  # fmt: skip
+        child = run.child(["pytest", *flags, *selection.paths], seconds, selection.silence, variables)
+        running: dict[str, None] = {}
+        said: set[str] = set()
+        internal = ""
+        for line in objects(run.listen(child)):
+            if "begin" in line:
+                running[line["begin"]] = None
+            elif "test" in line:
+                running.pop(line["test"], None)
+                _put(kept["tests"], line, said)
+                if line["outcome"] not in DONE:
+                    run.say(f"{line['outcome']}: {line['test']}: {line['words'].partition(NEW_LINE)[0]}")
+            elif "collection" in line:
+                kept["collection"][line["collection"]] = {each: line[each] for each in ("outcome", "words")}
+            elif "internal" in line:
+                internal = line["internal"]
+            kept["running"] = list(running)
+        ending = ended(child)
+    kept["tail"] = [each for each in ending.tail if not each.startswith("{") and each.strip()]
+    kept["running"] = []
+    if ending.code is None:
+        if running:  # it had no time to say more: which tests were at work is kept
+            kept["cut"] = list(running)
+        return ending.words, False
+    if ending.code in (0, 1, NO_TESTS) and not internal:
+        return "", True
+    last = internal.strip().splitlines()[-1:] or kept["tail"][-1:]
+    return ": ".join([f"pytest {ending.words or 'broke'}", *last]), True
+
+
+def _put(tests: dict[str, Any], line: dict[str, Any], said: set[str]) -> None:
+    """A test's line. Of several in one run, for what comes after a test may fail too, all words stay."""
+    name, before = line["test"], tests.get(line["test"])
+    words = f"{before['words']}; then {line['words']}" if before and name in said else line["words"]
+    tests[name] = {"outcome": line["outcome"], "seconds": line["seconds"], "words": words.removeprefix("; then ")}
+    if line["stack"]:
+        tests[name]["stack"] = line["stack"]
+    said.add(name)
