@@ -72,7 +72,9 @@ def time_cells(run: Run, step: str, seconds: float, good: list[str], every: tupl
         return run.child(["fastattn.bench.worker", json.dumps(task)], seconds, SILENCE[step])
 
     def done(line: dict[str, Any]) -> None:
-        crashed.pop(line["done"], None)
+        before = crashed.pop(line["done"], None)
+        if before is not None:
+            run.once_more(step, line["done"], before["words"])
         rows[:] = [row for row in rows if row["name"].rsplit("/", 1)[0] != line["done"]] + line["rows"]
         if step == "flex":
             _beside(run.record.setdefault("rows", []), line["done"], line["rows"])

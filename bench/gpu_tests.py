@@ -22,6 +22,7 @@ SANITIZED = 150.0
 
 DONE = ("passed", "skipped")
 NEW_LINE = "\n"
+NOTHING_TO_RUN = "there is nothing to run without a GPU"
 NO_TESTS = 5
 """pytest's exit code where nothing was left to run; 1 are failed tests, which have lines of their own."""
 
@@ -72,7 +73,7 @@ def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
     """
     selections = SELECTIONS[run.settings.device][step]
     if not selections:
-        return None, "there is nothing to run without a GPU"
+        return None, NOTHING_TO_RUN
     kept = run.record.setdefault("tests", {}).setdefault(
         step, {"tests": {}, "collection": {}, "ended": {}, "running": []}
     )
@@ -87,7 +88,7 @@ def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
         if run.now() >= until:
             stopped.append("the time was spent")
             break
-        words, finished = _pytest(run, kept, selection, until - run.now())
+        words, finished = _pytest(run, step, kept, selection, until - run.now())
         kept["ended"][name] = {"finished": finished, "words": words}
     for selection in selections:
         end = kept["ended"].get(" ".join(selection.paths))
@@ -110,13 +111,16 @@ def _verdict(kept: dict[str, Any], selection: Selection) -> bool | None:
     end = kept["ended"].get(" ".join(selection.paths))
     if end is None or not end["finished"]:
         return None
-    files = {path.split("::")[0] for path in selection.paths}
-    mine = [test for name, test in kept["tests"].items() if name.split("::")[0] in files]
-    errors = [each for name, each in kept["collection"].items() if name.split("::")[0] in files]
+    files = tuple(path.split("::")[0] for path in selection.paths)
+
+    def of(found: dict[str, Any]) -> list[dict[str, Any]]:
+        return [each for name, each in found.items() if any(file.endswith(name.split("::")[0]) for file in files)]
+
+    mine, errors = of(kept["tests"]), of(kept["collection"])
     return not (end["words"] or errors or any(test["outcome"] not in DONE for test in mine))
 
 
-def _pytest(run: Run, kept: dict[str, Any], selection: Selection, seconds: float) -> tuple[str, bool]:
+def _pytest(run: Run, step: str, kept: dict[str, Any], selection: Selection, seconds: float) -> tuple[str, bool]:
     """How it ended in words, empty where all that it ran is in the record; and whether it came to its end."""
     done = [name for name, test in kept["tests"].items() if not run.wanted(test["outcome"] in DONE)]
     for path in selection.paths:
@@ -140,6 +144,9 @@ def _pytest(run: Run, kept: dict[str, Any], selection: Selection, seconds: float
                 running[line["begin"]] = None
             elif "test" in line:
                 running.pop(line["test"], None)
+                before = kept["tests"].get(line["test"])
+                if before and before["outcome"] not in DONE and line["test"] not in said:
+                    run.once_more(step, line["test"], before["words"])
                 _put(kept["tests"], line, said)
                 if line["outcome"] not in DONE:
                     run.say(f"{line['outcome']}: {line['test']}: {line['words'].partition(NEW_LINE)[0]}")

@@ -24,6 +24,7 @@ from fastattn.bench import earlier, env, watch
 from fastattn.bench.child import Child
 from fastattn.bench.files import GPU_SCHEMA as SCHEMA
 from fastattn.bench.files import plain
+from fastattn.bench.gpu_tests import NOTHING_TO_RUN
 from fastattn.bench.options import Parser
 from fastattn.bench.run import pick_device
 from fastattn.bench.steps import DOES, STEPS
@@ -110,6 +111,10 @@ class Run:
         """Whether something is to be run of which this is known: None, nothing; False, that it failed."""
         return verdict is None or (self.again and verdict is False)
 
+    def once_more(self, step: str, name: str, words: str) -> None:
+        """Keeps what is known of a failure whose place a second try takes: not every run of it fails, maybe."""
+        self.record.setdefault("failed_before", []).append({"step": step, "name": name, "words": words})
+
     def save(self) -> None:
         """The whole file at once: a reader never sees half of it. And a copy that stays on the machine."""
         with self.lock:
@@ -160,15 +165,20 @@ class Run:
                     child.stop()
 
     def steps(self) -> None:
-        """What has no verdict yet, in order; then, of a run that goes on, what failed."""
+        """Each step once, in order; with the time that is left those that their share cut; then, of a run that goes
+        on, what failed.
+        """
         for step in self.settings.steps:
             self._step(step)
-        failed = [step for step in self.settings.steps if self.record["steps"][step]["ok"] is False]
-        if self.resumed and failed:
-            self.again = True
-            for step in failed:
-                if self.left() > 0:
-                    self._step(step)
+        for step in self._of_verdict(None):
+            self._step(step)
+        self.again = self.resumed
+        for step in self._of_verdict(None, False) if self.again else ():
+            self._step(step)
+
+    def _of_verdict(self, *verdicts: bool | None) -> list[str]:
+        found = {step: self.record["steps"][step] for step in self.settings.steps}
+        return [step for step, each in found.items() if each["ok"] in verdicts and each["words"] != NOTHING_TO_RUN]
 
     def _step(self, step: str) -> None:
         before = self.record["steps"].get(step, {"ok": None, "seconds": 0.0, "words": ""})
@@ -176,9 +186,9 @@ class Run:
             self.say(f"{step}: done before")
             return
         if self.left() <= 0:
-            words = before["words"] or "not reached: the budget was spent"
-            self.record["steps"][step] = before | {"words": words}
-            self.save()
+            if not before["words"]:
+                self.record["steps"][step] = before | {"words": "not reached: the budget was spent"}
+                self.save()
             return
         self.say(f"{step}: up to {self.share(step):.0f} s{', what failed once more' if self.again else ''}")
         began = self.now()

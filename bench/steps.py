@@ -75,6 +75,8 @@ def smoke(run: Run, seconds: float) -> Outcome:
     for backend in BACKENDS[run.settings.device]:
         if not run.wanted(found.get(backend, {}).get("ok")) or run.now() >= until:
             continue
+        if backend in found and found[backend]["ok"] is False:
+            run.once_more("smoke", backend, found[backend]["words"])
         found[backend] = _smoke(run, backend, min(LONGEST_SMOKE, until - run.now()))
         run.say(f"smoke {backend}: {found[backend]['words'] or 'as PyTorch says'}")
         run.save()
@@ -141,6 +143,9 @@ def check(run: Run, seconds: float) -> Outcome:
         return None if not of_case else of_case[0]["ok"] is not False
 
     def put(row: dict[str, Any]) -> None:
+        if verdict(row["room"], row["case"]) is False:
+            before = next(each for each in rows if (each["room"], each["case"]) == (row["room"], row["case"]))
+            run.once_more("check", f"{row['room']}, {row['case']}", before["words"])
         rows[:] = [each for each in rows if (each["room"], each["case"]) != (row["room"], row["case"])] + [row]
 
     def one(backend: str) -> None:
@@ -162,7 +167,9 @@ def check(run: Run, seconds: float) -> Outcome:
     right, wrong = (sum(row["ok"] is each for row in rows) for each in (True, False))
     words = [f"{right} right, {wrong} wrong, {len(rows) - right - wrong} refused"]
     words += [f"{len(missing)} not reached"] if missing else []
-    return False if wrong else None if missing else True, ", ".join(words)
+    left_out = [name for name in BACKENDS[run.settings.device] if name not in chosen]
+    words += [f"without {', '.join(left_out)}"] if left_out else []
+    return False if wrong else None if missing or left_out else True, ", ".join(words)
 
 
 def tune(run: Run, seconds: float) -> Outcome:

@@ -31,7 +31,8 @@ def print_summary(console: Console, record: dict[str, Any]) -> None:
     if busy:
         console.print(busy, style="yellow")
     _print_lines(console, failures(record), "✗", "red")
-    _print_lines(console, {"notes on others": notes(record)}, "·", "yellow")
+    again = [f"{each['name']} failed before: {_first(each['words'])}" for each in record.get("failed_before", [])]
+    _print_lines(console, {"notes on others": notes(record), "failures before": again}, "·", "yellow")
     for name, step in record["steps"].items():
         mark, style = MARKS[step["ok"]]
         console.print(f"{mark} {name:<12} {step['seconds']:>5.0f} s  {step['words']}", style=style)
