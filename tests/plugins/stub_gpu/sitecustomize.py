@@ -127,7 +127,8 @@ def of_the_cells(module):
     time_them = module.CaseRunner.run
 
     def run(self, rows):
-        begins(f"cell {rows[0].name.rpartition('/')[0]}")
+        step = "flex" if any(row.provider == "flex" for row in rows) else "cell"
+        begins(f"{step} {rows[0].name.rpartition('/')[0]}")
         time_them(self, rows)
 
     module.CaseRunner.run = run
