@@ -52,6 +52,8 @@ def of_torch(torch):
 
     class OnCpu(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.device:  # the name stays
+                return function(*args, **(kwargs or {}))
             if function is torch.Tensor.cuda:
                 return args[0]
             kwargs = {name: here(value) if name == "device" else value for name, value in (kwargs or {}).items()}
