@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ RESULTS = Path("bench/results")
 
 KEPT = Path("build/gpu")
 """A copy of each file, in a folder that git ignores: it is still there where results are taken from their folder."""
+
+PACKAGES = re.compile(r'[^\s"\\]*/(?:site|dist)-packages/')
 
 TIMED = ("rows", "flex", "crashed", "left", "tune")
 """What holds for one kind of GPU alone: times; and the steps that take them."""
@@ -71,12 +73,12 @@ def carried(path: Path, environment: dict[str, Any], say: Callable[[str], None])
 
 
 def without_places(text: str) -> str:
-    """A file's text without where this checkout, its Python and the home folder lie: nobody's business."""
+    """A file's text without where this checkout, Python's packages and the home folder lie: nobody's business."""
     root = Path(__file__).resolve().parents[1]
-    for place, instead in ((root, ""), (Path(sys.prefix), ""), (Path.home(), "~/")):
+    for place, instead in ((root, ""), (Path.home(), "~/")):
         if len(place.parts) > 1:
             text = text.replace(f"{place}/", instead)
-    return text
+    return PACKAGES.sub("", text)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench import pytest_lines
@@ -29,38 +29,43 @@ NO_TESTS = 5
 
 @dataclass(frozen=True)
 class Selection:
-    """What one pytest runs: files or tests, those with a mark, those of a backend alone."""
+    """What one pytest runs: files or tests, those with a mark, a test of each file in turn."""
 
     paths: tuple[str, ...]
     marked: str = "gpu"
-    backend: str | None = None
     without: tuple[str, ...] = ()
     silence: float = SILENCE
 
+    @property
+    def name(self) -> str:
+        return " ".join(self.paths)
 
-SANITIZERS = {
-    "cuda": "tests/cuda/test_gpu.py::test_the_sanitizer_finds_nothing",
-    "triton": "tests/kernels/test_gpu.py::test_no_access_outside_of_tensors",
-}
-ROOM_CASES = tuple(f"tests/kernels/test_{name}.py" for name in ("attention", "features", "decode"))
-"""The Triton backend's own cases, which take the best device there is."""
+
+BACKENDS = {"tests/cuda": "cuda", "tests/kernels": "triton", "tests/cpu": "cpu"}
+"""Whose tests lie in a folder; those of others take any backend."""
+
+SANITIZERS = (
+    "tests/cuda/test_gpu.py::test_the_sanitizer_finds_nothing",
+    "tests/kernels/test_gpu.py::test_no_access_outside_of_tensors",
+)
+MARKED = (
+    "tests/cuda/test_gpu.py",
+    "tests/kernels/test_gpu.py",
+    "tests/fastattn/test_integrations_registry.py",
+    "tests/house/test_poison.py",
+)
+TRITON_CASES = tuple(f"tests/kernels/test_{name}.py" for name in ("attention", "features", "decode"))
+"""The Triton backend's own, which take the best device there is."""
 
 SELECTIONS: dict[str, dict[str, tuple[Selection, ...]]] = {
     "cuda": {
         "instructions": (Selection(("tests/sim/test_instructions.py",)),),
-        "tests": (
-            Selection(("tests/cuda/test_gpu.py",), backend="cuda", without=(SANITIZERS["cuda"],)),
-            Selection(("tests/kernels/test_gpu.py",), backend="triton", without=(SANITIZERS["triton"],)),
-            Selection(("tests/fastattn/test_integrations_registry.py", "tests/house/test_poison.py")),
-            Selection(ROOM_CASES, marked="not gpu", backend="triton"),
-        ),
-        "sanitizers": tuple(
-            Selection((test,), backend=backend, silence=SANITIZED) for backend, test in SANITIZERS.items()
-        ),
+        "tests": (Selection(MARKED, without=SANITIZERS), Selection(TRITON_CASES, marked="not gpu")),
+        "sanitizers": (Selection(SANITIZERS, silence=SANITIZED),),
     },
     "cpu": {
         "instructions": (),
-        "tests": (Selection(("tests/cpu/test_attention.py",), marked="not gpu", backend="cpu"),),
+        "tests": (Selection(("tests/cpu/test_attention.py",), marked="not gpu"),),
         "sanitizers": (),
     },
 }
@@ -77,21 +82,20 @@ def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
     kept = run.record.setdefault("tests", {}).setdefault(
         step, {"tests": {}, "collection": {}, "ended": {}, "running": []}
     )
-    until, left_out, stopped, broken = run.now() + seconds, [], [], []
+    until, left_out, stopped, broken = run.now() + seconds, {}, [], []
     for selection in selections:
-        name = " ".join(selection.paths)
-        if selection.backend is not None and selection.backend not in good:
-            left_out.append(selection.backend)
-            continue
-        if not run.wanted(_verdict(kept, selection)):
+        bad_ones = {path: who for path in selection.paths if (who := _backend(path)) not in (None, *good)}
+        left_out |= dict.fromkeys(bad_ones.values())
+        paths = [path for path in selection.paths if path not in bad_ones]
+        if not paths or not run.wanted(_verdict(kept, selection)):
             continue
         if run.now() >= until:
             stopped.append("the time was spent")
             break
-        words, finished = _pytest(run, step, kept, selection, until - run.now())
-        kept["ended"][name] = {"finished": finished, "words": words}
+        words, finished = _pytest(run, step, kept, selection, paths, until - run.now())
+        kept["ended"][selection.name] = {"finished": finished, "words": words}
     for selection in selections:
-        end = kept["ended"].get(" ".join(selection.paths))
+        end = kept["ended"].get(selection.name)
         if end and end["words"]:
             (broken if end["finished"] else stopped).append(end["words"])
     outcomes = [test["outcome"] for test in kept["tests"].values()]
@@ -100,15 +104,19 @@ def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
     words = [f"{outcomes.count(name)} {name}" for name in DONE if name in outcomes] or ["nothing ran"]
     words += [f"{bad} failed"] if bad else []
     words += [f"{errors} files could not be collected"] if errors else []
-    words += [f"without those of {', '.join(dict.fromkeys(left_out))}"] if left_out else []
+    words += [f"without those of {', '.join(left_out)}"] if left_out else []
     words += [*dict.fromkeys([*broken, *stopped])]
     ok = False if bad or errors or broken else None if stopped or left_out else True
     return ok, ", ".join(words)
 
 
+def _backend(path: str) -> str | None:
+    return BACKENDS.get(str(PurePosixPath(path).parent))
+
+
 def _verdict(kept: dict[str, Any], selection: Selection) -> bool | None:
     """None where pytest has not come to an end; False where a test, or pytest itself, failed."""
-    end = kept["ended"].get(" ".join(selection.paths))
+    end = kept["ended"].get(selection.name)
     if end is None or not end["finished"]:
         return None
     files = tuple(path.split("::")[0] for path in selection.paths)
@@ -120,10 +128,12 @@ def _verdict(kept: dict[str, Any], selection: Selection) -> bool | None:
     return not (end["words"] or errors or any(test["outcome"] not in DONE for test in mine))
 
 
-def _pytest(run: Run, step: str, kept: dict[str, Any], selection: Selection, seconds: float) -> tuple[str, bool]:
+def _pytest(
+    run: Run, step: str, kept: dict[str, Any], selection: Selection, paths: list[str], seconds: float
+) -> tuple[str, bool]:
     """How it ended in words, empty where all that it ran is in the record; and whether it came to its end."""
     done = [name for name, test in kept["tests"].items() if not run.wanted(test["outcome"] in DONE)]
-    for path in selection.paths:
+    for path in paths:
         kept["collection"].pop(path.split("::")[0], None)
     flags = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", pytest_lines.__name__, "-m", selection.marked]
     flags += [f"--deselect={test}" for test in selection.without]
@@ -135,7 +145,7 @@ def _pytest(run: Run, step: str, kept: dict[str, Any], selection: Selection, sec
             pytest_lines.DONE: str(ids), pytest_lines.STACKS: folder, "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }  # fmt: skip
-        child = run.child(["pytest", *flags, *selection.paths], seconds, selection.silence, variables)
+        child = run.child(["pytest", *flags, *paths], seconds, selection.silence, variables)
         running: dict[str, None] = {}
         said: set[str] = set()
         internal = ""

@@ -228,7 +228,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         console.print("stopped; what was measured is written, RESUME=1 goes on")
     run.save()
-    print_summary(console, run.record)
+    print_summary(console, json.loads(run.path.read_text(encoding="utf-8")))
     console.print(f"written: {run.path}")
     outcomes = [step["ok"] for step in run.record["steps"].values()]
     return WRONG if False in outcomes else OK if outcomes else NOTHING_RAN

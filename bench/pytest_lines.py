@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ class Watcher:
         if left_out:
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item.nodeid not in done]
+        # A test of each file in turn: a run that is cut has heard of all of them.
+        seen: Counter[Path] = Counter()
+        turns = {}
+        for item in items:
+            turns[item.nodeid] = seen[item.path]
+            seen[item.path] += 1
+        items.sort(key=lambda item: turns[item.nodeid])
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MOST_FAILURES = 8
 """Of each kind; the file has all of them."""
 
+MOST_CELLS = 16
+"""Lines of ratios, the headline first; the average is over all."""
+
 WORTH_PASTING = 1.02
 """Times the speed of the row in the table; less is noise."""
 
@@ -100,10 +103,10 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
     table.add_column("cell", no_wrap=True)
     for title in ("room", "time", rate_unit(rows[0].device)[0], "best other", "its time", "ratio"):
         table.add_column(title, justify="right" if title != "best other" else "left", no_wrap=True)
-    ratios = []
+    ratios, more = [], 0
     for (case, mode), group in groupby(rows, key=lambda row: (row.case, row.mode)):
         ours, best = best_two(list(group))
-        cells = [f"{case.op} {say_case(case)} {mode}"]
+        cells: list[str | Text] = [f"{case.op} {say_case(case)} {mode}"]
         if ours is None:
             cells += ["", "-", "", "", "", ""]
         else:
@@ -116,10 +119,14 @@ def _print_ratios(console: Console, rows: list[Row]) -> None:
                 shown = Text(f"≈{say_speedup(ratio)}", style="dim")
             else:
                 shown = Text(say_speedup(ratio), style="green" if ratio >= 1 else "red")
-            table.add_row(*cells, best.provider, say_time(best.median_ms), shown)
-        else:
+            cells += [best.provider, say_time(best.median_ms), shown]
+        if table.row_count < MOST_CELLS:
             table.add_row(*cells)
+        else:
+            more += 1
     console.print(table)
+    if more:
+        console.print(f"and {more} more cells in the file", style="dim")
     if ratios:
         middle = statistics.geometric_mean(ratios)
         least, most = say_speedup(min(ratios)), say_speedup(max(ratios))

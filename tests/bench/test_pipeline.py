@@ -1,6 +1,7 @@
 """`make gpu` without a GPU: scripted children on a clock that moves when they say so."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ pytest.importorskip("rich", reason="make gpu needs rich")
 
 from rich.console import Console
 
-from fastattn.bench import earlier, gpu_cells, gpu_tests, pipeline, steps
+from fastattn.bench import earlier, gpu_cells, gpu_tests, pipeline, steps, summary
 from fastattn.bench.child import Ending
 from fastattn.bench.gpu_children import AFTER_THE_END
 from fastattn.bench.pipeline import LAST_WORDS, Run, Settings
@@ -320,6 +321,21 @@ def test_ties_are_called_ties_and_a_busy_machine_is_said(go, capsys):
     assert "≈1.00x" in said and said.count("1.50x") == 4 and "busy (load 7.5 on 2 cores)" in said
 
 
+def test_the_screen_holds_the_first_cells_and_says_how_many_more(go, capsys, whole, monkeypatch):
+    monkeypatch.setattr(summary, "MOST_CELLS", 3)
+    run, *_ = go(whole)
+    print_summary(Console(width=110, highlight=False, markup=False), run.record)
+    said = capsys.readouterr().out
+    assert "cross fp32" in said and "gqa fp32" not in said and "and 1 more cells in the file" in said
+    assert "4 cells; ≈ a tie" in said
+
+
+def test_a_file_says_nothing_of_where_things_lie(tmp_path):
+    root, packages = Path(earlier.__file__).resolve().parents[1], "/somewhere/lib/python3.12/dist-packages"
+    text = json.dumps([f"{root}/bench/x.py:1", f"{packages}/torch/cuda.py:2", f"OSError: {Path.home()}/.cache/a.so"])
+    assert json.loads(earlier.without_places(text)) == ["bench/x.py:1", "torch/cuda.py:2", "OSError: ~/.cache/a.so"]
+
+
 def test_the_best_other_is_the_fastest_that_is_not_ours():
     rows = [Row.of(row_of(CELLS[0], name, time)) for name, time in (("fastattn", 2.0), ("sdpa", 3.0), ("flex", 1.0))]
     rows.append(Row.of(row_of(CELLS[0], "fastattn-triton", 0.1)))
@@ -337,6 +353,22 @@ def test_flex_is_timed_beside_fastattn_and_has_one_row_beside_the_others(go, who
     assert providers == [["fastattn", "sdpa"], ["fastattn", "sdpa"], ["fastattn", "flex"]]
     names = [row["name"] for row in run.record["rows"]]
     assert names.count(f"{CELLS[0].name}/flex") == 1 and names[2] == f"{CELLS[0].name}/flex"
+
+
+def test_every_test_that_wants_a_gpu_is_in_a_step(request):
+    """The files by what they say; pytest's own collection of them all takes half a minute."""
+    root = request.config.rootpath
+    wants = re.compile(r"pytest\.mark\.gpu\b|def test_\w+\([^)]*\b(device|execute)\b")
+    files = [path for path in (root / "tests").rglob("test_*.py") if path.parent.name != "bench"]  # `device`, a word
+    found = {path for path in files if wants.search(path.read_text())}
+    named = {
+        root / path.split("::")[0]
+        for selections in gpu_tests.SELECTIONS["cuda"].values()
+        for selection in selections
+        if selection.marked == "gpu"
+        for path in selection.paths
+    }
+    assert found == named
 
 
 # ---- runs that go on

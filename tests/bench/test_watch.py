@@ -153,15 +153,20 @@ def lines_of(folder, *flags, **variables):
 def test_every_outcome_of_pytest_is_a_line(tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_some.py").write_text(TESTS)
-    (tmp_path / "test_others.py").write_text("import a_module_that_is_not_there")
     (tmp_path / "done.txt").write_text("test_some.py::test_right[1]\n")
+    (tmp_path / "test_more.py").write_text("def test_first(): pass\n\ndef test_last(): pass")
     variables = {watch.SILENCE: SOON, pytest_lines.DONE: str(tmp_path / "done.txt")}
-    _, lines, tests = lines_of(tmp_path, "-n", "1", "test_some.py", **variables)
+    _, lines, tests = lines_of(tmp_path, "-n", "1", "test_some.py", "test_more.py", **variables)
     outcomes = {name: line["outcome"] for name, line in tests.items()}
     assert outcomes == {
         "test_right[0]": "passed", "test_right[2]": "passed", "test_wrong": "failed", "test_hangs": "failed",
         "test_ends_badly": "error", "test_spoils": "failed", "test_skipped": "skipped",
+        "test_first": "passed", "test_last": "passed",
     }  # fmt: skip
+    # A test of each file in turn.
+    assert [line["begin"].partition("::")[2] for line in lines if "begin" in line][:4] == [
+        "test_right[0]", "test_first", "test_right[2]", "test_last",
+    ]  # fmt: skip
     assert "AssertionError: the sum is off" in tests["test_wrong"]["words"]
     assert tests["test_hangs"]["words"] == "hung" and tests["test_hangs"]["stack"][0].endswith("in test_hangs")
     assert "the end is wrong" in tests["test_ends_badly"]["words"]
