@@ -54,7 +54,6 @@ def time_cells(run: Run, step: str, seconds: float, good: list[str], every: tupl
     rows = run.record.setdefault("flex" if step == "flex" else "rows", [])
     crashed = run.record.setdefault("crashed", {}).setdefault(step, {})
     providers = providers_of(step, device, good, every)
-    hangs: Counter[str] = Counter()
     names = [cell.name for cell in cells_of(step, device)]
 
     def of_cell(name: str) -> list[dict[str, Any]]:
@@ -66,8 +65,12 @@ def time_cells(run: Run, step: str, seconds: float, good: list[str], every: tupl
         found = of_cell(name)
         return None if not found else not any(Row.of(row).failed for row in found)
 
+    def left_out() -> list[str]:
+        hangs = Counter(each["at"] for each in crashed.values() if each["stack"])
+        return [name for name in providers if hangs[name] >= MOST_HANGS]
+
     def command(left: list[str], seconds: float) -> Child:
-        who = [name for name in providers if hangs[name] < MOST_HANGS]
+        who = [name for name in providers if name not in left_out()]
         task = {"device": device, "cells": left, "providers": who, "seconds": seconds - AFTER_THE_END}
         return run.child(["fastattn.bench.worker", json.dumps(task)], seconds, SILENCE[step])
 
@@ -82,10 +85,8 @@ def time_cells(run: Run, step: str, seconds: float, good: list[str], every: tupl
         run.say(f"[{number}/{len(names)}] {line['done']}{_words(line['rows'])}")
 
     def lost(name: str, ending: Ending) -> None:
-        who = f" ({queue.at})" if queue.at else ""
-        crashed[name] = {"words": ending.sentence + who, "stack": list(ending.stack), "tail": list(ending.tail)}
-        if ending.stack:
-            hangs[queue.at] += 1
+        words = ending.sentence + (f" ({queue.at})" if queue.at else "")
+        crashed[name] = {"words": words, "at": queue.at, "stack": list(ending.stack), "tail": list(ending.tail)}
         run.say(f"{name}: {crashed[name]['words']}")
 
     queue = Queue(run, command, done, lost)
@@ -96,7 +97,7 @@ def time_cells(run: Run, step: str, seconds: float, good: list[str], every: tupl
     words = [f"{len(names) - verdicts.count(None)} of {len(names)} cells"]
     words += [f"{wrong} wrong"] if wrong else []
     words += [f"{len(crashed)} crashed or hung"] if crashed else []
-    words += [f"without {name}, which hung {MOST_HANGS} times" for name in providers if hangs[name] >= MOST_HANGS]
+    words += [f"without {name}, which hung {MOST_HANGS} times" for name in left_out()]
     return False if False in verdicts else None if None in verdicts else True, ", ".join(words)
 
 

@@ -5,6 +5,7 @@ Each names its files, and pytest collects no other. What it says comes as lines 
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ SANITIZED = 150.0
 
 DONE = ("passed", "skipped")
 NEW_LINE = "\n"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 NOTHING_TO_RUN = "there is nothing to run without a GPU"
 NO_TESTS = 5
 """pytest's exit code where nothing was left to run; 1 are failed tests, which have lines of their own."""
@@ -87,13 +89,13 @@ def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
         bad_ones = {path: who for path in selection.paths if (who := _backend(path)) not in (None, *good)}
         left_out |= dict.fromkeys(bad_ones.values())
         paths = [path for path in selection.paths if path not in bad_ones]
-        if not paths or not run.wanted(_verdict(kept, selection)):
+        if not paths or not run.wanted(_verdict(kept, selection, paths)):
             continue
         if run.now() >= until:
             stopped.append("the time was spent")
             break
-        words, finished = _pytest(run, step, kept, selection, paths, until - run.now())
-        kept["ended"][selection.name] = {"finished": finished, "words": words}
+        words, finished = Pytest(run, step, kept, selection, paths).go(until)
+        kept["ended"][selection.name] = {"finished": finished, "words": words, "paths": paths}
     for selection in selections:
         end = kept["ended"].get(selection.name)
         if end and end["words"]:
@@ -101,8 +103,8 @@ def run_tests(run: Run, step: str, seconds: float, good: list[str]) -> Outcome:
     outcomes = [test["outcome"] for test in kept["tests"].values()]
     bad = sum(outcome not in DONE for outcome in outcomes)
     errors = sum(each["outcome"] == "failed" for each in kept["collection"].values())
-    words = [f"{outcomes.count(name)} {name}" for name in DONE if name in outcomes] or ["nothing ran"]
-    words += [f"{bad} failed"] if bad else []
+    words = [f"{outcomes.count(name)} {name}" for name in DONE if name in outcomes]
+    words += [f"{bad} failed"] if bad else [] if words else ["nothing ran"]
     words += [f"{errors} files could not be collected"] if errors else []
     words += [f"without those of {', '.join(left_out)}"] if left_out else []
     words += [*dict.fromkeys([*broken, *stopped])]
@@ -114,12 +116,12 @@ def _backend(path: str) -> str | None:
     return BACKENDS.get(str(PurePosixPath(path).parent))
 
 
-def _verdict(kept: dict[str, Any], selection: Selection) -> bool | None:
-    """None where pytest has not come to an end; False where a test, or pytest itself, failed."""
+def _verdict(kept: dict[str, Any], selection: Selection, paths: list[str]) -> bool | None:
+    """None where pytest has not come to an end of all paths; False where a test, or pytest itself, failed."""
     end = kept["ended"].get(selection.name)
-    if end is None or not end["finished"]:
+    if end is None or not end["finished"] or set(paths) - set(end["paths"]):
         return None
-    files = tuple(path.split("::")[0] for path in selection.paths)
+    files = tuple(path.split("::")[0] for path in paths)
 
     def of(found: dict[str, Any]) -> list[dict[str, Any]]:
         return [each for name, each in found.items() if any(file.endswith(name.split("::")[0]) for file in files)]
@@ -128,61 +130,81 @@ def _verdict(kept: dict[str, Any], selection: Selection) -> bool | None:
     return not (end["words"] or errors or any(test["outcome"] not in DONE for test in mine))
 
 
-def _pytest(
-    run: Run, step: str, kept: dict[str, Any], selection: Selection, paths: list[str], seconds: float
-) -> tuple[str, bool]:
-    """How it ended in words, empty where all that it ran is in the record; and whether it came to its end."""
-    done = [name for name, test in kept["tests"].items() if not run.wanted(test["outcome"] in DONE)]
-    for path in paths:
-        kept["collection"].pop(path.split("::")[0], None)
-    flags = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", pytest_lines.__name__, "-m", selection.marked]
-    flags += [f"--deselect={test}" for test in selection.without]
-    flags += ["-n", str(run.settings.jobs), "--max-worker-restart=40"]
-    with tempfile.TemporaryDirectory(prefix="fastattn-tests-") as folder:
-        ids = Path(folder, "done.txt")
-        ids.write_text("\n".join(done))
-        variables = {
-            pytest_lines.DONE: str(ids), pytest_lines.STACKS: folder, "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        }  # fmt: skip
-        child = run.child(["pytest", *flags, *paths], seconds, selection.silence, variables)
-        running: dict[str, None] = {}
-        said: set[str] = set()
-        internal = ""
-        for line in objects(run.listen(child)):
-            if "begin" in line:
-                running[line["begin"]] = None
-            elif "test" in line:
-                running.pop(line["test"], None)
-                before = kept["tests"].get(line["test"])
-                if before and before["outcome"] not in DONE and line["test"] not in said:
-                    run.once_more(step, line["test"], before["words"])
-                _put(kept["tests"], line, said)
-                if line["outcome"] not in DONE:
-                    run.say(f"{line['outcome']}: {line['test']}: {line['words'].partition(NEW_LINE)[0]}")
-            elif "collection" in line:
-                kept["collection"][line["collection"]] = {each: line[each] for each in ("outcome", "words")}
-            elif "internal" in line:
-                internal = line["internal"]
-            kept["running"] = list(running)
-        ending = ended(child)
-    kept["tail"] = [each for each in ending.tail if not each.startswith("{") and each.strip()]
-    kept["running"] = []
-    if ending.code is None:
-        if running:  # it had no time to say more: which tests were at work is kept
-            kept["cut"] = list(running)
-        return ending.words, False
-    if ending.code in (0, 1, NO_TESTS) and not internal:
-        return "", True
-    last = internal.strip().splitlines()[-1:] or kept["tail"][-1:]
-    return ": ".join([f"pytest {ending.words or 'broke'}", *last]), True
+class Pytest:
+    """One selection, of which a step keeps outcomes in `kept`."""
 
+    def __init__(self, run: Run, step: str, kept: dict[str, Any], selection: Selection, paths: list[str]):
+        self.run, self.step, self.kept, self.selection, self.paths = run, step, kept, selection, paths
+        self.said: set[str] = set()
+        """Tests that have an outcome of this try."""
+        self.running: dict[str, None] = {}
 
-def _put(tests: dict[str, Any], line: dict[str, Any], said: set[str]) -> None:
-    """A test's line. Of several in one run, for what comes after a test may fail too, all words stay."""
-    name, before = line["test"], tests.get(line["test"])
-    words = f"{before['words']}; then {line['words']}" if before and name in said else line["words"]
-    tests[name] = {"outcome": line["outcome"], "seconds": line["seconds"], "words": words.removeprefix("; then ")}
-    if line["stack"]:
-        tests[name]["stack"] = line["stack"]
-    said.add(name)
+    def go(self, until: float) -> tuple[str, bool]:
+        """How it ended in words, empty where all that it ran is in the record; and whether it came to its end."""
+        while True:
+            words, finished = self._once(until - self.run.now())
+            if not (finished and self.running and self.run.now() < until):
+                self.kept["running"] = []
+                return words, finished
+            # Without pytest-xdist a test takes the whole process with it: another one goes on.
+            for name in list(self.running):
+                self._put({"test": name, "outcome": "failed", "seconds": 0, "words": words, "stack": self.stack})
+
+    def _command(self) -> list[str]:
+        flags = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", pytest_lines.__name__, "-m", self.selection.marked]
+        flags += [f"--deselect={test}" for test in self.selection.without]
+        if importlib.util.find_spec("xdist") is not None:
+            flags += ["-n", str(self.run.settings.jobs), "--max-worker-restart=40"]
+        return ["pytest", *flags, *self.paths]
+
+    def _once(self, seconds: float) -> tuple[str, bool]:
+        self.running, internal = {}, ""
+        known = self.kept["tests"].items()
+        done = [name for name, test in known if name in self.said or not self.run.wanted(test["outcome"] in DONE)]
+        for path in self.paths:
+            self.kept["collection"].pop(path.split("::")[0], None)
+        collected = 0
+        with tempfile.TemporaryDirectory(prefix="fastattn-tests-") as folder:
+            ids = Path(folder, "done.txt")
+            ids.write_text("\n".join(done))
+            variables = {pytest_lines.DONE: str(ids), pytest_lines.STACKS: folder, **ONE_THREAD}
+            child = self.run.child(self._command(), seconds, self.selection.silence, variables)
+            for line in objects(self.run.listen(child)):
+                if "begin" in line:
+                    self.running[line["begin"]] = None
+                elif "test" in line:
+                    self._put(line)
+                elif "collection" in line:
+                    self.kept["collection"][line["collection"]] = {each: line[each] for each in ("outcome", "words")}
+                    collected += 1
+                elif "internal" in line:
+                    internal = line["internal"]
+                self.kept["running"] = list(self.running)
+            ending = ended(child)
+        self.stack = list(ending.stack)
+        self.kept["tail"] = [each for each in ending.tail if not each.startswith("{") and each.strip()]
+        if ending.code is None:
+            return ending.words, False
+        if self.running:
+            return ending.words or "ended", True
+        silent = ending.code == 1 and not (self.said or collected)
+        if ending.code in (0, 1, NO_TESTS) and not internal and not silent:
+            return "", True
+        last = internal.strip().splitlines()[-1:] or self.kept["tail"][-1:]
+        return ": ".join([f"pytest {ending.words or 'broke'}", *last]), True
+
+    def _put(self, line: dict[str, Any]) -> None:
+        """A test's line. Of several in one try, for what comes after a test may fail too, all words stay."""
+        name, words = line["test"], line["words"]
+        before = self.kept["tests"].get(name)
+        if before and name in self.said:
+            words = f"{before['words']}; then {words}".removeprefix("; then ")
+        elif before and before["outcome"] not in DONE:
+            self.run.once_more(self.step, name, before["words"])
+        self.kept["tests"][name] = {"outcome": line["outcome"], "seconds": line["seconds"], "words": words}
+        if line["stack"]:
+            self.kept["tests"][name]["stack"] = line["stack"]
+        if line["outcome"] not in DONE:
+            self.run.say(f"{line['outcome']}: {name}: {words.partition(NEW_LINE)[0]}")
+        self.said.add(name)
+        self.running.pop(name, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import itertools
 import json
 import os
 import signal
@@ -80,7 +81,7 @@ class Run:
         self.lock, self.unsaved = threading.RLock(), False
         self.children: list[Child] = []
         environment = env.environment(settings.device)
-        self.path = settings.out / _name(environment)
+        self.path = _path(settings.out, environment)
         self.record: dict[str, Any] = {"schema": SCHEMA, "environment": environment, "commands": [], "steps": {}}
         self.resumed = False
         if settings.resume:
@@ -170,8 +171,9 @@ class Run:
         """
         for step in self.settings.steps:
             self._step(step)
-        for step in self._of_verdict(None):
-            self._step(step)
+        for step in self._of_verdict(None, False):
+            if step != "build":
+                self._step(step)
         self.again = self.resumed
         for step in self._of_verdict(None, False) if self.again else ():
             self._step(step)
@@ -201,10 +203,12 @@ class Run:
         self.save()
 
 
-def _name(environment: dict[str, Any]) -> str:
-    """<device>-<date>-<commit>.json"""
+def _path(out: Path, environment: dict[str, Any]) -> Path:
+    """<device>-<date>-<commit>.json; a number more where an earlier run is there, which stays."""
     commit = (environment["commit"] or "no-commit")[:9] + ("-changed" if environment["dirty"] else "")
-    return f"{env.device_name(environment)}-{datetime.date.today().isoformat()}-{commit}.json"
+    stem = f"{env.device_name(environment)}-{datetime.date.today().isoformat()}-{commit}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(path for name in names if not (path := out / f"{name}.json").exists())
 
 
 def main(argv: list[str]) -> int:

@@ -293,6 +293,27 @@ def test_a_pytest_that_breaks_says_its_last_words(go):
     assert run.record["steps"]["tests"]["words"] == "nothing ran, pytest ended with 4: the last line"
 
 
+def test_without_xdist_a_test_that_hangs_costs_itself_alone(go, monkeypatch):
+    monkeypatch.setattr(gpu_tests.importlib.util, "find_spec", lambda name: None)
+    begun = {"begin": "tests/cpu/test_attention.py::hangs"}
+    hung = Script([said_of("one"), begun], 1, words="hung", stack=("x.py:1 in f",))
+    run, _, machine = go({"pytest": [hung, Script([said_of("two")])]}, steps=("tests",))
+    tests = {name.partition("::")[2]: test for name, test in run.record["tests"]["tests"]["tests"].items()}
+    assert {name: test["outcome"] for name, test in tests.items()} == {
+        "one": "passed", "hangs": "failed", "two": "passed",
+    }  # fmt: skip
+    assert tests["hangs"]["stack"] == ["x.py:1 in f"] and not any(
+        "-n" in command.split() for command, _ in machine.asked
+    )
+
+
+def test_a_pytest_that_is_not_there_is_a_failure(go):
+    run, *_ = go({"pytest": Script([], 1, words="ended with 1")}, steps=("tests",))
+    assert run.record["steps"]["tests"] == {"ok": False, "seconds": 0.0} | {
+        "words": "nothing ran, pytest ended with 1: the last line"
+    }
+
+
 def test_a_test_whose_end_fails_too_keeps_both_words(go):
     lines = [said_of("one", "failed", "the sum is off"), said_of("one", "error", "so is its end")]
     run, *_ = go({"pytest": Script(lines, 1)}, steps=("tests",))
@@ -427,8 +448,9 @@ def test_the_file_alone_is_enough_wherever_it_lies_and_whatever_its_name(go, tmp
 
 
 def test_without_resume_a_run_begins_anew(go, whole):
-    go(whole)
+    first, *_ = go(whole)
     run, said, _ = go({"fastattn.bench.worker": worker("self")}, steps=("headline",))
+    assert run.path.stem == f"{first.path.stem}-2" and len(json.loads(first.path.read_text())["rows"]) == 12
     assert len(run.record["rows"]) == 3 and not any("done before" in words for words in said)
 
 
