@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +128,23 @@ class Run:
             part.write_text(text, encoding="utf-8")
             part.replace(path)
 
-    def child(self, command: list[str], seconds: float, silence: float, more: dict[str, str] | None = None) -> Child:
-        """A Python module as a child, on what this process runs on; it ends itself after `silence` seconds."""
+    def child(
+        self,
+        command: list[str],
+        seconds: float,
+        silence: float,
+        more: dict[str, str] | None = None,
+        under: Sequence[str] = (),
+    ) -> Child:
+        """A Python module as a child, on what this process runs on; it ends itself after `silence` seconds. `under` is
+        the command line of a tool that runs it.
+        """
         variables = {"PYTHONSAFEPATH": "1"}  # the working folder holds a folder `kernels`, which transformers asks for
         if silence < float("inf"):
             variables[watch.SILENCE] = f"{silence:g}"
         if self.settings.peers is not None:
             variables["PEERS"] = str(self.settings.peers)
-        words = [sys.executable, "-m", *command] if command[0] != "!" else command[1:]
+        words = [*under, sys.executable, "-m", *command]
         return Child(words, seconds, silence + BACKSTOP, variables | (more or {}), self.now, self._idle)
 
     def listen(self, child: Child) -> Iterator[str]:

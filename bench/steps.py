@@ -118,9 +118,9 @@ def _memcheck(run: Run, seconds: float) -> list[str]:
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     if program is None:
         return ["compute-sanitizer is not installed"]
-    options = ["--tool", "memcheck", "--print-limit", "8"]
-    child = run.child(["fastattn.bench.smoke", "cuda", "cuda"], seconds, float("inf"), {"CUDA_LAUNCH_BLOCKING": "1"})
-    child.command = [program, *options, *child.command]
+    under = [program, "--tool", "memcheck", "--print-limit", "8"]
+    launch_by_launch = {"CUDA_LAUNCH_BLOCKING": "1"}
+    child = run.child(["fastattn.bench.smoke", "cuda", "cuda"], seconds, float("inf"), launch_by_launch, under)
     lines = list(run.listen(child))
     return [*lines[:ROOM_FOR_MEMCHECK], *filter(None, [ended(child).words])]
 

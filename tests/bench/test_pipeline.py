@@ -1,8 +1,8 @@
-"""`make gpu` without a GPU: scripted children on a clock that moves when they say so."""
+"""`make gpu` without a GPU: its steps, with scripted children (scripted.py)."""
 
 import json
 import re
-from dataclasses import dataclass, field
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ pytest.importorskip("rich", reason="make gpu needs rich")
 from rich.console import Console
 
 from fastattn.bench import earlier, gpu_cells, gpu_tests, pipeline, steps, summary
-from fastattn.bench.child import Ending
 from fastattn.bench.gpu_children import AFTER_THE_END
 from fastattn.bench.pipeline import LAST_WORDS, Run, Settings
 from fastattn.bench.rows import Row
@@ -20,133 +19,16 @@ from fastattn.bench.suite import Cell, suite
 from fastattn.bench.summary import best_two, failures, print_summary
 from fastattn.bench_cases import BenchCase
 
-
-@dataclass
-class Clock:
-    seconds: float = 0.0
-
-    def __call__(self):
-        return self.seconds
-
-
-@dataclass
-class Script:
-    """What a child says, how long each line takes, and how it ends."""
-
-    lines: list
-    code: int | None = 0
-    each: float = 1.0
-    words: str = ""
-    stack: tuple = ()
-
-
-@dataclass
-class Scripted:
-    """Stands for `Child`: plays a script, stopped when its seconds are over."""
-
-    script: Script
-    seconds: float
-    clock: Clock
-    ending: Ending | None = None
-
-    def stop(self):
-        """It has come to its end."""
-
-    def lines(self):
-        until = self.clock() + self.seconds
-        for line in self.script.lines:
-            if self.clock() + self.script.each > until:
-                self.clock.seconds = until
-                self.ending = Ending(None, f"took longer than {self.seconds:.0f} s", ())
-                return
-            self.clock.seconds += self.script.each
-            yield line if isinstance(line, str) else json.dumps(line)
-        self.ending = Ending(self.script.code, self.script.words, ("the last line",), self.script.stack)
-
-
-CELLS = [Cell(BenchCase(op, "fp32", 1, 1, 1, 8, 8, 8), "fwd") for op in ("self", "causal", "cross", "gqa")]
-
-
-def row_of(cell, provider="fastattn", milliseconds=1.0, **more):
-    return Row(cell.case, cell.mode, provider, "cpu", samples_ms=[milliseconds] * 3, correct=True, **more).record()
-
-
-def worker(*names, code=0, dies_in=None, each=1.0, words="was killed by SIGSEGV", stack=()):
-    """A worker that times these cells, then dies in another."""
-    lines = []
-    for cell in CELLS:
-        if cell.name.split("/")[0] in names:
-            rows = [row_of(cell), row_of(cell, "sdpa", 2.0), row_of(cell, "flex", 1.5)]
-            lines += [{"begin": cell.name}, "a warning of some library", {"done": cell.name, "rows": rows}]
-        if cell.name.split("/")[0] == dies_in:
-            lines += [{"begin": cell.name}, {"at": "fastattn"}]
-    return Script(lines, code, each, words if code else "", stack)
-
-
-def said_of(name, outcome="passed", words="", stack=()):
-    return {"test": f"tests/cpu/test_attention.py::{name}", "outcome": outcome, "seconds": 0.1, "words": words} | {
-        "stack": list(stack)
-    }
-
-
-def check_lines(room, *ok):
-    """A row for each case; None where it is refused."""
-    rows = [{"room": room, "case": case, "ok": each, "words": None} for case, each in zip(CASES, ok, strict=True)]
-    return Script([line for row in rows for line in ({"begin": row["case"]}, {"done": row["case"], "row": row})])
-
-
-CASES = ("causal", "bias")
-PYTEST = Script([{"begin": "tests/cpu/test_attention.py::one"}, said_of("one"), ". [100%]", said_of("two")])
-SMOKE = Script([{"difference": 0.01, "ok": True}])
-GOOD = {
-    "fastattn.cli build": Script([]),
-    "fastattn.cli info": Script(["machine"]),
-    "fastattn.bench.smoke": SMOKE,
-    "pytest": PYTEST,
-    "fastattn.cli check --device cpu --rooms cpu": check_lines("cpu", True, None),
-    "fastattn.cli check --device cpu --rooms reference": check_lines("reference", True, True),
-}
-
-
-@dataclass
-class Machine:
-    """Hands out scripts by the words of the command; a list plays one after the other."""
-
-    scripts: dict
-    clock: Clock = field(default_factory=Clock)
-    asked: list = field(default_factory=list)
-
-    def child(self, command, seconds, silence, more=None):
-        self.asked.append((" ".join(command), seconds))
-        name = next(name for name in self.scripts if " ".join(command).startswith(name))
-        script = self.scripts[name]
-        return Scripted(script.pop(0) if isinstance(script, list) else script, seconds, self.clock)
+SCRIPTED = runpy.run_path(str(Path(__file__).with_name("scripted.py")))
+CELLS, FAILING, GOOD, SMOKE = (SCRIPTED[name] for name in ("CELLS", "FAILING", "GOOD", "SMOKE"))
+Script, check_lines, row_of, said_of = (SCRIPTED[name] for name in ("Script", "check_lines", "row_of", "said_of"))
+worker, workers = SCRIPTED["worker"], SCRIPTED["workers"]
 
 
 @pytest.fixture
 def go(tmp_path, monkeypatch):
-    """Runs the steps, threads one after the other; returns the run and what it said."""
-    monkeypatch.setattr(gpu_cells, "suite", lambda device: CELLS)
-    monkeypatch.setattr(gpu_cells, "HEADLINE", 2)
-    monkeypatch.setattr(steps, "CASES", dict.fromkeys(CASES))
-    monkeypatch.setattr(earlier, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(earlier, "KEPT", tmp_path / "kept")
-
-    def run(scripts, **settings):
-        machine = Machine({**GOOD, **scripts})
-        said = []
-        run = Run(Settings(**{"device": "cpu", "out": tmp_path, **settings}), said.append, machine.clock)
-        run.child = machine.child
-        run.together = lambda *works: [work() for work in works]
-        run.steps()
-        return run, said, machine
-
-    return run
-
-
-def workers(headline, sweep, flex=None):
-    """The workers of the three steps that time cells; flex times the first cell."""
-    return {"fastattn.bench.worker": [*headline, *sweep, *(flex or [worker("self")])]}
+    """Runs the steps; returns the run, what it said, and the machine that was asked."""
+    return SCRIPTED["runner"](tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -214,6 +96,25 @@ def test_a_backend_whose_smallest_call_fails_is_noted_first_and_left_out(go, cap
     assert any(line.startswith("✗ cpu's smallest call: hung") for line in said[:5])
 
 
+@pytest.mark.parametrize("tool", ["compute-sanitizer", None])
+def test_memcheck_looks_at_a_smallest_call_of_cuda_that_fails(go, monkeypatch, tool):
+    gpu = {"device": "cuda", "gpu": "H200", "commit": None, "dirty": None, "date": "2030-01-01"}
+    monkeypatch.setattr(pipeline.env, "environment", lambda device: gpu)
+    monkeypatch.setattr(steps.shutil, "which", lambda name, path: tool)
+    scripts = {"fastattn.bench.smoke": [Script([], 1, words="hung"), SMOKE]}
+    scripts["compute-sanitizer"] = Script(["========= Invalid __global__ read of size 16 bytes"])
+    run, _, machine = go(scripts, device="cuda", steps=("smoke",))
+    found = run.record["smoke"]
+    assert found["cuda"]["ok"] is False and found["triton"]["ok"]
+    if tool is None:
+        assert found["cuda"]["memcheck"] == ["compute-sanitizer is not installed"]
+    else:
+        assert found["cuda"]["memcheck"] == scripts[tool].lines
+        command, seconds = machine.asked[1]
+        assert command.startswith("compute-sanitizer --tool memcheck --print-limit 8 fastattn.bench.smoke cuda")
+        assert seconds == 60
+
+
 def test_a_smallest_call_that_is_wrong_says_by_how_much(go):
     run, *_ = go({"fastattn.bench.smoke": [SMOKE, Script([{"difference": 2.0, "ok": False}], 1)]}, steps=("smoke",))
     assert run.record["smoke"]["reference"]["words"] == "off by 2"
@@ -256,11 +157,6 @@ def test_each_step_takes_its_share_at_most_and_the_set_up_counts(go):
 def test_a_step_alone_may_take_it_all(go):
     _, _, machine = go({}, steps=("tests",), budget=200.0)
     assert machine.asked[0][1] == pytest.approx(200 - LAST_WORDS)
-
-
-FAILING = Script(
-    [said_of("one", "failed", "AssertionError: 1 is not 2\nmore (a.py:3)"), said_of("two")], 1, words="ended with 1"
-)
 
 
 def test_failures_come_first_and_ratios_last(go, capsys):
@@ -390,125 +286,6 @@ def test_every_test_that_wants_a_gpu_is_in_a_step(request):
         for path in selection.paths
     }
     assert found == named
-
-
-# ---- runs that go on
-
-
-def test_resume_runs_nothing_twice_that_went_well_and_what_failed_at_last(go):
-    first, *_ = go({"pytest": FAILING, **workers([worker("self", "causal")], [worker("cross", dies_in="gqa", code=1)])})
-    assert len(first.record["rows"]) == 9 and first.record["steps"]["flex"]["ok"]
-    again, said, machine = go({"fastattn.bench.worker": worker("gqa")}, resume="1")
-    assert again.path == first.path and all(f"{name}: done before" in said for name in ("check", "headline", "flex"))
-    asked = [command.split()[0] for command, _ in machine.asked]
-    assert asked == ["fastattn.cli", "fastattn.cli", "pytest", "fastattn.bench.worker"]  # a build, what is here
-    assert json.loads(machine.asked[-1][0].split(" ", 1)[1])["cells"] == [CELLS[3].name]
-    assert len(again.record["rows"]) == 12 and False not in [step["ok"] for step in again.record["steps"].values()]
-    assert [command["resume"] for command in again.record["commands"]] == [False, True]
-
-
-def test_resume_first_runs_what_was_cut(go):
-    slow = worker("self", "causal", "cross", "gqa", each=20.0)
-    first, *_ = go({"fastattn.bench.worker": slow, "pytest": FAILING}, budget=100.0)
-    assert first.record["steps"]["sweep"]["ok"] is None and first.record["steps"]["tests"]["ok"] is False
-    again, said, _ = go({"fastattn.bench.worker": worker("self", "causal", "cross", "gqa")}, resume="1")
-    begun = [words.split(":")[0] for words in said if ": up to" in words]
-    assert begun[-1] == "tests" and begun.index("sweep") < len(begun) - 1
-    assert len(again.record["rows"]) == 12
-
-
-def test_tests_that_passed_are_named_to_the_next_pytest(go, monkeypatch):
-    left_out = []
-    go({"pytest": FAILING}, steps=("tests",))
-    child = Machine.child
-
-    def read(self, command, seconds, silence, more=None):
-        left_out.append(Path(more[gpu_tests.pytest_lines.DONE]).read_text())
-        return child(self, command, seconds, silence, more)
-
-    monkeypatch.setattr(Machine, "child", read)
-    go({}, steps=("tests",), resume="1")
-    assert left_out == ["tests/cpu/test_attention.py::two"]
-
-
-@pytest.mark.parametrize("place", ["out", "results", "kept", "named"])
-def test_the_file_alone_is_enough_wherever_it_lies_and_whatever_its_name(go, tmp_path, whole, place):
-    first, *_ = go({**whole, "fastattn.bench.worker": worker("self", dies_in="causal", code=1)}, steps=("headline",))
-    carried = {"out": tmp_path, "results": tmp_path / "results", "kept": tmp_path / "kept"}.get(place, tmp_path / "x")
-    carried.mkdir(exist_ok=True)
-    text = first.path.read_text()
-    for path in (first.path, tmp_path / "kept" / first.path.name):
-        path.unlink()
-    path = carried / "cpu-2020-01-01-another-name.json"
-    path.write_text(text)
-    resume = str(path) if place == "named" else "1"
-    run, _, machine = go({"fastattn.bench.worker": worker("causal")}, steps=("headline",), resume=resume)
-    assert json.loads(machine.asked[-1][0].split(" ", 1)[1])["cells"] == [CELLS[1].name]
-    assert run.path == tmp_path / path.name and len(json.loads(run.path.read_text())["rows"]) == 6
-
-
-def test_without_resume_a_run_begins_anew(go, whole):
-    first, *_ = go(whole)
-    run, said, _ = go({"fastattn.bench.worker": worker("self")}, steps=("headline",))
-    assert run.path.stem == f"{first.path.stem}-2" and len(json.loads(first.path.read_text())["rows"]) == 12
-    assert len(run.record["rows"]) == 3 and not any("done before" in words for words in said)
-
-
-def test_nothing_to_go_on_from_is_said(go, whole):
-    run, said, _ = go(whole, resume="1")
-    assert said[0] == "nothing of this commit to go on from: a new run" and len(run.record["rows"]) == 12
-
-
-def test_times_of_another_gpu_stay_in_their_own_file(go, whole):
-    run, *_ = go(whole)
-    record = json.loads(run.path.read_text())
-    record["environment"]["gpu"] = "another"
-    run.path.write_text(json.dumps(record))
-    other = run.path.rename(run.path.with_name("another.json"))
-    again, said, _ = go(whole | {"fastattn.bench.worker": worker("self", "causal", "cross", "gqa")}, resume=str(other))
-    assert "its times are of another: they are taken anew" in said and "check: done before" in said
-    assert again.path == run.path and again.record["carried_from"]["gpu"] == "another"
-    assert len(again.record["rows"]) == 12 and json.loads(other.read_text()) == record
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"schema": "fastattn-gpu/1"}, "has schema 'fastattn-gpu/1', this version writes 'fastattn-gpu/2'"),
-        ({"environment": {"commit": "other", "device": "cpu"}}, "is a run of commit other, and this is"),
-        (None, "is no file of make gpu; RESUME=1 looks for the last run of this commit"),
-    ],
-    ids=["schema", "commit", "no JSON"],
-)
-def test_a_file_that_cannot_be_gone_on_from_is_refused(go, whole, change, words):
-    run, *_ = go(whole)
-    record = json.loads(run.path.read_text())
-    run.path.write_text("no JSON" if change is None else json.dumps(record | change))
-    with pytest.raises(ValueError, match=words):
-        go(whole, resume=str(run.path))
-
-
-def test_a_killed_run_has_what_was_said_until_then(go, monkeypatch):
-    """Each line is in the file once the child has nothing more to say."""
-
-    class Killed(BaseException):
-        pass
-
-    def lines(self, play=Scripted.lines):
-        for line in play(self):
-            yield line
-            run[0]._idle()
-            if '"causal' in line and '"done"' in line:
-                raise Killed
-
-    run = []
-    began = Run.__init__
-    monkeypatch.setattr(Run, "__init__", lambda self, *given: (run.append(self), began(self, *given))[1])
-    monkeypatch.setattr(Scripted, "lines", lines)
-    with pytest.raises(Killed):
-        go({"fastattn.bench.worker": worker("self", "causal")}, steps=("headline",))
-    record = json.loads(run[0].path.read_text())
-    assert len(record["rows"]) == 6 and record["steps"]["headline"] == {"ok": None, "seconds": 0.0, "words": "was cut"}
 
 
 def test_tuning_names_the_row_to_paste_or_says_that_it_stays(go, capsys):
