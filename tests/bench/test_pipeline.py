@@ -238,6 +238,17 @@ def test_ties_are_called_ties_and_a_busy_machine_is_said(go, capsys):
     assert "≈1.00x" in said and said.count("1.50x") == 4 and "busy (load 7.5 on 2 cores)" in said
 
 
+def test_the_ratio_under_sustained_load_stands_beside_the_usual_one(go, capsys, whole):
+    run, *_ = go(whole)
+    print_summary(Console(width=110, highlight=False, markup=False), run.record)
+    assert "sustained" not in capsys.readouterr().out  # nobody measured it
+    for row in (each for each in run.record["rows"] if each["op"] == "self"):
+        row["sustained_ms"] = [3.0 if row["provider"] == "fastattn" else 6.0] * 4
+    print_summary(Console(width=110, highlight=False, markup=False), run.record)
+    said = capsys.readouterr().out
+    assert "sustained" in said and said.count("1.50x") == 7 and said.count("2.00x") == 1
+
+
 def test_the_screen_holds_the_first_cells_and_says_how_many_more(go, capsys, whole, monkeypatch):
     monkeypatch.setattr(summary, "MOST_CELLS", 3)
     run, *_ = go(whole)
