@@ -12,8 +12,8 @@ ARGS ?=
 # Test processes; each computes with one thread.
 JOBS ?= 2
 
-# make gpu: cuda or cpu; seconds it may take; where its JSON goes; a folder of unpacked wheels of other libraries;
-# RESUME=1 goes on where the last run of this commit stopped.
+# make gpu: cuda or cpu; seconds it may take, with the set-up; where its JSON goes; a folder of unpacked wheels of other
+# libraries; RESUME=1 goes on where the last run of this commit stopped, RESUME=run.json where that one did.
 DEVICE ?= cuda
 BUDGET ?= 480
 OUT ?= bench/results
@@ -25,23 +25,25 @@ RESUME ?=
 AS_MODULE := -c 'import runpy, sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; \
 	runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)'
 RUN := .venv/bin/python $(AS_MODULE)
+BEGAN := $(shell date +%s)
 # A machine with a GPU may have no network: an environment of its own, of PYTHON's torch and what lies beside it.
 GPU_VENV := $(if $(filter cpu,$(DEVICE)),.venv,.venv-offline)
 GPU_RUN := $(GPU_VENV)/bin/python $(AS_MODULE) fastattn.bench.pipeline --device '$(DEVICE)' --budget '$(BUDGET)' \
-	--out '$(OUT)' $(if $(PEERS),--peers '$(PEERS)') $(if $(RESUME),--resume)
+	--began '$(BEGAN)' --out '$(OUT)' $(if $(PEERS),--peers '$(PEERS)') $(if $(RESUME),--resume '$(RESUME)')
 OWN_TORCH := $(if $(filter file,$(origin TORCH)),,--own-torch)
 TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12
 CHECK := import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("$(TOO_OLD)" % v)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test gpu gpu-build gpu-test gpu-check gpu-bench gpu-tune gpu-setup lint compile-all sanitize clean
+GPU_STEPS := $(addprefix gpu-,build smoke check headline instructions tests sweep flex sanitizers tune)
+.PHONY: help setup bench test gpu $(GPU_STEPS) gpu-setup lint compile-all sanitize clean
 
 help:
 	@echo 'make bench   set up what is missing, then measure on the best device here (ARGS=... as fastattn bench takes them)'
 	@echo 'make test    set up what is missing, then run the tests (ARGS=... as pytest takes them, JOBS=$(JOBS))'
 	@echo 'make gpu     on a machine with an NVIDIA GPU: test, check and time everything in BUDGET=$(BUDGET) seconds, with'
 	@echo '             what PYTHON has (no network): OUT=$(OUT) PEERS=folder RESUME=1; DEVICE=cpu tries it without a GPU'
-	@echo '             its steps alone: make gpu-build gpu-test gpu-check gpu-bench gpu-tune'
+	@echo '             a step alone: make $(GPU_STEPS)'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
 	@echo 'make sanitize   set up what is missing, then the CPU room and the simulator under the sanitizers of g++ or clang++'
@@ -62,7 +64,7 @@ test: setup
 gpu: gpu-setup
 	@$(GPU_RUN) $(ARGS)
 
-gpu-build gpu-test gpu-check gpu-bench gpu-tune: gpu-setup
+$(GPU_STEPS): gpu-setup
 	@$(GPU_RUN) $(subst gpu-,,$@) $(ARGS)
 
 ifeq ($(DEVICE),cpu)

@@ -72,6 +72,11 @@ def main() -> int:
     if options.dry_run:
         print("\n".join(plan))
         return 0
+    if VENV.resolve() == Path(sys.prefix).resolve():
+        raise SystemExit(
+            f"{sys.executable} lies in {VENV.name}, which is to be made anew; name the Python that it was made from: "
+            "make PYTHON=python3"
+        )
     if VENV.exists() and not done:
         raise SystemExit(f"{VENV.name} is there, but make did not make it; move it away, then run make again")
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:

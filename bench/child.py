@@ -10,22 +10,37 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from fastattn.bench import watch
 
 ROOM_TO_SAY = 12
 """Last lines that an ending keeps."""
 
+ROOM_FOR_STACKS = 400
+"""Last lines in which the stacks of a process that hung are looked for."""
+
 
 class Ending(NamedTuple):
-    """How a child ended: its exit code, or None where it was stopped; why, in words; and the last lines it said."""
+    """How a child ended: its exit code, or None where it was stopped; why, in words; the last lines it said; and
+    where it hung, the innermost call first (watch.py), empty where it did not.
+    """
 
     code: int | None
     words: str
     tail: tuple[str, ...]
+    stack: tuple[str, ...] = ()
 
     @property
     def well(self) -> bool:
         return self.code == 0
+
+    @property
+    def sentence(self) -> str:
+        """Why, with where it hung or the last line it said."""
+        last = self.stack[:1] or self.tail[-1:]
+        return ": ".join([self.words, *last])
 
 
 class Child:
@@ -36,6 +51,7 @@ class Child:
         seconds: it is stopped after so many.
         silence: it is stopped when it has said nothing for so many seconds.
         environment: variables beside those of this process.
+        idle: called when everything that it said has been read, and it goes on.
     """
 
     def __init__(
@@ -45,10 +61,16 @@ class Child:
         silence: float = float("inf"),
         environment: dict[str, str] | None = None,
         now: Callable[[], float] = time.monotonic,
+        idle: Callable[[], None] = lambda: None,
     ):
         self.command, self.seconds, self.silence, self.now = command, seconds, silence, now
-        self.environment = environment or {}
+        self.environment, self.idle = environment or {}, idle
         self.ending: Ending | None = None
+        self.stopped = threading.Event()
+
+    def stop(self) -> None:
+        """From another thread: `lines` ends it within a second."""
+        self.stopped.set()
 
     def lines(self) -> Iterator[str]:
         """What it says, stdout and stderr together, without line ends. Leaving early stops it."""
@@ -70,6 +92,9 @@ class Child:
         try:
             while True:
                 left = min(until, heard + self.silence) - self.now()
+                if self.stopped.is_set():
+                    why = "was stopped"
+                    return
                 if left <= 0:
                     why = (
                         f"took longer than {self.seconds:.0f} s"
@@ -77,6 +102,8 @@ class Child:
                         else f"said nothing for {self.silence:.0f} s"
                     )
                     return
+                if said.empty():
+                    self.idle()
                 try:
                     line = said.get(timeout=min(left, 1.0))
                 except queue.Empty:
@@ -85,14 +112,15 @@ class Child:
                     why = ""
                     return
                 heard = self.now()
-                tail = [*tail, line][-ROOM_TO_SAY:]
+                tail = [*tail, line][-ROOM_FOR_STACKS:]
                 yield line
         finally:
             if why:
                 _stop(process)
             code = process.wait()
-            words = why or ("" if code == 0 else _how(code))
-            self.ending = Ending(None if why else code, words, tuple(tail))
+            stack = () if why else watch.stack(tail) or ()
+            words = why or ("hung" if stack else "" if code == 0 else _how(code))
+            self.ending = Ending(None if why else code, words, tuple(tail[-ROOM_TO_SAY:]), stack)
 
 
 def _pump(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None:
@@ -102,9 +130,15 @@ def _pump(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """It, and everything that it started."""
+    """It, and everything that it started: ninja puts each compiler into a process group of its own, but the session
+    stays the child's.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(path.name)) == process.pid:
+                os.kill(int(path.name), signal.SIGKILL)
 
 
 def _how(code: int) -> str:

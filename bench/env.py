@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+
+COMMIT = "FASTATTN_COMMIT"
+SAY_COMMIT = f"where there is no .git, {COMMIT}=$(git rev-parse HEAD), expanded where the copy was made, says which"
 
 BUSY = 0.5
 """A load average above this many running tasks a core, before the benchmark starts, is worth a warning."""
@@ -135,15 +139,27 @@ def gpu_state() -> dict[str, str] | None:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit of the checkout this file lies in, and whether tracked files differ from it; None outside of one."""
+    """The commit of the checkout this file lies in, and whether tracked files differ from it. Outside of one, of a copy
+    that somebody sent without its .git, what they said: FASTATTN_COMMIT, or a file COMMIT beside the folder of this
+    file; whether the copy has changes nobody knows.
+    """
     here = ["git", "-C", str(Path(__file__).resolve().parent)]
     tracked = _output([*here, "ls-files", "--error-unmatch", Path(__file__).name])
     if not tracked:
-        return {"commit": None, "dirty": None}
+        return {"commit": _said_commit(), "dirty": None}
     return {
         "commit": _output([*here, "rev-parse", "HEAD"]),
         "dirty": bool(_output([*here, "status", "--porcelain", "--untracked-files=no"])),
     }
+
+
+def _said_commit() -> str | None:
+    """ValueError where what was said is no commit: a variable that no shell has expanded, say."""
+    path = Path(__file__).resolve().parents[1] / "COMMIT"
+    said = os.environ.get(COMMIT) or (path.read_text() if path.is_file() else "")
+    if said.strip() and not re.fullmatch(r"[0-9a-f]{40}", said.strip()):
+        raise ValueError(f"{COMMIT}: the 40 digits of a commit are needed, got {said.strip()!r}; {SAY_COMMIT}")
+    return said.strip() or None
 
 
 def _output(command: list[str]) -> str | None:

@@ -29,8 +29,9 @@ from fastattn.bench.rows import (
 from fastattn.bench_cases import OPS
 
 SCHEMA = "fastattn-bench/2"
-READS = (SCHEMA, "fastattn-gpu/1")
-"""What is written here, and what `make gpu` writes: its rows are the same."""
+GPU_SCHEMA = "fastattn-gpu/2"
+READS = (SCHEMA, GPU_SCHEMA, "fastattn-gpu/1")
+"""What is written here, and what `make gpu` writes and wrote: its rows are the same."""
 
 MORE = "memory | mask made in | first call | overhead"
 LONG = ("samples_ms", "errors", "gpu_state", "sustained_ms", "sustained_state", "warnings")

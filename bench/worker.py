@@ -1,7 +1,7 @@
 """The child of `make gpu` that times cells: a JSON line before and after each, so that its parent knows what it was at
 when it died.
 
-    {"begin": name}        {"cell": name, "rows": [...]}        {"left": [names]}
+    {"begin": name}        {"at": provider}        {"done": name, "rows": [...]}
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from fastattn.bench.progress import Progress
 from fastattn.bench.rows import Row
 from fastattn.bench.run import CaseRunner, cell_rows
 from fastattn.bench.suite import Cell, suite
+from fastattn.bench.watch import BROKEN_DEVICE, Watch, broken_device
 
 BUDGET = {"cuda": Budget(rounds=20, min_time=0.05, max_time=0.6), "cpu": Budget(rounds=5, min_time=0.1, max_time=0.5)}
-BROKEN_DEVICE = 70
-"""Exit code after an error that a CUDA context does not survive: the parent begins a new process."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +42,41 @@ def main(argv: list[str]) -> int:
     until = time.monotonic() + task.seconds
     providers = [*task.providers, *peers.found()]
     known = {cell.name: cell for cell in suite(task.device)}
-    for index, name in enumerate(task.cells):
+    watch = Watch()
+    for name in task.cells:
         if time.monotonic() >= until:
-            _say({"left": task.cells[index:]})
             break
         _say({"begin": name})
-        rows = time_cell(known[name], providers, torch.device(task.device))
-        _say({"cell": name, "rows": [row.record() for row in rows]})
-        if task.device == "cuda" and not _alive():
+        watch.heard()
+        rows = time_cell(known[name], providers, torch.device(task.device), Said(len(providers), watch))
+        _say({"done": name, "rows": [row.record() for row in rows]})
+        if broken_device() is not None:
             return BROKEN_DEVICE
+    watch.stop()
     return 0
 
 
-def time_cell(cell: Cell, providers: list[str], device: torch.device) -> list[Row]:
+class Said(Progress):
+    """Says at which provider a cell is; each is a sign of life."""
+
+    def __init__(self, total: int, watch: Watch):
+        super().__init__(total)
+        self.watch = watch
+
+    def step(self, words: str) -> None:
+        super().step(words)
+        self.say(words)
+
+    def say(self, words: str) -> None:
+        self.watch.heard()
+        _say({"at": words.rpartition(" · ")[2]})
+
+
+def time_cell(cell: Cell, providers: list[str], device: torch.device, progress: Progress) -> list[Row]:
     """A row for each provider: checked, then timed side by side."""
     rows = cell_rows(cell, providers, device)
-    CaseRunner(cell.case, device, clock_for(device), BUDGET[device.type], True, Progress(len(rows))).run(rows)
+    CaseRunner(cell.case, device, clock_for(device), BUDGET[device.type], True, progress).run(rows)
     return rows
-
-
-def _alive() -> bool:
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 def _say(line: dict) -> None:

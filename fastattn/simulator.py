@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def build_library(name: str, parts: Sequence[Part], flavour: str = "plain", link
     command = (*found.command, *sanitizer, "-shared", *(step.output for step in steps), *sorted(objects), *link)
     library = Step("library.so", (*command, "-o", "library.so"))
     key = _key(found, [part.source for part in parts], *(step.command for step in steps), library.command)
-    return _made(_folder() / f"{name}_{key}.so", [*steps, library], library.output)
+    return _made(cache_folder() / f"{name}_{key}.so", [*steps, library], library.output)
 
 
 def load(path: Path, *, seed: int = 0, fixed_order: bool = False, resident: int = 2) -> ctypes.CDLL:
@@ -149,29 +149,40 @@ def _runtime(found: Compiler, flavour: str) -> Path:
         for path in sources
     ]
     key = _key(found, sources, *(step.command for step in steps))
-    return _made(_folder() / f"runtime_{key}", [*steps, Step("done", ("true",))], None)
+    return _made(cache_folder() / f"runtime_{key}", [*steps, Step("done", ("true",))], None)
 
 
 def _made(path: Path, steps: list[Step], output: str | None) -> Path:
     """Run the steps unless their result is there; it is the file `output`, or the whole folder of objects."""
+
+    def make(folder: Path) -> Path:
+        compiler.run(steps, folder)
+        if output is not None:
+            return folder / output
+        for file in folder.iterdir():
+            if file.suffix != ".o" and file.is_file():
+                file.unlink()  # ninja's notes
+        return folder
+
+    return once(path, make)
+
+
+def once(path: Path, make: Callable[[Path], Path]) -> Path:
+    """`path`, a file or a folder; where it is not there, what `make` makes in the folder that it is given, and returns
+    the place of. Processes that want it at the same time wait for the one that makes it, and it becomes visible whole.
+    """
     with native.writing(), native.locked(path.with_suffix(".lock")):
         if path.exists():
             return path
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as name:
             folder = Path(name) / "objects"
             folder.mkdir()
-            compiler.run(steps, folder)
-            if output is not None:
-                os.replace(folder / output, path)
-                return path
-            for file in folder.iterdir():
-                if file.suffix != ".o" and file.is_file():
-                    file.unlink()  # ninja's notes
-            os.replace(folder, path)
+            os.replace(make(folder), path)
     return path
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where kernels of tests lie, the simulator's and those that nvcc made."""
     folder = native.cache_folder() / "simulator"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

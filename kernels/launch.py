@@ -182,16 +182,23 @@ def forward(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor, target
 
 def forward_tensors(spec: AttnSpec, inputs: AttnInputs, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
     """The forward's tensors by the names of its plan."""
-    return _inputs_by_name(spec, inputs) | {"out": out, "lse": lse}
+    given = _inputs_by_name(spec, inputs)
+    given["out"], given["lse"] = out, lse
+    return given
 
 
 def _inputs_by_name(spec: AttnSpec, inputs: AttnInputs) -> dict[str, Tensor]:
     query, key, value, bias, sinks, seed = inputs
     given = {"query": query, "key": key, "value": value}
-    more = {"bias": bias, "sinks": sinks, "seed": seed}
+    if bias is not None:
+        given["bias"] = bias
+    if sinks is not None:
+        given["sinks"] = sinks
+    if seed is not None:
+        given["seed"] = seed
     if spec.pages is not None:
-        more["table"] = block_table(spec.pages.table)
-    return given | {name: each for name, each in more.items() if each is not None}
+        given["table"] = block_table(spec.pages.table)
+    return given
 
 
 def plan_forward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
@@ -268,8 +275,8 @@ def empty_terms(spec: AttnSpec, lse: Tensor) -> tuple[Tensor, Tensor]:
     TMA_BYTES the copy engine can move them, and a program's loads are aligned whatever the length.
     """
     padded = tiles_of(spec.q_len, ROW_PAD) * ROW_PAD
-    total, delta = lse.new_empty(2, spec.batch, spec.num_heads, padded, dtype=torch.float32)
-    return total, delta
+    total = torch.empty(spec.batch, spec.num_heads, padded, dtype=torch.float32, device=lse.device)
+    return total, torch.empty_like(total)
 
 
 def empty_dbias(spec: AttnSpec, bias: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ key says the same in fewer words: the spec's structure, how many blocks there ar
 its dtype, its strides and whether 16 divides its address.
 """
 
+import functools
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -96,11 +98,11 @@ def _run(plan: Callable[..., Plan], spec: AttnSpec, tensors: dict[str, Tensor], 
     if structure is None:  # a user's mask, which may be anything
         ReadyPlan(plan(spec, tensors, target)).run(spec, tensors, addresses)
         return
-    aligned = [address % TMA_BYTES == 0 for address in addresses.values()]
     key: list[Any] = [plan, structure, target, precision_of(spec), "dbias" in tensors]
-    key.append(all(aligned) or tuple(aligned))
     if spec.pages is not None:
         key.append(tensors["key"].shape[0])  # how many blocks the pools have
+    if functools.reduce(operator.or_, addresses.values()) % TMA_BYTES:  # rare: which ones, then
+        key += (address % TMA_BYTES == 0 for address in addresses.values())
     for name, tensor in tensors.items():  # all other shapes follow from the structure
         if name not in OWN:
             key += name, tensor.dtype, tensor.stride()

@@ -79,6 +79,12 @@ ROOMS = (
         inside=("fastattn.native_cpu", "fastattn.native_cuda"),
         never=DOORS,
     ),
+    Room(
+        "fastattn.checking",
+        may=("torch", "fastattn"),
+        inside=("rich", "fastattn.bench"),
+        never=DOORS,
+    ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
     Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
     Room("fastattn.native", may=("torch", "fastattn.compiler", "fastattn.tracing")),
@@ -111,6 +117,7 @@ ROOMS = (
         inside=(AT_RUN_TIME,),
         never=("fastattn.backends", "fastattn.kernels", "fastattn.native", "fastattn._C", "fastattn.reference"),
     ),
+    Room("fastattn.bench.pytest_lines", may=("pytest", "fastattn.bench.watch")),
     Room(
         "fastattn.bench",
         may=("torch", "fastattn"),

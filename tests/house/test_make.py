@@ -1,9 +1,12 @@
 """`make` before anything is installed: which Python, which torch, what is said. Nothing is downloaded."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,49 @@ def test_every_target_sets_up_first(target):
     lines = said.splitlines()
     setup = next(index for index, line in enumerate(lines) if ".ci/setup_venv.py" in line)
     assert any(".venv/bin/" in line for line in lines[setup + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ([], "--device 'cuda' --budget '480'"),
+        (["RESUME=1", "BUDGET=280"], "--device 'cuda' --budget '280'"),
+        (["RESUME=run.json"], "--resume 'run.json'"),
+        (["OUT=elsewhere"], "--out 'elsewhere'"),
+    ],
+    ids=" ".join,
+)
+def test_make_gpu_sets_up_without_a_network_and_counts_from_its_own_beginning(arguments, given):
+    before = int(time.time())
+    _, said = make("-n", "gpu", *arguments)
+    assert ".ci/setup_venv.py --offline" in said and ".venv-offline/bin/python" in said and given in said
+    began = re.search(r"--began '(\d+)'", said)
+    assert began and before <= int(began[1]) <= time.time()
+
+
+def test_every_step_of_make_gpu_has_a_target():
+    from fastattn.bench.steps import DOES
+
+    for step in DOES:
+        _, said = make("-n", f"gpu-{step}")
+        assert re.search(rf"fastattn.bench.pipeline .* {step}\b", said), said
+
+
+def test_the_environment_that_would_be_made_anew_cannot_make_itself(checkout):
+    said = refusal(checkout, before=f"sys.prefix = {str(checkout / '.venv')!r}")
+    assert "lies in .venv, which is to be made anew; name the Python that it was made from" in said
+
+
+def test_make_gpu_runs_on_a_cpu(tmp_path):
+    """The whole way: what two busy cores do not reach within the budget is no failure, what is wrong is."""
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("make gpu DEVICE=cpu sets up .venv first, and these tests run elsewhere")
+    command = ["make", "--no-print-directory", "gpu", "DEVICE=cpu", "BUDGET=120", f"OUT={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=CLEAN, timeout=400)
+    [path] = tmp_path.glob("cpu-*.json")
+    record = json.loads(path.read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(record["steps"]) == re.findall(r"gpu-(\w+)", make("help")[1])[:-1]
+    assert record["steps"]["smoke"]["ok"] is not False and record["smoke"]["cpu"]["ok"]
+    assert not [row for row in record["checks"] if row["ok"] is False] and record["checks"]
+    assert path.name in done.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import native, nvcc, simulator
+from fastattn import nvcc, simulator
 from fastattn.backends import cuda
 from fastattn.compiler import BuildError
 
@@ -36,16 +36,19 @@ def compiled(name, architecture=HOPPER):
     digest = hashlib.sha256("\0".join((found.version, *flags)).encode())
     for path in simulator.included([source]):
         digest.update(path.read_bytes())
-    folder = native.cache_folder() / "simulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{name}_{digest.hexdigest()[:24]}_gpu.so"
+    library = simulator.cache_folder() / f"{name}_{digest.hexdigest()[:24]}_nvcc.so"
     said = library.with_suffix(".txt")
-    if not said.exists():
-        command = [*found.command, *flags, str(source), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def make(folder):
+        made = folder / "library.so"
+        done = subprocess.run(
+            [*found.command, *flags, str(source), "-o", str(made)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         said.write_text(done.stdout + done.stderr)
-    return library, said.read_text()
+        return made
+
+    return simulator.once(library, make), said.read_text()
 
 
 @pytest.fixture(scope="session")

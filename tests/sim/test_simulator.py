@@ -4,6 +4,8 @@ import ctypes
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -73,3 +75,23 @@ def test_a_machine_that_cannot_simulate_says_so(monkeypatch):
 def test_it_is_no_part_of_an_import():
     code = "import sys, fastattn; print('fastattn.simulator' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_what_several_want_at_once_is_made_by_one_and_seen_whole(tmp_path):
+    """A reader that came in between would find a file too short."""
+    path, made = tmp_path / "library.so", []
+
+    def make(folder):
+        part = folder / "part"
+        with part.open("w") as file:
+            for _ in range(20):
+                file.write("x" * 100)
+                file.flush()
+                time.sleep(0.01)
+        made.append(part)
+        return part
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(lambda: simulator.once(path, make).read_text()) for _ in range(4)]
+        assert [len(each.result()) for each in found] == [2000] * 4
+    assert len(made) == 1 and [each.name for each in tmp_path.iterdir() if each.suffix != ".lock"] == ["library.so"]
