@@ -47,8 +47,10 @@ class ReadyLaunch:
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.compiled: Any = None
         self.packed: PackedLaunch | None = None
+        self.packable = True
+        self.compiled: Any = None
+        """The kernel, until it is packed."""
 
     def run(self, spec: AttnSpec, tensors: dict[str, Tensor], addresses: dict[str, int], stream: int | None) -> None:
         """Launches it on the current device: packed where there is a stream to launch on, else by Triton."""
@@ -58,12 +60,15 @@ class ReadyLaunch:
             tensors = tensors | lists
             addresses = addresses | _addresses(lists)
         if stream is not None:
-            if self.packed is None and self.compiled is not None:
+            if self.compiled is not None:
                 self.packed = pack(self.compiled, launch.programs, launch.args, launch.bound(tensors).args)
+                self.compiled, self.packable = None, self.packed is not None
             if self.packed is not None:
                 self.packed.run(addresses, stream)
                 return
-        self.compiled = launch.bound(tensors).run()
+        compiled = launch.bound(tensors).run()
+        if self.packable and self.packed is None:
+            self.compiled = compiled
         _THREAD.launched = True
 
 

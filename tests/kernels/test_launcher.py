@@ -24,11 +24,12 @@ def test_what_a_launch_hands_to_the_driver(selection):
         pytest.skip("a driver is here: tests marked gpu launch on it")
     if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
         pytest.skip("Triton's launcher is C, and no compiler is here")
+    path = filter(None, [os.environ.get("PYTHONPATH")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", selection]
     done = subprocess.run(
         [*command, str(HERE / "launcher_cases.py")],
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE / "stub")},
+        env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(HERE / "stub"), *path])},
         capture_output=True,
         text=True,
         check=False,
