@@ -143,7 +143,7 @@ def _stream(device: torch.device) -> int | None:
     and until a thread has launched by Triton, whose launcher gives a thread a CUDA context that has none yet.
     """
     runtime = knobs.runtime
-    if INTERPRETED or any(_hooked(each) for each in (runtime.launch_enter_hook, runtime.launch_exit_hook)):
+    if INTERPRETED or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
         return None
     if not hasattr(_THREAD, "launched"):
         return None

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -67,8 +68,7 @@ def kernel_name_backward(spec: AttnSpec) -> str:
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
-    from fastattn.kernels import launch, run
-
+    launch, run = _kernels()
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     with _on(spec.device):
@@ -87,8 +87,7 @@ def backward(
     wants_dbias: bool = True,
 ) -> Gradients:
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
-    from fastattn.kernels import launch, run
-
+    launch, run = _kernels()
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
@@ -106,6 +105,14 @@ def backward(
             dbias = dbias.sum_to_size((1,) * (4 - inputs.bias.dim()) + inputs.bias.shape).reshape(inputs.bias.shape)
         dbias = dbias.to(inputs.bias.dtype)
     return dq, dk, dv, dbias, dsinks
+
+
+@functools.cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """kernels.launch and kernels.run, which import triton."""
+    from fastattn.kernels import launch, run
+
+    return launch, run
 
 
 def _readable(inputs: AttnInputs) -> AttnInputs:

@@ -368,23 +368,47 @@ def hopper(stub, monkeypatch):
     monkeypatch.setattr(backend, "why_not", lambda spec: None)
 
 
-@pytest.mark.parametrize("part", ["backend", "call", "training"])
+@pytest.mark.parametrize("part", ["forward", "backward", "call", "training"])
 @pytest.mark.parametrize("name", CALLS)
 def test_what_a_call_costs_the_host(name, part, benchmark, hopper, unfilled_memory):
-    """The backend's part, from a checked spec to the launches; the whole call without gradients; and a call with its
-    backward. Python, the launches' preparation and memory; not what the driver takes.
+    """The backend's part of each pass, from a checked spec to the launches; the whole call without gradients; and a
+    call with its backward. Python, the launches' preparation and memory; not what the driver takes.
     """
     q_len, mask = CALLS[name]
     query, key, value = tensors(q_len=q_len, kv_len=512)
     inputs = AttnInputs(query, key, value)
     spec = AttnSpec.of(inputs, mask=mask)
-    if part == "training":
+    if part == "forward":
+        call = lambda: backend.forward(spec, inputs)
+    elif part == "backward":
+        out, lse = backend.forward(spec, inputs)
+        d_out = torch.randn_like(out)
+        call = lambda: backend.backward(spec, inputs, out, lse, d_out, None)
+    elif part == "call":
+        call = lambda: attention(query, key, value, mask=mask, backend="triton")
+    else:
         leaves = [each.clone().requires_grad_() for each in (query, key, value)]
         d_out = torch.randn_like(query)
-        benchmark(lambda: torch.autograd.grad(attention(*leaves, mask=mask, backend="triton"), leaves, d_out))
-        return
-    with torch.no_grad():
-        if part == "backend":
-            benchmark(backend.forward, spec, inputs)
-        else:
-            benchmark(attention, query, key, value, mask=mask, backend="triton")
+        call = lambda: torch.autograd.grad(attention(*leaves, mask=mask, backend="triton"), leaves, d_out)
+    for _ in range(3):  # compiled, planned, packed
+        call()
+    benchmark(call)
+
+
+class Nothing(torch.autograd.Function):
+    """What torch takes for a function of three tensors in Python, its gradients too."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        ctx.save_for_backward(query, key, value)
+        return torch.empty_like(query)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+def test_what_nothing_costs_the_host(benchmark, unfilled_memory):
+    leaves = tensors(kv_len=512, requires_grad=True)
+    d_out = torch.randn_like(leaves[0])
+    benchmark(lambda: torch.autograd.grad(Nothing.apply(*leaves), leaves, d_out))

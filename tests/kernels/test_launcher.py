@@ -44,5 +44,6 @@ def test_the_page_says_what_was_measured():
     median = {each["param"]: each["stats"]["median"] * 1e6 for each in measured["benchmarks"]}
     page = (ROOT / "docs" / "triton.md").read_text()
     for name in CALLS:
-        figures = " | ".join(f"{median[f'{name}-{part}']:.1f}" for part in ("backend", "call", "training"))
+        figures = " | ".join(f"{median[f'{name}-{part}']:.1f}" for part in ("forward", "backward", "call", "training"))
         assert f"| {name} | {figures} |" in page
+    assert f"of these {median[None]:.1f} are torch's" in page
