@@ -45,7 +45,7 @@ SHARES = {
 BACKSTOP = 60.0
 """Seconds beyond its own silence after which a child that could not end itself is stopped."""
 
-FILE_WIDTH = 110
+FILE_WIDTH = 128
 """Columns of a summary that goes into a file or through a pipe."""
 
 LAST_WORDS = 5.0
