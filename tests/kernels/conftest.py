@@ -270,3 +270,14 @@ def patch_the_language_once():
         patch.setattr(interpreter, "_patch_lang", patch_once)
         patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         yield
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory):
+    """Triton's launcher against a stand-in for libcuda (stub/driver.py), in processes that test_launcher.py starts."""
+    from driver import Stub
+
+    from fastattn.kernels.launch import INTERPRETED
+
+    assert not INTERPRETED, "the launcher is Triton's own: set TRITON_INTERPRET=0"
+    return Stub(tmp_path_factory.mktemp("libcuda"))

@@ -1,8 +1,5 @@
 """What a launch hands to the driver, through Triton's own launcher and packed, against a stand-in for libcuda. Run by
 test_launcher.py in processes of their own: Triton's interpreter, which the other tests use, has no launcher.
-
-The host's cost of a call: TRITON_INTERPRET=0 pytest tests/kernels/launcher_cases.py -k cost --benchmark-enable
---benchmark-max-time=0.05 --benchmark-json=bench/results/host/triton.json
 """
 
 import ctypes
@@ -14,6 +11,7 @@ import weakref
 import driver as stubbing
 import pytest
 import torch
+from driver import tensors
 from triton import knobs
 
 from fastattn import attention
@@ -22,16 +20,9 @@ from fastattn.kernels import forms, launch, packed, run
 from fastattn.masks import Causal, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 
-BF16 = torch.bfloat16
 CAPABILITIES = {"sm90": 90, "sm80": 80}
 ROWS = [(form, 64, "bf16") for form in forms.FORMS if form != "tf32"]
 ROWS += [("bare", 64, "fp32"), ("tf32", 64, "fp32"), ("bare", 80, "bf16"), ("causal", 128, "fp16")]
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory):
-    assert not launch.INTERPRETED, "the launcher is Triton's own: set TRITON_INTERPRET=0"
-    return stubbing.Stub(tmp_path_factory.mktemp("libcuda"))
 
 
 @pytest.fixture(params=CAPABILITIES)
@@ -89,13 +80,6 @@ def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
             assert shared == binary.metadata.shared
             seen.add(planned.row.kernel)
     assert seen, "the form launches nothing"
-
-
-def tensors(*, q_len=64, kv_len=200, requires_grad=False, spare=0):
-    """query, key, value; `spare` elements before the query's first."""
-    query = torch.randn(8 * q_len * 128 + spare).to(BF16)[spare:].view(1, 8, q_len, 128)
-    made = query, *torch.randn(2, 1, 2, kv_len, 128).to(BF16).unbind(0)
-    return [each.detach().requires_grad_(requires_grad) for each in made]
 
 
 @pytest.fixture
@@ -355,60 +339,3 @@ def test_a_packed_launch_keeps_its_kernel_loaded(target, launched):
     kernels.clear()
     gc.collect()
     assert held() is not None
-
-
-CALLS = {"plain": (64, None), "causal": (64, Causal()), "decode": (1, None)}
-"""By name: queries, mask."""
-
-
-@pytest.fixture
-def hopper(stub, monkeypatch):
-    stub.activate(90)
-    monkeypatch.setattr(launch, "target_for", lambda device: "sm90")
-    monkeypatch.setattr(backend, "why_not", lambda spec: None)
-
-
-@pytest.mark.parametrize("part", ["forward", "backward", "call", "training"])
-@pytest.mark.parametrize("name", CALLS)
-def test_what_a_call_costs_the_host(name, part, benchmark, hopper, unfilled_memory):
-    """The backend's part of each pass, from a checked spec to the launches; the whole call without gradients; and a
-    call with its backward. Python, the launches' preparation and memory; not what the driver takes.
-    """
-    q_len, mask = CALLS[name]
-    query, key, value = tensors(q_len=q_len, kv_len=512)
-    inputs = AttnInputs(query, key, value)
-    spec = AttnSpec.of(inputs, mask=mask)
-    if part == "forward":
-        call = lambda: backend.forward(spec, inputs)
-    elif part == "backward":
-        out, lse = backend.forward(spec, inputs)
-        d_out = torch.randn_like(out)
-        call = lambda: backend.backward(spec, inputs, out, lse, d_out, None)
-    elif part == "call":
-        call = lambda: attention(query, key, value, mask=mask, backend="triton")
-    else:
-        leaves = [each.clone().requires_grad_() for each in (query, key, value)]
-        d_out = torch.randn_like(query)
-        call = lambda: torch.autograd.grad(attention(*leaves, mask=mask, backend="triton"), leaves, d_out)
-    for _ in range(3):  # compiled, planned, packed
-        call()
-    benchmark(call)
-
-
-class Nothing(torch.autograd.Function):
-    """What torch takes for a function of three tensors in Python, its gradients too."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        ctx.save_for_backward(query, key, value)
-        return torch.empty_like(query)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        return tuple(map(torch.empty_like, ctx.saved_tensors))
-
-
-def test_what_nothing_costs_the_host(benchmark, unfilled_memory):
-    leaves = tensors(kv_len=512, requires_grad=True)
-    d_out = torch.randn_like(leaves[0])
-    benchmark(lambda: torch.autograd.grad(Nothing.apply(*leaves), leaves, d_out))

@@ -1,4 +1,6 @@
-"""Triton's own launcher where no GPU is: launcher_cases.py, in processes without Triton's interpreter."""
+"""Triton's own launcher where no GPU is: launcher_cases.py and launcher_costs.py, in processes without Triton's
+interpreter.
+"""
 
 import json
 import os
@@ -18,17 +20,24 @@ ROOT = HERE.parents[1]
 CALLS = ("plain", "causal", "decode")
 
 
-@pytest.mark.parametrize("selection", ["sm90", "sm80", "cost"])
-def test_what_a_launch_hands_to_the_driver(selection):
+RUNS = {
+    "sm90": ("launcher_cases.py", "-k", "sm90"),
+    "sm80": ("launcher_cases.py", "-k", "sm80"),
+    "costs": ("launcher_costs.py",),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_launch_hands_to_the_driver(name):
     if torch.cuda.is_available():
         pytest.skip("a driver is here: tests marked gpu launch on it")
     if shutil.which(os.environ.get("CC", "gcc")) is None and shutil.which("clang") is None:
         pytest.skip("Triton's launcher is C, and no compiler is here")
     path = filter(None, [os.environ.get("PYTHONPATH")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-k", selection]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     done = subprocess.run(
-        [*command, str(HERE / "launcher_cases.py")],
-        cwd=ROOT,
+        [*command, *RUNS[name]],
+        cwd=HERE,
         env=os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(HERE / "stub"), *path])},
         capture_output=True,
         text=True,
@@ -39,7 +48,7 @@ def test_what_a_launch_hands_to_the_driver(selection):
 
 
 def test_the_page_says_what_was_measured():
-    """The figures of docs/triton.md are those of the file that launcher_cases.py writes."""
+    """The figures of docs/triton.md are those of the file that launcher_costs.py writes."""
     measured = json.loads((ROOT / "bench" / "results" / "host" / "triton.json").read_text())
     median = {each["param"]: each["stats"]["median"] * 1e6 for each in measured["benchmarks"]}
     page = (ROOT / "docs" / "triton.md").read_text()

@@ -117,3 +117,10 @@ def _same(got, want):
     fits = all(w % g == 0 for g, w in zip(got[wide], want[wide], strict=True) if g)
     got[wide] = want[wide]
     return fits and got == want
+
+
+def tensors(*, q_len=64, kv_len=200, requires_grad=False, spare=0):
+    """query, key, value; `spare` elements before the query's first."""
+    query = torch.randn(8 * q_len * 128 + spare).bfloat16()[spare:].view(1, 8, q_len, 128)
+    made = query, *torch.randn(2, 1, 2, kv_len, 128).bfloat16().unbind(0)
+    return [each.detach().requires_grad_(requires_grad) for each in made]
