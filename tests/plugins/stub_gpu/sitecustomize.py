@@ -93,8 +93,11 @@ def of_a_backend(module):
     """The definition stands in for kernels that need a GPU."""
     from fastattn import reference
 
+    begun = []
+
     def forward(spec, inputs):
-        if Path(sys.argv[0]).name == "smoke.py":
+        if Path(sys.argv[0]).name == "smoke.py" and not begun:  # of its calls the first
+            begun.append(True)
             begins(f"smoke {module.__name__}")
         return reference.forward(spec, inputs)
 
