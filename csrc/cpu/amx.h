@@ -1,9 +1,14 @@
 // The tile instructions of Intel AMX, a function each (Intel 64 and IA-32 Architectures Software Developer's Manual, vol.
 // 2; the tile model is in vol. 1, chapter 18). A tile is 16 rows of 64 bytes; a template argument names one of eight.
 //
-// With FASTATTN_EMULATE_AMX defined they are plain C++, so that what is built on them can be tested on a machine without
-// such tiles.
+// With FASTATTN_EMULATE_AMX defined they are plain C++ that gives the same bits, so that what is built on them can be
+// tested on a machine without such tiles.
 #pragma once
+
+#if defined(FASTATTN_EMULATE_AMX)
+#include <cfloat>
+#include <cmath>
+#endif
 
 #include "vec.h"
 
@@ -40,22 +45,28 @@ void store_tile(void* to, int64_t row_bytes) {
   for (int r = 0; r < TILE_ROWS; ++r) std::memcpy(static_cast<char*>(to) + r * row_bytes, emulated.word[T][r], 64);
 }
 
+// A denormal counts as 0, going in and coming out, whatever the thread's MXCSR says.
+inline float flushed(float number) { return std::fabs(number) < FLT_MIN ? std::copysign(0.0f, number) : number; }
+
+// The bits that the instruction gives: for each element the first products of all pairs in one chain of fused
+// multiply-adds, the second ones in another, both from 0; then the two chains' sum, and c once.
 template <int C, int A, int B>
 void multiply_tiles() {
   need_shape();
   const auto number = [](uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, 4);
-    return value;
+    return flushed(value);
   };
   for (int r = 0; r < TILE_ROWS; ++r)
     for (int n = 0; n < TILE_WORDS; ++n) {
-      float sum = number(emulated.word[C][r][n]);
+      float first = 0.0f, second = 0.0f;
       for (int k = 0; k < TILE_WORDS; ++k) {
         const uint32_t a = emulated.word[A][r][k], b = emulated.word[B][k][n];
-        sum += number(a << 16) * number(b << 16);
-        sum += number(a & 0xffff0000u) * number(b & 0xffff0000u);
+        first = flushed(std::fma(number(a << 16), number(b << 16), first));
+        second = flushed(std::fma(number(a & 0xffff0000u), number(b & 0xffff0000u), second));
       }
+      const float sum = flushed(number(emulated.word[C][r][n]) + flushed(first + second));
       std::memcpy(&emulated.word[C][r][n], &sum, 4);
     }
 }
