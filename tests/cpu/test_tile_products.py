@@ -28,9 +28,8 @@ LEAST = Fraction(2) ** -126  # of float32's normal numbers
 @pytest.fixture(params=["emulated", "instruction"])
 def product(request, tmp_path, library):
     """c + a @ b of tiles, in place of c: a [16, 16, 2] (row, pair, which), b [16, 16, 2] (pair, column, which)."""
-    if request.param == "instruction":
-        if "amx" not in library.isas() or " amx_bf16" not in _cpuinfo():
-            pytest.skip("this processor has no AMX tiles")  # where it has, asking for `isas` was asking the system for them
+    if request.param == "instruction" and ("amx" not in library.isas() or " amx_bf16" not in _cpuinfo()):
+        pytest.skip("this processor has no AMX tiles")  # `isas` has asked the system for them
     source, output = tmp_path / "product.cpp", tmp_path / "product.so"
     source.write_text(SOURCE)
     flags = ["-DFASTATTN_EMULATE_AMX"] if request.param == "emulated" else []
