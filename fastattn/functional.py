@@ -65,7 +65,8 @@ def attention(
     Returns:
         out [batch, num_heads, q_len, head_dim_v] in the query's dtype; with `return_lse` also lse
         [batch, num_heads, q_len], float32 (float64 for float64), natural log, before dropout and without the sink.
-        Both are differentiable. A row that sees no key gives out 0, lse -inf and zero gradients.
+        Both are differentiable. A row that sees no key gives out 0, lse -inf and zero gradients. A score that overflows
+        to -inf hides its key; one that overflows to inf makes its row NaN and its lse inf.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; nothing is computed.

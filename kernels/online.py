@@ -36,8 +36,9 @@ def _softmax_begin(BLOCK_M: tl.constexpr):
 def _softmax_step(scores, factor, row_max, row_sum):
     """scores [BLOCK_M, BLOCK_N] -> unnormalised weights, the factor for what was accumulated before, the new state."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
+    log2_max = new_max * factor
     # Where nothing has been seen yet, subtracting 0 instead of -inf leaves exp2(-inf) = 0.
-    reference = tl.where(new_max == float("-inf"), 0.0, new_max * factor)
+    reference = tl.where(log2_max == float("-inf"), 0.0, log2_max)
     weights = tl.exp2(scores * factor - reference[:, None])
     rescale = tl.exp2(row_max * factor - reference)
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
@@ -45,20 +46,36 @@ def _softmax_step(scores, factor, row_max, row_sum):
 
 @triton.jit
 def _softmax_finish(factor, row_max, row_sum, sink):
-    """What to divide the accumulated sum by, and lse (natural, without the sink). Where nothing was seen: 1, -inf."""
-    nothing = row_sum == 0.0
+    """What to divide the accumulated sum by, and lse (natural, without the sink). Where nothing was seen: 1, -inf;
+    where a score overflowed: NaN, inf.
+    """
     log2_max = row_max * factor
-    lse = tl.where(nothing, float("-inf"), (log2_max + tl.log2(tl.where(nothing, 1.0, row_sum))) * LN2)
+    overflows = log2_max == float("inf")
+    nothing = (row_sum == 0.0) & ~overflows
+    lse = (log2_max + tl.log2(tl.where(nothing, 1.0, row_sum))) * LN2
     divisor = row_sum
     if sink is not None:
         divisor += tl.exp2(sink * LOG2E - log2_max)
-    return tl.where(nothing, 1.0, divisor), lse
+    return _of_a_row(nothing, overflows, divisor, lse)
+
+
+@triton.jit
+def _of_a_row(nothing, overflows, divisor, lse):
+    divisor = tl.where(overflows, float("nan"), tl.where(nothing, 1.0, divisor))
+    return divisor, tl.where(overflows, float("inf"), tl.where(nothing, float("-inf"), lse))
 
 
 @triton.jit
 def _softmax_total(lse):
-    """The log2 of a row's visible sum, which turns scores into weights; inf where it saw nothing: weights 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    """The log2 of a row's visible sum, which turns scores into weights; inf where it saw nothing: weights 0; NaN where
+    a score overflowed.
+    """
+    return _known_total(lse) * LOG2E
+
+
+@triton.jit
+def _known_total(lse):
+    return tl.where(lse == float("-inf"), float("inf"), tl.where(lse == float("inf"), float("nan"), lse))
 
 
 @triton.jit
@@ -93,22 +110,22 @@ def _natural_step(scores, factor, row_max, row_sum):
 @triton.jit
 def _natural_finish(factor, row_max, row_sum, sink):
     nothing = row_sum == 0.0
-    lse = tl.where(nothing, float("-inf"), row_max + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN2)
+    lse = row_max + tl.log2(tl.where(nothing, 1.0, row_sum)) * LN2
     divisor = row_sum
     if sink is not None:
         divisor += tl.exp2((sink - row_max) * factor)
-    return tl.where(nothing, 1.0, divisor), lse
+    return _of_a_row(nothing, row_max == float("inf"), divisor, lse)
 
 
 @triton.jit
 def _natural_total(lse):
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+    return _known_total(lse)
 
 
 @triton.jit
 def _natural_weights(scores, factor, total):
-    """At most 1, though a large total has lost the count of what it sums."""
-    return tl.exp2(tl.minimum((scores - total) * factor, 0.0))
+    """At most 1, though a large total has lost the count of what it sums; NaN where the total is."""
+    return tl.exp2(tl.minimum((scores - total) * factor, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

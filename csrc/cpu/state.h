@@ -59,14 +59,16 @@ static void soften(int vectors, int keys, float* s, float factor, State& state, 
   }
 }
 
-// Writes the lse of a tile's lane, and gives what its out is to be multiplied by.
+// Writes the lse of a tile's lane, and gives what its out is to be multiplied by. A score below the range, -inf, is seen
+// by nobody; one above it makes lse inf and the row NaN.
 INLINE float finish_row(const Params& p, const QueryTile& tile, int lane, float max, float sum) {
-  const bool none = max == -kInfinity && sum == 0.0f;
-  const float lse = none ? -kInfinity : max * to_score(p) + logf(sum);
+  const float largest = max * to_score(p);
+  const bool none = largest == -kInfinity && sum == sum, overflows = largest == kInfinity;
+  const float lse = none ? -kInfinity : overflows ? kInfinity : largest + logf(sum);
   const int64_t h = tile.head[lane];
   p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
   const float sunk = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - lse)) : 1.0f;
-  return none ? 0.0f : 1.0f / sum * sunk;
+  return none ? 0.0f : overflows ? NAN : 1.0f / sum * sunk;
 }
 
 // out and lse of a finished tile.

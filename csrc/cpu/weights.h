@@ -83,7 +83,7 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
   for (int lane = 0; lane < BLOCK_M; ++lane) {
     const float given = p.lse[(b * p.num_heads + h) * p.q_len + tile.q_idx[lane]];
     const bool none = given == -kInfinity;
-    lse[lane] = none ? kInfinity : given;
+    lse[lane] = none ? kInfinity : given == kInfinity ? NAN : given;
     share[lane] = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - given)) : 1.0f;
     large |= !none && !(fabsf(given) < kSmallLse);
   }

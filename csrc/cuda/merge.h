@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   }
   for (int step = 1; step < arch::kWarp; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
   const bool nothing = most == -INFINITY;
-  if (lane == 0) a.lse[row] = nothing ? most : most + arch::log2_approx(sum) * kLn2;
+  if (lane == 0) a.lse[row] = fabsf(most) == INFINITY ? most : most + arch::log2_approx(sum) * kLn2;
   if (a.sinks && !nothing) sum += arch::exp2_approx((a.sinks[head] - most) * kLog2e);
   const float weight = nothing ? 0.0f : 1.0f / sum;
   uint16_t* const to = static_cast<uint16_t*>(a.out) + row / a.q_len / a.num_heads * a.out_stride[0] +

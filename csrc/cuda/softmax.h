@@ -49,7 +49,8 @@ struct Softmax {
     for (int r = 0; r < 2; ++r) {
       const bool rises = !((top[r] - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
       const float reference = rises ? fmaxf(top[r], most[r]) : most[r];
-      const float base = reference == -INFINITY ? 0.0f : reference;
+      const float peak = score_of<NATURAL>(reference, factor);
+      const float base = peak == -INFINITY ? 0.0f : reference;
       rescale[r] = arch::exp2_approx((most[r] - base) * factor);
       grows |= rises;
       most[r] = reference;
@@ -97,10 +98,17 @@ struct Softmax {
     }
   }
 
-  // The natural logarithm of what a row sees; -inf where that is nothing.
+  // A maximum as a score, in the unit in which it may overflow: below the range nobody is seen, above it weights are NaN.
+  template <bool NATURAL>
+  static DEVICE float score_of(float number, float factor) {
+    return NATURAL ? number : number * factor;
+  }
+
+  // The natural logarithm of what a row sees; -inf where that is nothing, inf where a score overflows.
   template <bool NATURAL>
   DEVICE float lse(int r, float factor) const {
-    if (most[r] == -INFINITY) return -INFINITY;
+    const float peak = score_of<NATURAL>(most[r], factor);
+    if (fabsf(peak) == INFINITY) return peak;
     const float log2_sum = arch::log2_approx(sum[r]);
     return NATURAL ? most[r] + log2_sum * kLn2 : fmaf(most[r], factor, log2_sum) * kLn2;
   }
@@ -108,7 +116,9 @@ struct Softmax {
   // What a row's accumulated values are multiplied by; a sink is one more logit in the denominator.
   template <bool NATURAL>
   DEVICE float weight(int r, float factor, const float* sink) const {
-    if (most[r] == -INFINITY) return sum[r] == sum[r] ? 0.0f : sum[r];
+    const float peak = score_of<NATURAL>(most[r], factor);
+    if (peak == INFINITY) return NAN;
+    if (peak == -INFINITY) return sum[r] == sum[r] ? 0.0f : sum[r];
     float total = sum[r];
     if (sink) total += arch::exp2_approx(NATURAL ? (*sink - most[r]) * kLog2e : fmaf(-most[r], factor, *sink * kLog2e));
     return 1.0f / total;
