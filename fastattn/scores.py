@@ -32,8 +32,9 @@ class Softmax:
     term is 0.
 
     A row that sees nothing gets weights 0 and lse -inf. A score below the dtype's range, -inf, hides its key like a
-    mask; one above it, inf, has no weights beside it: its row is NaN, and its lse inf. The sink is gpt-oss's learned logit per head (OpenAI 2025); it
-    takes weight and adds no value. lse is the natural log of the visible sum, without the sink.
+    mask; one above it, inf, has no weights beside it: its row is NaN, and its lse inf. The sink is gpt-oss's learned
+    logit per head (OpenAI 2025); it takes weight and adds no value. lse is the natural log of the visible sum, without
+    the sink.
     """
 
     def eager(self, scores: Tensor, keep: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Compiling in several processes, each of which may die without harm to the others."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -70,7 +71,8 @@ class Worker:
         if self.process is not None:
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
-                pipe.close()  # type: ignore[union-attr]
+                with contextlib.suppress(BrokenPipeError):  # what it was to read when it was stopped
+                    pipe.close()  # type: ignore[union-attr]
         self.said.close()
 
 

@@ -1,5 +1,7 @@
 """Children that end well, badly, too late, or not at all."""
 
+import os
+import select
 import sys
 import time
 
@@ -8,8 +10,17 @@ import pytest
 from fastattn.bench.child import Child
 
 
-def python(code, seconds=20.0, silence=20.0, **variables):
-    return Child([sys.executable, "-c", code], seconds, silence, variables)
+def python(code, seconds=1e3, silence=1e3, now=time.monotonic, **variables):
+    return Child([sys.executable, "-c", code], seconds, silence, variables, now)
+
+
+class Clock:
+    """Stands still until it is told, however slow the machine is."""
+
+    at = 0.0
+
+    def __call__(self):
+        return self.at
 
 
 def test_lines_come_as_they_are_said_and_both_streams_count():
@@ -38,21 +49,27 @@ def test_a_bad_end_says_how(code, ending, words):
     ids=["time", "silence"],
 )
 def test_what_does_not_end_is_stopped_with_all_that_it_started(limits, words, tmp_path):
-    sign = tmp_path / "alive"
-    inner = f"import time, pathlib; time.sleep(2); pathlib.Path({str(sign)!r}).touch()"
-    code = f"import subprocess, sys; print(1, flush=True); subprocess.run([sys.executable, '-c', {inner!r}])"
-    start = time.monotonic()
-    child = python(code, **limits)
-    assert list(child.lines()) == ["1"]
-    assert child.ending.code is None and child.ending.words == words
-    assert time.monotonic() - start < 2
-    time.sleep(max(0.0, 2.5 - (time.monotonic() - start)))
-    assert not sign.exists()
+    os.mkfifo(tmp_path / "pipe")
+    inner = f"import time; held = open({str(tmp_path / 'pipe')!r}, 'wb'); print(1, flush=True); time.sleep(1e4)"
+    clock = Clock()
+    child = python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])", now=clock, **limits)
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for line in child.lines():
+            assert line == "1" and not select.select([end], [], [], 0)[0]
+            clock.at = 1.0
+        assert child.ending.code is None and child.ending.words == words
+        assert select.select([end], [], [], 100)[0] and os.read(end, 1) == b""  # nobody holds it any more
+    finally:
+        os.close(end)
 
 
 def test_words_keep_the_time_of_silence_away():
-    child = python("import time\nfor n in range(6): print(n, flush=True); time.sleep(0.3)", silence=1.2)
-    assert len(list(child.lines())) == 6 and child.ending.well
+    clock, lines = Clock(), []
+    for line in (child := python("for n in range(6): print(n)", silence=1.2, now=clock)).lines():
+        lines.append(line)
+        clock.at += 1.0
+    assert len(lines) == 6 and child.ending.well
 
 
 def test_leaving_early_stops_it():

@@ -22,7 +22,7 @@ def forward(*tensors, **named):
 @each_row
 def test_one_answer_in_the_simulator(row, shape, room, take):
     take(room.library)
-    rows["check"](row, forward, shape, torch.bfloat16, gradients=False)
+    rows["check"](row, forward, *rows["SHAPES"][shape], torch.bfloat16, gradients=False)
 
 
 @pytest.mark.gpu
@@ -30,4 +30,4 @@ def test_one_answer_in_the_simulator(row, shape, room, take):
 @each_shape
 @each_row
 def test_one_answer_on_a_gpu(row, shape):
-    rows["check"](row, forward, shape, torch.bfloat16, "cuda", gradients=False)
+    rows["check"](row, forward, *rows["SHAPES"][shape], torch.bfloat16, "cuda", gradients=False)

@@ -39,7 +39,10 @@ def test_one_answer(row, shape, dtype, backend):
     def call(*tensors, **named):
         return attention(*tensors, backend=backend, return_lse=True, **named)
 
-    rows["check"](row, call, shape, dtype, device)
+    q_len, kv_len = rows["SHAPES"][shape]
+    if shape == "split-keys" and backend == "cpu":
+        kv_len = 2100  # two parts of 16 tiles at least
+    rows["check"](row, call, q_len, kv_len, dtype, device)
 
 
 @pytest.mark.parametrize("given", ["lse", "no-lse"])
@@ -47,7 +50,7 @@ def test_one_answer(row, shape, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)
 def test_weights(row, given, backend, monkeypatch):
     """Of the keys that a row sees they are what its out says; those of a row without weights are NaN."""
-    (query, key, _), named, mask = rows["problem"](row, "tiles", torch.float32)
+    (query, key, _), named, mask = rows["problem"](row, 70, 70, torch.float32)
     monkeypatch.setenv("FASTATTN_BACKEND", backend)
     lse = None
     if given == "lse":

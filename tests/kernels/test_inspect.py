@@ -264,6 +264,15 @@ def test_leaving_early_ends_a_process_at_work(monkeypatch, stopped):
     assert worker.process.returncode == -signal.SIGKILL
 
 
+def test_what_a_stopped_process_has_not_read_is_no_error(monkeypatch):
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", ""))
+    worker = workers.Worker()
+    monkeypatch.setattr(workers, "asdict", lambda problem: {"ended": worker.process.wait()})
+    assert worker.compile(BARE).error == "the compiler's process ended with 0"
+    worker.close()
+    assert worker.process.stdin.closed and worker.process.stdout.closed
+
+
 def test_a_stopped_worker_starts_no_process():
     worker = workers.Worker()
     worker.stop()
