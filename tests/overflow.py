@@ -107,5 +107,5 @@ def check(row, call, q_len, kv_len, dtype, device="cpu", gradients=True):
         for got, other, size in zip(grads, want, terms, strict=True):
             got, other = (each.float().clone() for each in (got, other))
             got[..., 0] = other[..., 0] = 0.0  # there HUGE and its partners multiply rounding errors
-            size = float(size)
+            size = float(size.detach())
             torch.testing.assert_close(got / size, other / size, atol=3e-2 if dtype != torch.float32 else 1e-4, rtol=0)
