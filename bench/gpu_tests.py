@@ -52,6 +52,7 @@ SANITIZERS = (
 )
 MARKED = (
     "tests/cuda/test_gpu.py",
+    "tests/cuda/test_overflow.py",
     "tests/kernels/test_gpu.py",
     "tests/fastattn/test_integrations_registry.py",
     "tests/house/test_poison.py",
