@@ -13,7 +13,7 @@ from fastattn.bench import pytest_lines, watch
 from fastattn.bench.child import Child, Ending
 from fastattn.bench.gpu_children import Queue, objects
 
-SOON = "3"
+SOON = "15"
 """Seconds of silence: what is meant to hang has begun by then, and what is not begins its silence anew."""
 
 WORKER = """
@@ -55,7 +55,7 @@ class Parent:
 def test_what_hangs_or_dies_costs_itself_alone_and_says_where_it_stood():
     done, lost = [], {}
     command = lambda names, seconds: Child(
-        [sys.executable, "-c", WORKER, *names], 100, environment={watch.SILENCE: SOON}
+        [sys.executable, "-c", WORKER, *names], 1e3, environment={watch.SILENCE: SOON}
     )
     queue = Queue(Parent(), command, lambda line: done.append(line["done"]), lambda *how: lost.update([how]))
     assert queue.go(["first", "hangs", "second", "dies", "third"], 1.0) == []
