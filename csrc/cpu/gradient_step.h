@@ -99,10 +99,11 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
   const vf unit = splat(to_score(p));
   for (int n = 0; n < tile.vectors * VL; n += VL) {
     const vf lse = load(rows.lse + n), share = load(rows.share + n);
-    // exp(score - lse), at most 1 however lse is rounded, and the gradient of the weight before dropout.
+    // exp(score - lse), at most 1 however lse is rounded, and the gradient of the weight before dropout. The score is
+    // rounded before lse is subtracted, as finish_row has done: the weight of a row's only key is 1.
     const auto pair_terms = [&](int64_t pair, vf* whole, vf* d_weight, vf* kept) {
       const vf score = load(s + pair);
-      *whole = exp2(at_most_zero((score * unit - lse) * kLog2E));
+      *whole = exp2(at_most_zero((rounded(score * unit) - lse) * kLog2E));
       *d_weight = load(d + pair);
       if (!at.plain) *d_weight = score == splat(-kInfinity) ? vf{} : *d_weight;
       *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);

@@ -60,6 +60,20 @@ INLINE vi splat_int(int32_t x) { return x - vi{}; }
 
 constexpr float kInfinity = __builtin_inff();
 
+// The number as it was rounded: no compiler makes one operation of a product and a sum with this between them.
+INLINE vf rounded(vf x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__SSE__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
 // The larger one; x where either is NaN.
 INLINE vf larger(vf x, vf y) {
 #if defined(__AVX512F__)

@@ -50,7 +50,7 @@ static void write_weights(const Params& p, const QueryTile& tile, int64_t first_
   }
 }
 
-// exp(score - lse) of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
+// exp(score - lse), the score rounded first as in gradient_step.h, of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
 template <class Dot>
 static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float* lse, WeightsWork<Dot>& work) {
   const QueryTile& tile = *work.tile;
@@ -63,7 +63,7 @@ static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float
   const vf unit = splat(to_score(p));
   for (int n = 0; n < tile.vectors * VL; n += VL)
     for (int at = n; at < TILE; at += BLOCK_M) {
-      const vf power = (load(work.s + at) * unit - load(lse + n)) * kLog2E;
+      const vf power = (rounded(load(work.s + at) * unit) - load(lse + n)) * kLog2E;
       store(work.s + at, exp2(at_most_zero(power)));
     }
   return true;
