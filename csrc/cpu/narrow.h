@@ -193,6 +193,7 @@ static void finish_rows(const Params& p, const QueryTile& tile, const RowState& 
     const float factor = finish_row(p, tile, lane, state.max[lane], state.sum[lane]);
     state.scale(lane, factor, width);
     write_row(p.out, tile.b, tile.head[lane], tile.q_idx[lane], 0, p.head_dim_v, row);
+    write_low(p.out_low, p.out, tile.b, tile.head[lane], tile.q_idx[lane], 0, p.head_dim_v, row);
   }
 }
 

@@ -86,6 +86,21 @@ static void write_row(const Table& table, int64_t b, int64_t h, int64_t i, int64
   }
 }
 
+// What rounding to `table` took from the numbers that write_row has written there, to `low`, if it is there.
+static void write_low(const Table& low, const Table& table, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n,
+                      const float* from) {
+  constexpr int64_t PIECE = 64;
+  if (!low.data) return;
+  float rest[PIECE];
+  const char* row = row_at(table, b, h, i) + first * table.stride[3] * 2;
+  for (int64_t d = 0; d < n; d += PIECE) {
+    const int64_t count = n - d < PIECE ? n - d : PIECE;
+    read_row(table, row + d * table.stride[3] * 2, count, PIECE, rest);
+    for (int64_t at = 0; at < count; ++at) rest[at] = from[d + at] - rest[at];
+    write_row(low, b, h, i, first + d, count, rest);
+  }
+}
+
 #if defined(__AVX512F__)
 // to[c][r] = from[r][c], 16 x 16 words: each round exchanges halves, ever smaller ones.
 INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {

@@ -63,10 +63,16 @@ static void soften(int vectors, int keys, float* s, float factor, State& state, 
 INLINE float finish_row(const Params& p, const QueryTile& tile, int lane, float max, float sum) {
   const bool none = max == -kInfinity && sum == 0.0f;
   const float lse = none ? -kInfinity : max * to_score(p) + logf(sum);
-  const int64_t h = tile.head[lane];
-  p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
-  const float sunk = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - lse)) : 1.0f;
-  return none ? 0.0f : 1.0f / sum * sunk;
+  const int64_t h = tile.head[lane], row = (tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane];
+  p.lse[row] = lse;
+  if (!p.lse_low && !p.sinks) return none ? 0.0f : 1.0f / sum;
+  // Beside a large maximum a float has no place for the logarithm of the sum. The score is rounded where the backward
+  // rounds it (product_less).
+  const float score = max * to_score(p);
+  const double exact = static_cast<double>(max) * to_score(p), whole = (FUSES ? exact : score) + log(double{sum});
+  const float low = fabsf(lse) < kInfinity ? static_cast<float>(whole - lse) : 0.0f;
+  if (p.lse_low) p.lse_low[row] = low;
+  return none ? 0.0f : p.sinks ? 1.0f / sum * left_by_sink(p.sinks[h], lse, low) : 1.0f / sum;
 }
 
 // out and lse of a finished tile.
@@ -74,7 +80,7 @@ static void finish_tile(const Params& p, const QueryTile& tile, const State& sta
   float factor[BLOCK_M];
   for (int lane = 0; lane < tile.count; ++lane)
     factor[lane] = finish_row(p, tile, lane, state.max[lane], state.sum[lane]);
-  write_lanes(p.out, tile, p.head_dim_v, state.out, factor);
+  write_lanes(p.out, tile, p.head_dim_v, state.out, factor, p.out_low);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

@@ -58,8 +58,6 @@ INLINE void store(void* to, V value) {
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat_int(int32_t x) { return x - vi{}; }
 
-constexpr float kInfinity = __builtin_inff();
-
 // The number as it was rounded: no compiler makes one operation of a product and a sum with this between them.
 INLINE vf rounded(vf x) {
 #if defined(__AVX512F__)
@@ -73,6 +71,20 @@ INLINE vf rounded(vf x) {
 #endif
   return x;
 }
+
+// a * b - c; where FUSES, without rounding the product.
+#if defined(__AVX512F__)
+constexpr bool FUSES = true;
+INLINE vf product_less(vf a, vf b, vf c) { return (vf)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__) && defined(__AVX2__)
+constexpr bool FUSES = true;
+INLINE vf product_less(vf a, vf b, vf c) { return (vf)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+constexpr bool FUSES = false;
+INLINE vf product_less(vf a, vf b, vf c) { return rounded(a * b) - c; }
+#endif
+
+constexpr float kInfinity = __builtin_inff();
 
 // The larger one; x where either is NaN.
 INLINE vf larger(vf x, vf y) {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import leaves
+from fastattn.low_parts import NONE, LowParts
 from fastattn.native_cpu import LIBRARY
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -15,6 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
 READS_BLOCKS = True
+KEEPS_LOW_PARTS = True
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -50,11 +52,11 @@ def _isa() -> str:
     return "" if library is None else f" ({library.isa()})"
 
 
-def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
-    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
+def forward(spec: AttnSpec, inputs: AttnInputs, low: LowParts = NONE) -> tuple[Tensor, Tensor]:
+    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32; and writes `low`."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse)
+    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, *low)
     return out, lse
 
 
@@ -67,6 +69,7 @@ def backward(
     d_lse: Tensor | None,
     *,
     wants_dbias: bool = True,
+    low: LowParts = NONE,
 ) -> Gradients:
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
@@ -76,8 +79,9 @@ def backward(
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
     LIBRARY.get().backward(
-        *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
-    )
+        *inputs, *_numbers(spec), out, lse.contiguous(), *low, d_out, d_lse, dq, dk, dv, dbias, dsinks,
+        row_terms,
+    )  # fmt: skip
     return dq, dk, dv, dbias, dsinks
 
 
