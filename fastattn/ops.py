@@ -44,6 +44,7 @@ _LIBRARY.define(
 FORWARD = torch.ops.fastattn.attention_forward.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
 N_INPUTS = len(AttnInputs._fields)
+BIAS = AttnInputs._fields.index("bias")
 N_RESULTS = 6  # of the forward and their gradients, before the backward's inputs
 _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active, _profiler_enabled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
@@ -107,10 +108,11 @@ def _watched(inputs: AttnInputs) -> bool:
 
 
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
-    room, low = dispatch.room(backend), LowParts.empty(spec, inputs.query)
-    if getattr(room, "KEEPS_LOW_PARTS", False):
-        return *room.forward(spec, inputs, low), low
-    return *room.forward(spec, inputs), low.unknown()
+    room = dispatch.room(backend)
+    if hasattr(room, "forward_with_low"):
+        return room.forward_with_low(spec, inputs)
+    out, lse = room.forward(spec, inputs)
+    return out, lse, LowParts.empty(spec, out, lse).unknown()
 
 
 def _run_backward(
@@ -128,8 +130,9 @@ def _run_backward(
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
     room = dispatch.room(backend)
-    kept = {"low": low} if getattr(room, "KEEPS_LOW_PARTS", False) else {}
-    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, **kept)
+    if hasattr(room, "forward_with_low"):
+        return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, low=low)
+    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -147,7 +150,7 @@ class _Eager(torch.autograd.Function):
         out, lse, low = _run_forward(spec, inputs, forward)
         # The mask's tensors are saved too, so that torch notices when one is changed in between.
         # In the operator's order: a checkpoint may go the one way and come back the other.
-        ctx.save_for_backward(*inputs, *spec.mask.tensors, out, lse, *low.there())
+        ctx.save_for_backward(*inputs, *spec.mask.tensors, out, lse, *low)
         ctx.spec, ctx.backend = spec, backward
         ctx.set_materialize_grads(False)
         return out, lse
@@ -156,24 +159,18 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
             return (None,) * (N_INPUTS + 3)
-        saved, out, lse, low = _saved(ctx, len(ctx.spec.mask.tensors))
+        *saved, out, lse, lse_low, out_low = ctx.saved_tensors
         inputs = AttnInputs(*saved[:N_INPUTS])
         d_out = torch.zeros_like(out) if d_out is None else d_out
         if tracing.functorch_active():  # vmap over torch.autograd.grad
             return (*reference.pull_back(ctx.spec, inputs, lse, d_out, d_lse), None, None, None, None)
         if torch.is_grad_enabled():
-            grads = BACKWARD(d_out, d_lse, out, lse, *low, *inputs, *ctx.spec.flat(), ctx.backend)
+            grads = BACKWARD(d_out, d_lse, out, lse, lse_low, out_low, *inputs, *ctx.spec.flat(), ctx.backend)
             return (*_present(inputs, grads), None, None, None, None)
-        wants_dbias = ctx.needs_input_grad[AttnInputs._fields.index("bias")]
+        wants_dbias = ctx.needs_input_grad[BIAS]
+        low = LowParts(lse_low, out_low)
         grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, low, d_out, d_lse, wants_dbias=wants_dbias)
         return (*grads, None, None, None, None)
-
-
-def _saved(ctx: Any, mask_tensors: int) -> tuple[tuple[Any, ...], Tensor, Tensor, LowParts]:
-    """The inputs with the mask's tensors, out, lse and their low parts, as both ways save them."""
-    saved = ctx.saved_tensors
-    out, lse, *low = saved[N_INPUTS + mask_tensors :]
-    return saved[: N_INPUTS + mask_tensors], out, lse, LowParts(*low)
 
 
 def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
@@ -189,11 +186,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec, _ = _unpack(args)
-    return (
-        spec.empty_out(inputs.query),
-        spec.empty_lse(inputs.query),
-        *LowParts.empty(spec, inputs.query).as_results(inputs.query),
-    )
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    return out, lse, *LowParts.empty(spec, out, lse).as_results(inputs.query)
 
 
 def _backward(
@@ -231,7 +225,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     if backend is not None and not spec.needs_grad:
         dispatch.choose(dataclasses.replace(spec, needs_grad=True), backend)
     mask_tensors = inputs[N_INPUTS + 2]
-    ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output[:2], *LowParts.of_results(output[2:]).there())
+    ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output[:2], *LowParts.of_results(output[2:]))
     ctx.mark_non_differentiable(*output[2:])
     ctx.primitives = inputs[N_INPUTS:]
     ctx.set_materialize_grads(False)
@@ -257,12 +251,12 @@ def _no_grads(ctx: Any) -> tuple[Any, ...]:
 
 
 def _forward_grad(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Any, ...]:
-    saved, out, lse, low = _saved(ctx, len(ctx.primitives[2]))
+    *saved, out, lse, lse_low, out_low = ctx.saved_tensors
     if d_out is None and d_lse is None:
         return (*(None,) * (N_INPUTS - 1), *_no_grads(ctx))
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    args = _args(ctx, saved)
-    grads = BACKWARD(d_out, d_lse, out, lse, *low, *args)
+    args = _args(ctx, tuple(saved))
+    grads = BACKWARD(d_out, d_lse, out, lse, lse_low, out_low, *args)
     return (*_present(args, grads), *_no_grads(ctx))
 
 

@@ -120,25 +120,34 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
       *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);
       *d_weight = *d_weight * *kept;
     };
-    vf whole, d_weight, kept, shift = load(rows.shift + n), norm = splat(1.0f);
+    vf whole, d_weight, kept, met = load(rows.met(p) + n);
+    const int64_t last = at.high * BLOCK_M;
     if (rows.alone) {
       // All keys are here: the sums need no rounded output, and the weights no lse.
       vf sum = vf{}, all = vf{};
-      for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
+      for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
         pair_terms(pair, &whole, &d_weight, &kept);
         all = all + whole;
         sum = sum + whole * d_weight;
+        store(s + pair, whole);
+        store(d + pair, d_weight);
       }
-      norm = all > 0.0f ? 1.0f / all : splat(1.0f);
-      shift = load(rows.d_lse + n) - share * share * (sum * norm);
-    }
-    vf met = load(rows.met(p) + n);
-    for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
-      pair_terms(pair, &whole, &d_weight, &kept);
-      whole = whole * norm;
-      met = met + whole * d_weight;
-      store(s + pair, whole * share * kept);
-      store(d + pair, whole * (d_weight * share + shift));
+      const vf norm = all > 0.0f ? 1.0f / all : splat(1.0f), part = norm * share;
+      met = met + sum * norm;
+      const vf shift = load(rows.d_lse + n) - share * share * (sum * norm);
+      for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
+        whole = load(s + pair);
+        store(d + pair, whole * norm * (load(d + pair) * share + shift));
+        store(s + pair, p.drop_below ? whole * part * load(at.dropout + pair) : whole * part);
+      }
+    } else {
+      const vf shift = load(rows.shift + n);
+      for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
+        pair_terms(pair, &whole, &d_weight, &kept);
+        met = met + whole * d_weight;
+        store(s + pair, whole * share * kept);
+        store(d + pair, whole * (d_weight * share + shift));
+      }
     }
     store(rows.met(p) + n, met);
   }

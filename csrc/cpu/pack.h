@@ -86,19 +86,23 @@ static void write_row(const Table& table, int64_t b, int64_t h, int64_t i, int64
   }
 }
 
-// What rounding to `table` took from the numbers that write_row has written there, to `low`, if it is there.
-static void write_low(const Table& low, const Table& table, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n,
+// What rounding to `table` took from the numbers that write_row has written there, to `low`, if it is there. Half dtypes.
+INLINE void write_low(const Table& low, const Table& table, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n,
                       const float* from) {
-  constexpr int64_t PIECE = 64;
   if (!low.data) return;
-  float rest[PIECE];
-  const char* row = row_at(table, b, h, i) + first * table.stride[3] * 2;
-  for (int64_t d = 0; d < n; d += PIECE) {
-    const int64_t count = n - d < PIECE ? n - d : PIECE;
-    read_row(table, row + d * table.stride[3] * 2, count, PIECE, rest);
-    for (int64_t at = 0; at < count; ++at) rest[at] = from[d + at] - rest[at];
-    write_row(low, b, h, i, first + d, count, rest);
-  }
+  const uint16_t* row = reinterpret_cast<const uint16_t*>(row_at(table, b, h, i)) + first * table.stride[3];
+  uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(row_at(low, b, h, i))) + first * low.stride[3];
+  int64_t d = 0;
+  if (table.stride[3] == 1 && low.stride[3] == 1)
+    for (; d + VL <= n; d += VL) {
+      const char* at = reinterpret_cast<const char*>(row + d);
+      if (table.dtype == kBFloat16)
+        store(to + d, to_bfloat16(load(from + d) - ReadBFloat16::read(at)));
+      else
+        store(to + d, to_float16(load(from + d) - ReadFloat16::read(at)));
+    }
+  for (; d < n; ++d)
+    to[d * low.stride[3]] = from_float(from[d] - to_float(row[d * table.stride[3]], table.dtype), table.dtype);
 }
 
 #if defined(__AVX512F__)

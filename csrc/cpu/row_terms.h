@@ -31,17 +31,19 @@ INLINE float known_low(const Params& p, int64_t row) {
 // sum(d_out * out) of one row, in float.
 static float row_product(const Params& p, int64_t b, int64_t h, int64_t i) {
   constexpr int64_t PIECE = 64;
-  float left[PIECE], right[PIECE], low[PIECE] = {}, sums[PIECE] = {};
+  float left[PIECE], right[PIECE], low[PIECE], sums[PIECE] = {};
   const char *out = row_at(p.out, b, h, i), *d_out = row_at(p.d_out, b, h, i);
   const int64_t out_step = PIECE * p.out.stride[3] * (p.out.dtype == kFloat32 ? 4 : 2);
   const int64_t d_out_step = PIECE * p.d_out.stride[3] * (p.d_out.dtype == kFloat32 ? 4 : 2);
   for (int64_t d = 0; d < p.head_dim_v; d += PIECE, out += out_step, d_out += d_out_step) {
-    const int64_t n = p.head_dim_v - d < PIECE ? p.head_dim_v - d : PIECE;
-    read_row(p.out, out, n, PIECE, left);
-    read_row(p.d_out, d_out, n, PIECE, right);
-    if (p.out_low.data)
-      read_row(p.out_low, row_at(p.out_low, b, h, i) + d * p.out_low.stride[3] * 2, n, PIECE, low);
-    for (int64_t at = 0; at < PIECE; ++at) sums[at] += (left[at] + low[at]) * right[at];
+    const int64_t n = p.head_dim_v - d < PIECE ? p.head_dim_v - d : PIECE, width = round_up(n, VL);
+    read_row(p.out, out, n, width, left);
+    read_row(p.d_out, d_out, n, width, right);
+    if (p.out_low.data) {
+      read_row(p.out_low, row_at(p.out_low, b, h, i) + d * p.out_low.stride[3] * 2, n, width, low);
+      for (int64_t at = 0; at < width; at += VL) store(left + at, load(left + at) + load(low + at));
+    }
+    for (int64_t at = 0; at < width; at += VL) store(sums + at, load(sums + at) + load(left + at) * load(right + at));
   }
   for (int64_t half = PIECE / 2; half; half /= 2)
     for (int64_t at = 0; at < half; ++at) sums[at] += sums[at + half];

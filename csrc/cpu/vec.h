@@ -147,6 +147,21 @@ INLINE vf exp2(vf y) {
 #endif
 }
 
+// The natural logarithm of a number from 1 on as a sum: an exact multiple of a short ln 2, and `rest`, to about 3e-8. (The
+// series is FreeBSD's e_logf.c.) Infinity and NaN stay, in `rest`.
+INLINE vf logarithm(vf x, vf* rest) {
+  const vi exponent = ((vi)x - 0x3f3504f3) >> 23;  // so that what is left lies around 1
+  const vf fraction = (vf)((vi)x - (exponent << 23)) - 1.0f, n = __builtin_convertvector(exponent, vf);
+  const vf s = fraction / (fraction + 2.0f), z = s * s, half = 0.5f * fraction * fraction;
+  vf r = splat(0.24279078841f);
+  r = r * z + 0.28498786688f;
+  r = r * z + 0.40000972152f;
+  r = r * z + 0.66666662693f;
+  const vf near = fraction - (half - s * (half + z * r));
+  *rest = x < kInfinity ? near + n * 9.0580006145e-06f : x;
+  return x < kInfinity ? n * 0.69313812256f : vf{};
+}
+
 // tanh by Eigen's rational approximation, a few ulp.
 INLINE vf hyperbolic_tangent(vf given) {
   const float edge = 7.90531110763549805f;

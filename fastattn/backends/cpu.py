@@ -16,7 +16,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
 READS_BLOCKS = True
-KEEPS_LOW_PARTS = True
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -52,12 +51,21 @@ def _isa() -> str:
     return "" if library is None else f" ({library.isa()})"
 
 
-def forward(spec: AttnSpec, inputs: AttnInputs, low: LowParts = NONE) -> tuple[Tensor, Tensor]:
-    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32; and writes `low`."""
+def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
+    """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, *low)
+    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, None, None)
     return out, lse
+
+
+def forward_with_low(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor, LowParts]:
+    """out, lse and what their rounding took."""
+    inputs = _readable(inputs)
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    low = LowParts.empty(spec, out, lse)
+    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, *low)
+    return out, lse, low
 
 
 def backward(
@@ -74,7 +82,7 @@ def backward(
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
-    dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
+    dq, dk, dv = torch.empty_like(inputs.query), torch.empty_like(inputs.key), torch.empty_like(inputs.value)
     dbias = _empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)

@@ -61,4 +61,4 @@ def test_the_weight_of_an_only_key_is_one(isa):
     few = Lengths(torch.tensor([3]))
     lse = attention(query, key, key, mask=few, scale=0.003, return_lse=True, backend="cpu")[1]
     weights = attention_weights(query, key, mask=few, scale=0.003, lse=lse)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 100), rtol=0, atol=5e-5)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 100), rtol=0, atol=1e-4)
