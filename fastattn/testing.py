@@ -24,7 +24,8 @@ from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.yardstick import Agreement, agreement, check_close
 
 __all__ = [
-    "Agreement", "CASES", "Case", "Problem", "agreement", "check_close", "lengths", "make_inputs", "poison", "run",
+    "Agreement", "CASES", "Case", "LARGE_CASES", "Problem", "agreement", "check_close", "lengths", "make_inputs",
+    "poison", "run",
 ]  # fmt: skip
 
 HALF = torch.bfloat16
@@ -319,7 +320,8 @@ def _few() -> Iterator[Case]:
     yield row("small-scale", 70, scores=1.0, scale=1e-6, dtype=torch.float16)
 
 
-CASES: dict[str, Case] = {case.id: case for case in (*_ROWS, *_few())}
+CASES: dict[str, Case] = {case.id: case for case in _ROWS}
+LARGE_CASES: dict[str, Case] = {case.id: case for case in _few()}
 
 
 def with_dtype(case: Case, dtype: torch.dtype) -> Case:
