@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-EMULATED = [HERE / f"test_{name}.py" for name in ("attention", "extremes", "weights")]
+EMULATED = [HERE / f"test_{name}.py" for name in ("attention", "extremes", "large_scores", "weights")]
 
 
 @pytest.mark.skipif(
