@@ -18,7 +18,7 @@ from fastattn import testing
 from fastattn.bench.problem import Made, Problem, Verdict
 from fastattn.bench.provider import Provider
 from fastattn.bench_cases import OPS, BenchCase
-from fastattn.yardstick import agreement
+from fastattn.yardstick import Terms, agreement
 
 
 def problem_of(case: BenchCase, device: torch.device) -> Problem:
@@ -80,7 +80,7 @@ class ModuleProblem(Problem):
         near = _evaluated(Made(self.module, ""), self.tokens)
         # Each output is a sum of embed_dim terms and a bias; a weight is a mean over heads.
         size = float(exact.out_proj.weight.detach().abs().sum(1).max() * golden[0].abs().max())
-        names, terms = ("out", "weights"), {"out": size, "weights": float(golden[1].max())}
+        names, terms = ("out", "weights"), {"out": Terms(size), "weights": Terms(float(golden[1].max()))}
         known = tuple(dict(zip(names, each, strict=True)) for each in (golden, near))
         rows = agreement(self.made, results, (known[0], (known[1], terms)))
         return Verdict(rows, case.batch * case.num_heads, case.batch * case.num_heads)

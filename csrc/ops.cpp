@@ -218,20 +218,24 @@ Params on_cpu(Params p) {
 
 void cpu_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                  std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
-                 double dropout_p, Tensor out, Tensor lse) {
+                 double dropout_p, Tensor out, Tensor lse, Maybe lse_low, Maybe out_low) {
   Params p = on_cpu(problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p));
   p.out = table(out);
   p.lse = pointer<float>(lse);
+  if (out_low) p.out_low = table(*out_low);
+  if (lse_low) p.lse_low = pointer<float>(*lse_low);
   check(fastattn::cpu::forward(p));
 }
 
 void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
-                  double dropout_p, Tensor out, Tensor lse, Tensor d_out, Maybe d_lse, Tensor dq, Tensor dk, Tensor dv,
-                  Maybe dbias, Maybe dsinks, Tensor row_terms) {
+                  double dropout_p, Tensor out, Tensor lse, Maybe lse_low, Maybe out_low, Tensor d_out, Maybe d_lse,
+                  Tensor dq, Tensor dk, Tensor dv, Maybe dbias, Maybe dsinks, Tensor row_terms) {
   Params p = on_cpu(problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p));
   p.out = table(out);
   p.lse = pointer<float>(lse);
+  if (out_low) p.out_low = table(*out_low);
+  if (lse_low) p.lse_low = pointer<float>(*lse_low);
   p.d_out = table(d_out);
   p.dq = table(dq);
   p.dk = table(dk);
@@ -357,9 +361,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {
 #else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
-  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low, "
+        "Tensor(d!)? out_low) -> ()");
   m.def("cpu_backward(" FASTATTN_PROBLEM
-        "Tensor out, Tensor lse, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+        "Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
         "Tensor(d!)? dbias, Tensor(e!)? dsinks, Tensor(f!) row_terms) -> ()");
   m.def("cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
         "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");

@@ -64,7 +64,7 @@ def run(namespace: argparse.Namespace, argv: list[str]) -> int:
 
     from fastattn.bench.progress import progress_on
     from fastattn.dispatch import BACKENDS
-    from fastattn.testing import CASES
+    from fastattn.testing import CASES, LARGE_CASES
 
     unknown = [room for room in namespace.rooms or [] if room not in BACKENDS]
     cuda = torch.cuda.is_available()
@@ -74,7 +74,9 @@ def run(namespace: argparse.Namespace, argv: list[str]) -> int:
         return USAGE
     device = "cuda" if cuda and namespace.device != "cpu" else "cpu"
     rooms = namespace.rooms or list(BACKENDS)
-    cases = [case for name, case in CASES.items() if namespace.only is None or namespace.only.search(name)]
+    cases = [
+        case for name, case in (CASES | LARGE_CASES).items() if namespace.only is None or namespace.only.search(name)
+    ]
     if namespace.lines:
         return _print_lines(rooms, cases, device)
     console = Console(highlight=False)
@@ -123,8 +125,12 @@ def _in_here(room: str, cases: list[Case], device: str) -> Iterator[Checked]:
     import fastattn
     from fastattn import dispatch, testing
 
-    grads = hasattr(dispatch.room(room), "backward")
+    module = dispatch.room(room)
+    grads = hasattr(module, "backward")
     for case in cases:
+        if case.id in testing.LARGE_CASES and hasattr(module, "ROUNDS_LSE"):
+            yield Checked(room, case.id, None, words=module.ROUNDS_LSE)
+            continue
         problem = testing.make_inputs(case, device)
         try:
             agreements = testing.agreement(problem, testing.run(problem, room, grads=grads))

@@ -7,7 +7,8 @@ off, nothing else does. Made with torch.library.Library, as custom_op costs more
 
 A call that nobody watches (plain eager tensors, no mode, no profiler) goes to the backend directly: the dispatcher's
 two passes through Python cost more than a small problem takes. Its two backends are chosen before the forward, and the
-backward keeps to that. Both ways end in the same two functions, `_run_forward`, `_run_backward`.
+backward keeps to that. Both ways end in the same two functions, `_run_forward`, `_run_backward`. What rounding takes
+from out and lse goes from the forward to the backward beside them (low_parts.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, reference, sharding, tracing
+from fastattn.low_parts import LowParts
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -30,15 +32,20 @@ _SPEC = (
     "bool deterministic, bool needs_grad, str backend"
 )
 _LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
 _LIBRARY.define(
-    f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_INPUTS}, {_SPEC}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse, Tensor lse_low, Tensor out_low)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, "
+    f"{_INPUTS}, {_SPEC}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 FORWARD = torch.ops.fastattn.attention_forward.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
 N_INPUTS = len(AttnInputs._fields)
+BIAS = AttnInputs._fields.index("bias")
+N_RESULTS = 6  # of the forward and their gradients, before the backward's inputs
 _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active, _profiler_enabled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
 
@@ -48,7 +55,7 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     if not _watched(inputs):
         forward, backward = dispatch.choose(spec, backend, to_run=True)
         if backward is None:
-            return _run_forward(spec, inputs, forward)
+            return dispatch.room(forward).forward(spec, inputs)
         return _Eager.apply(*inputs, spec, forward, backward)
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec)
@@ -56,9 +63,9 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
         return part.gathered(out), part.gathered(lse)
     packed = spec.flat()
     if not torch.jit.is_tracing():
-        return FORWARD(*inputs, *packed, backend or "")
+        return FORWARD(*inputs, *packed, backend or "")[:2]
     with tracing.recorded_by_jit():  # which records once more without gradients, and wants the same graph
-        return FORWARD(*inputs, *packed._replace(needs_grad=False), backend or "")
+        return FORWARD(*inputs, *packed._replace(needs_grad=False), backend or "")[:2]
 
 
 def attention_weights(
@@ -100,8 +107,12 @@ def _watched(inputs: AttnInputs) -> bool:
     )
 
 
-def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor]:
-    return dispatch.room(backend).forward(spec, inputs)
+def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
+    room = dispatch.room(backend)
+    if hasattr(room, "forward_with_low"):
+        return room.forward_with_low(spec, inputs)
+    out, lse = room.forward(spec, inputs)
+    return out, lse, LowParts.empty(spec, out, lse).unknown()
 
 
 def _run_backward(
@@ -110,6 +121,7 @@ def _run_backward(
     backend: str,
     out: Tensor,
     lse: Tensor,
+    low: LowParts,
     d_out: Tensor,
     d_lse: Tensor | None,
     *,
@@ -117,7 +129,10 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    return dispatch.room(backend).backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
+    room = dispatch.room(backend)
+    if hasattr(room, "forward_with_low"):
+        return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, low=low)
+    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -132,10 +147,10 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *tensors, spec, forward, backward = args
         inputs = AttnInputs(*tensors)
-        out, lse = _run_forward(spec, inputs, forward)
+        out, lse, low = _run_forward(spec, inputs, forward)
         # The mask's tensors are saved too, so that torch notices when one is changed in between.
         # In the operator's order: a checkpoint may go the one way and come back the other.
-        ctx.save_for_backward(*inputs, *spec.mask.tensors, out, lse)
+        ctx.save_for_backward(*inputs, *spec.mask.tensors, out, lse, *low)
         ctx.spec, ctx.backend = spec, backward
         ctx.set_materialize_grads(False)
         return out, lse
@@ -144,16 +159,17 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
         if d_out is None and d_lse is None:
             return (None,) * (N_INPUTS + 3)
-        *saved, out, lse = ctx.saved_tensors
+        *saved, out, lse, lse_low, out_low = ctx.saved_tensors
         inputs = AttnInputs(*saved[:N_INPUTS])
         d_out = torch.zeros_like(out) if d_out is None else d_out
         if tracing.functorch_active():  # vmap over torch.autograd.grad
             return (*reference.pull_back(ctx.spec, inputs, lse, d_out, d_lse), None, None, None, None)
         if torch.is_grad_enabled():
-            grads = BACKWARD(d_out, d_lse, out, lse, *inputs, *ctx.spec.flat(), ctx.backend)
+            grads = BACKWARD(d_out, d_lse, out, lse, lse_low, out_low, *inputs, *ctx.spec.flat(), ctx.backend)
             return (*_present(inputs, grads), None, None, None, None)
-        wants_dbias = ctx.needs_input_grad[AttnInputs._fields.index("bias")]
-        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
+        wants_dbias = ctx.needs_input_grad[BIAS]
+        low = LowParts(lse_low, out_low)
+        grads = _run_backward(ctx.spec, inputs, ctx.backend, out, lse, low, d_out, d_lse, wants_dbias=wants_dbias)
         return (*grads, None, None, None, None)
 
 
@@ -162,35 +178,46 @@ def _unpack(args: tuple[Any, ...]) -> tuple[AttnInputs, AttnSpec, str | None]:
     return inputs, AttnSpec.from_flat(inputs, FlatSpec(*args[N_INPUTS:-1])), args[-1] or None
 
 
-def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec, backend = _unpack(args)
-    return _run_forward(spec, inputs, dispatch.choose(spec, backend, to_run=True)[0])
+    out, lse, low = _run_forward(spec, inputs, dispatch.choose(spec, backend, to_run=True)[0])
+    return out, lse, *low.as_results(inputs.query)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     inputs, spec, _ = _unpack(args)
-    return spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    return out, lse, *LowParts.empty(spec, out, lse).as_results(inputs.query)
 
 
-def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_low: Tensor | None,
+    out_low: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
     inputs, spec, backend = _unpack(args)
     if not spec.needs_grad:  # traced without gradients, and run with them
         spec = dataclasses.replace(spec, needs_grad=True)
     # The forward, or who recorded it, has held a name against the call.
     chosen = backend or dispatch.choose(spec, None, to_run=True)[1]
-    grads = _run_backward(spec, inputs, chosen, out, lse, d_out, d_lse)  # type: ignore[arg-type]
+    low = LowParts(lse_low, out_low)
+    grads = _run_backward(spec, inputs, chosen, out, lse, low, d_out, d_lse)  # type: ignore[arg-type]
     return tuple(
         inputs.query.new_empty(0) if grad is None or given is None else reference.like(grad, given)
         for grad, given in zip(grads, inputs, strict=False)
     )
 
 
-def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs = args[:5]
+def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    inputs = args[N_RESULTS : N_RESULTS + 5]
     return tuple(inputs[0].new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the tensors for the backward pass and the primitives beside them. A backend asked for by name that has no
     backward says so here, where a program was traced without gradients and is run with them.
     """
@@ -198,7 +225,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     if backend is not None and not spec.needs_grad:
         dispatch.choose(dataclasses.replace(spec, needs_grad=True), backend)
     mask_tensors = inputs[N_INPUTS + 2]
-    ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output)
+    ctx.save_for_backward(*inputs[:N_INPUTS], *mask_tensors, *output[:2], *LowParts.of_results(output[2:]))
+    ctx.mark_non_differentiable(*output[2:])
     ctx.primitives = inputs[N_INPUTS:]
     ctx.set_materialize_grads(False)
 
@@ -222,18 +250,18 @@ def _no_grads(ctx: Any) -> tuple[Any, ...]:
     return (None, *map(none, ctx.primitives))
 
 
-def _forward_grad(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
-    *saved, out, lse = ctx.saved_tensors
+def _forward_grad(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, *_: None) -> tuple[Any, ...]:
+    *saved, out, lse, lse_low, out_low = ctx.saved_tensors
     if d_out is None and d_lse is None:
         return (*(None,) * (N_INPUTS - 1), *_no_grads(ctx))
     d_out = torch.zeros_like(out) if d_out is None else d_out
     args = _args(ctx, tuple(saved))
-    grads = BACKWARD(d_out, d_lse, out, lse, *args)
+    grads = BACKWARD(d_out, d_lse, out, lse, lse_low, out_low, *args)
     return (*_present(args, grads), *_no_grads(ctx))
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    d_out, d_lse, _, _, *rest = inputs
+    d_out, d_lse, rest = *inputs[:2], inputs[N_RESULTS:]
     mask_tensors = rest[N_INPUTS + 2]
     ctx.save_for_backward(*rest[:N_INPUTS], *mask_tensors, d_out, d_lse)
     ctx.primitives = tuple(rest[N_INPUTS:])
@@ -262,7 +290,13 @@ def _backward_grad(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     *d_primals, dd_out, dd_lse = torch.autograd.grad(
         first, [*primals, *cotangents], weights, create_graph=further, materialize_grads=True
     )
-    return (dd_out, None if d_lse is None else dd_lse, None, None, *leaves.in_place_of(d_primals), *_no_grads(ctx))
+    return (
+        dd_out,
+        None if d_lse is None else dd_lse,
+        *(None,) * (N_RESULTS - 2),
+        *leaves.in_place_of(d_primals),
+        *_no_grads(ctx),
+    )
 
 
 def _register_flops() -> None:
@@ -278,9 +312,8 @@ def _register_flops() -> None:
         return spec(query, key, value).flops("fwd")
 
     @register_flop_formula(torch.ops.fastattn.attention_backward)
-    def _backward_flops(d_out: Any, d_lse: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *args: Any,
-                        out_shape: Any = None, **kwargs: Any) -> int:  # fmt: skip
-        return spec(query, key, value).flops("bwd")
+    def _backward_flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return spec(*args[N_RESULTS : N_RESULTS + 3]).flops("bwd")
 
 
 class _AfterImport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,8 @@ from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.yardstick import Agreement, agreement, check_close
 
 __all__ = [
-    "Agreement", "CASES", "Case", "Problem", "agreement", "check_close", "lengths", "make_inputs", "poison", "run",
+    "Agreement", "CASES", "Case", "LARGE_CASES", "Problem", "agreement", "check_close", "lengths", "make_inputs",
+    "poison", "run",
 ]  # fmt: skip
 
 HALF = torch.bfloat16
@@ -32,7 +34,9 @@ MaskMaker = Callable[["Case", torch.device], Mask | None]
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. Sizes in tokens; `layout` says how the tensors lie in memory."""
+    """One problem. Sizes in tokens; `layout` says how the tensors lie in memory; queries and keys are random numbers
+    times the square root of `scores`.
+    """
 
     id: str
     q_len: int = 64
@@ -47,6 +51,7 @@ class Case:
     bias: tuple[int, ...] | None = None
     bias_dtype: torch.dtype = torch.float32
     scale: float | None = None
+    scores: float = 1.0
     softcap: float | None = None
     sinks: bool = False
     dropout_p: float = 0.0
@@ -97,18 +102,18 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
 
-    def make(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+    def make(*shape: int, dtype: torch.dtype = case.dtype, times: float = 1.0) -> Tensor:
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64) * times
         spikes = torch.rand(shape, generator=generator) < 0.005
         return torch.where(spikes, tensor * 8, tensor).to(device, dtype)
 
-    def laid(heads: int, length: int, dim: int) -> Tensor:
-        return LAYOUTS[case.layout](make, case.batch, heads, length, dim)
+    def laid(heads: int, length: int, dim: int, times: float = 1.0) -> Tensor:
+        return LAYOUTS[case.layout](functools.partial(make, times=times), case.batch, heads, length, dim)
 
     kv_heads = case.num_kv_heads or case.num_heads
     inputs = AttnInputs(
-        laid(case.num_heads, case.q_len, case.head_dim),
-        laid(kv_heads, case.kv, case.head_dim),
+        laid(case.num_heads, case.q_len, case.head_dim, case.scores**0.5),
+        laid(kv_heads, case.kv, case.head_dim, case.scores**0.5),
         laid(kv_heads, case.kv, case.head_dim_v or case.head_dim),
         None if case.bias is None else make(*case.bias, dtype=case.bias_dtype),
         make(case.num_heads, dtype=wide) if case.sinks else None,
@@ -288,7 +293,38 @@ _ROWS = (
          bias=(1, 4, 1, 56), softcap=5.0, sinks=True, dropout_p=0.1, dtype=torch.float32, layout="blhd"),
 )  # fmt: skip
 
+
+def _few() -> Iterator[Case]:
+    """Few keys with large scores: what rounding takes from a score or an lse must not reach the weights. The scale is
+    no power of two, with which nothing is rounded.
+    """
+    for keys, (left, right) in {1: (0, 0), 2: (1, 0), 3: (1, 1), 5: (2, 2)}.items():
+        for scores in (1e2, 1e3, 1e4):
+            for dtype in (torch.float32, torch.float16, HALF):
+                name = f"keys-{keys}-scores-{scores:.0e}-{str(dtype).removeprefix('torch.')}".replace("e+0", "e")
+                mask = is_(Window(left, right))
+                yield Case(name, 20, batch=1, head_dim=16, dtype=dtype, mask=mask, scores=scores, scale=0.3)
+    row = functools.partial(Case, batch=1, head_dim=16, dtype=torch.float32, scores=1e4, scale=0.3)
+    one = is_(Window(0, 0))
+    yield row("large-one-by-one", 1, 1)
+    yield row("large-tiles", 130, mask=one)
+    yield row("large-causal", 130, mask=is_(Causal()))
+    yield row("large-causal-half", 130, mask=is_(Causal()), dtype=torch.float16)
+    yield row("large-one-query", 1, 130, mask=lengths(1))
+    yield row("large-few-queries", 3, 130, mask=is_(Window(1, 0)), num_heads=4, num_kv_heads=2)
+    yield row("large-gqa", 70, num_heads=4, num_kv_heads=2, mask=is_(Window(2, 0)))
+    yield row("large-sinks", 70, sinks=True, mask=one)
+    yield row("large-softcap", 70, softcap=9e3, mask=one)
+    yield row("large-bias", 70, bias=(1, 2, 70, 70), mask=is_(Window(1, 0)))
+    yield row("large-bias-key", 70, bias=(1, 1, 1, 70), mask=one)
+    yield row("large-dropout", 70, dropout_p=0.3, mask=one)
+    yield row("large-scale", 70, scores=1e-3, scale=1e4, dtype=torch.float16, mask=is_(Window(9, 0)))
+    yield row("large-scale-negative", 70, scores=1e-3, scale=-1e4, dtype=HALF, mask=is_(Window(9, 0)))
+    yield row("small-scale", 70, scores=1.0, scale=1e-6, dtype=torch.float16)
+
+
 CASES: dict[str, Case] = {case.id: case for case in _ROWS}
+LARGE_CASES: dict[str, Case] = {case.id: case for case in _few()}
 
 
 def with_dtype(case: Case, dtype: torch.dtype) -> Case:

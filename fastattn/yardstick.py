@@ -7,6 +7,11 @@ times in its worst element (1.5 and 3 for float32), lse within 1e-4 for half dty
 rounding: one ulp of the dtype at the tensor's largest magnitude (for the RMS, what one such element adds to it) and 8
 float32 eps times the largest sum of absolute terms, so that what cancels to 0 passes.
 
+Those bounds are a tensor's, and its worst row fills them: where scores are large the twin's weights, and anybody's, are
+off by scores * eps, more or less by chance, so that the bounds must allow as much; and a row that errs as much without
+cause would pass. So each element is held to a bound of its own too, from the absolute terms that it is the sum of
+(yardstick_elements.py): a row that sees one key has the weight 1, whatever its score.
+
 The twin's gradients are written out by hand (Dao et al. 2022, FlashAttention, appendix B), while float64 comes from
 differentiating the definition: each checks the other.
 """
@@ -22,13 +27,13 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.dropout import dropout_mask
 from fastattn.spec import AttnSpec
+from fastattn.yardstick_elements import EPS, Pairs, bounds
 
 if TYPE_CHECKING:
     from fastattn.testing import Problem
 
 LIMITS = {True: (1.25, 2.0), False: (1.5, 3.0)}  # half dtypes or not: RMS, worst element
 LSE_HALF = 1e-4
-EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,13 @@ class Agreement:
     max_error: float
     max_twin: float
     max_bound: float
+    element: float = 0.0  # the largest error of an element over what its own terms allow
     problem: str | None = None  # what no ratio can say: a wrong shape, a NaN
 
     @property
     def ok(self) -> bool:
-        return self.problem is None and self.rms_error <= self.rms_bound and self.max_error <= self.max_bound
+        within = self.rms_error <= self.rms_bound and self.max_error <= self.max_bound and self.element <= 1
+        return self.problem is None and within
 
     @property
     def rms_ratio(self) -> float:
@@ -60,8 +67,8 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """How much of what is allowed has been used, by the worse of the two; above 1 is a failure."""
-        return max(_over(self.rms_error, self.rms_bound), _over(self.max_error, self.max_bound))
+        """How much of what is allowed has been used, by the worst of the three; above 1 is a failure."""
+        return max(_over(self.rms_error, self.rms_bound), _over(self.max_error, self.max_bound), self.element)
 
     def __str__(self) -> str:
         if self.problem:
@@ -69,8 +76,20 @@ class Agreement:
         return (
             f"{self.name}: RMS error {self.rms_error:.3g} "
             f"({self.rms_ratio:.2f}x the twin's, allowed {self.rms_bound:.3g}), "
-            f"worst {self.max_error:.3g} ({self.max_ratio:.2f}x, allowed {self.max_bound:.3g})"
+            f"worst {self.max_error:.3g} ({self.max_ratio:.2f}x, allowed {self.max_bound:.3g}), "
+            f"up to {self.element:.2f} of what an element's own terms allow"
         )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a tensor's elements are made of: the largest sum of absolute terms; and what each element's own allow it to
+    err, and the part of that which large scores are the cause of, where elements are held to their own.
+    """
+
+    largest: float
+    allowed: Tensor | None = None
+    coarse: Tensor | None = None
 
 
 def check_close(problem: Problem, results: dict[str, Tensor]) -> list[Agreement]:
@@ -82,7 +101,7 @@ def check_close(problem: Problem, results: dict[str, Tensor]) -> list[Agreement]
     return rows
 
 
-Truth = tuple[dict[str, Tensor], tuple[dict[str, Tensor], dict[str, float]]]
+Truth = tuple[dict[str, Tensor], tuple[dict[str, Tensor], dict[str, Terms]]]
 
 
 def truth(problem: Problem) -> Truth:
@@ -108,8 +127,8 @@ def exact(problem: Problem) -> dict[str, Tensor]:
     return {name: each for name, each in zip(names, (out, lse, *grads), strict=True) if each is not None}
 
 
-def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The twin's results, and for each the largest sum of the absolute terms it is made of."""
+def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Terms]]:
+    """The twin's results, and the terms that each is made of."""
     spec, inputs = problem.spec, problem.inputs
     wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
     query, key, value, d_out = (each.to(wide) for each in (*inputs[:3], problem.d_out))
@@ -130,6 +149,7 @@ def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
         t, slope = spec.softcap * bent, 1 - bent * bent
     if inputs.bias is not None:
         t = t + inputs.bias.to(wide)
+        size = size + torch.where(keep, inputs.bias.to(wide).abs(), 0.0)
     t = torch.where(keep, t, -torch.inf)
     lse = torch.logsumexp(t, -1, keepdim=True) if spec.kv_len else t.new_full((*t.shape[:3], 1), -torch.inf)
     sinks = None if inputs.sinks is None else inputs.sinks.to(wide)[:, None, None]
@@ -162,24 +182,27 @@ def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, float]]:
         "dk": by_kv_head(spec.scale * (d_scores.mT @ query)).to(spec.dtype),
         "dv": by_kv_head(dropped.mT @ d_out).to(spec.dtype),
     }
+    size = torch.where(keep, size, 0.0)
     sums = {
         "out": dropped @ value.abs(),
-        "lse": torch.where(keep, size, 0.0),
+        "lse": size,
         "dq": abs(spec.scale) * (size_d @ key.abs()),
         "dk": by_kv_head(abs(spec.scale) * (size_d.mT @ query.abs())),
         "dv": by_kv_head(dropped.mT @ d_out.abs()),
     }
+    share = None if sinks is None else (sinks - safe).exp()
     if inputs.bias is not None:
         near["dbias"] = d_t.sum_to_size(inputs.bias.shape).to(inputs.bias.dtype)
         sums["dbias"] = size_t.sum_to_size(inputs.bias.shape)
-    if inputs.sinks is not None and sinks is not None:
-        share = (sinks - safe).exp()
+    if inputs.sinks is not None and share is not None:
         near["dsinks"] = (-share * delta).sum((0, 2, 3)).to(inputs.sinks.dtype)
         sums["dsinks"] = (share * delta.abs()).sum((0, 2, 3))
-    return near, {name: _largest(each) for name, each in sums.items()}
+    pairs = Pairs(query, key, value, d_out, d_lse, keep, size, weights, alone, kept, slope, share, sinks)
+    each, coarse = bounds(pairs, spec.scale, spec.dtype, by_kv_head, inputs.bias)
+    return near, {name: Terms(_largest(sums[name]), each[name], coarse[name]) for name in sums}
 
 
-def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float, problem: Problem) -> Agreement:
+def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: Terms, problem: Problem) -> Agreement:
     half = problem.case.dtype in (torch.float16, torch.bfloat16)
     rms_limit, max_limit = LIMITS[half and name != "lse"]
     trouble = None
@@ -191,19 +214,27 @@ def _compare(name: str, got: Tensor, golden: Tensor, near: Tensor, terms: float,
         trouble = f"{int(got.isnan().sum())} of {got.numel()} elements are NaN"
     if trouble:
         nan = torch.nan
-        return Agreement(name, nan, nan, nan, nan, nan, nan, trouble)
+        return Agreement(name, nan, nan, nan, nan, nan, nan, problem=trouble)
     finite = golden.isfinite()
     error, error_near = ((each.double()[finite] - golden[finite]).abs() for each in (got, near))
     ulp = torch.finfo(got.dtype).eps * _largest(golden[finite])
-    noise = 8 * EPS * terms
+    noise = 8 * EPS * terms.largest
+    coarse = terms.coarse[finite] if terms.coarse is not None else error.new_zeros(0)
     if half and name == "lse":
-        bounds = (LSE_HALF + ulp + noise,) * 2
+        limits = (LSE_HALF + ulp + noise,) * 2
     else:
-        bounds = (
-            rms_limit * _rms(error_near) + ulp / max(1, error.numel()) ** 0.5 + noise,
-            max_limit * _largest(error_near) + ulp + noise,
+        limits = (
+            rms_limit * _rms(error_near) + ulp / max(1, error.numel()) ** 0.5 + noise + _rms(coarse),
+            max_limit * _largest(error_near) + ulp + noise + _largest(coarse),
         )
-    return Agreement(name, _rms(error), _rms(error_near), bounds[0], _largest(error), _largest(error_near), bounds[1])
+    element = 0.0
+    if terms.allowed is not None:
+        info = torch.finfo(got.dtype)
+        rounding = info.eps * golden[finite].abs() + info.smallest_normal * info.eps
+        element = _largest((error / (terms.allowed.double()[finite] + rounding)).nan_to_num(0.0))
+    return Agreement(
+        name, _rms(error), _rms(error_near), limits[0], _largest(error), _largest(error_near), limits[1], element
+    )
 
 
 def _over(error: float, allowed: float) -> float:

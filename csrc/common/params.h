@@ -69,6 +69,10 @@ struct Params {
   Table query, key, value, out, bias;  // bias.data null: none
   const float* sinks = nullptr;        // [num_heads]
   float* lse = nullptr;                // [batch, num_heads, q_len]
+  // What rounding took from out and lse, for the backward, and nullptr where nobody keeps it. out_low is written for half
+  // dtypes alone; lse_low is NaN where a forward did not know it.
+  Table out_low;
+  float* lse_low = nullptr;            // [batch, num_heads, q_len]
   MaskProgram mask;
   uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
   float keep_scale = 1.0f;

@@ -117,7 +117,7 @@ static bool add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int6
     }
     if (part + 1 < plan.parts) continue;
     const QueryTile& tile = *rows[n].tile;
-    write_lanes(p.dq, tile, p.head_dim, rows[n].dq, factor);
+    write_lanes(p.dq, tile, p.head_dim, rows[n].dq, factor, Table());
     for (int lane = 0; plan.met && lane < tile.count; ++lane) {
       const int64_t row = (tile.b * p.num_heads + tile.head[lane]) * p.q_len + tile.q_idx[lane];
       plan.met[row] = rows[n].met(p)[lane] * RowTerms(p).share[row];

@@ -14,14 +14,17 @@ template <class Dot>
 struct GradientTile {
   QueryTile* tile;
   QueryRows<Dot> query, d_out;
-  float *lse, *share, *shift, *d_lse;  // [BLOCK_M]; lse inf where nothing is seen
-  float* dq;                   // [gathered_rows][BLOCK_M]
+  // [BLOCK_M]; lse is inf where nothing is seen and NaN where a score overflows, low in powers of two.
+  float *lse, *low, *share, *shift, *d_lse;
+  float* dq;                                 // [gathered_rows][BLOCK_M]
+  bool exact;  // lse and low are those of the forward over these very keys, to the last bit
+  bool alone;  // and all the keys that the queries may see are of one tile
 
   float* met(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
 
   static size_t bytes(const Params& p) {
     return Scratch::bytes_for<QueryTile>(1) + QueryRows<Dot>::bytes(p.head_dim, true) +
-           QueryRows<Dot>::bytes(p.head_dim_v, true) + 4 * Scratch::bytes_for<float>(BLOCK_M) +
+           QueryRows<Dot>::bytes(p.head_dim_v, true) + 5 * Scratch::bytes_for<float>(BLOCK_M) +
            Scratch::bytes_for<float>(BLOCK_M * gathered_rows(p));
   }
 
@@ -30,6 +33,7 @@ struct GradientTile {
     query.take(p.head_dim, true, from);
     d_out.take(p.head_dim_v, true, from);
     lse = from.take<float>(BLOCK_M);
+    low = from.take<float>(BLOCK_M);
     share = from.take<float>(BLOCK_M);
     shift = from.take<float>(BLOCK_M);
     d_lse = from.take<float>(BLOCK_M);
@@ -39,15 +43,21 @@ struct GradientTile {
   void read(const Params& p) {
     const RowTerms terms(p);
     float given[BLOCK_M];
+    exact = p.lse_low != nullptr;
     for (int lane = 0; lane < BLOCK_M; ++lane) {
       const int64_t row = (tile->b * p.num_heads + tile->head[lane]) * p.q_len + tile->q_idx[lane];
       given[lane] = lane < tile->count ? p.lse[row] : -kInfinity;
       const bool none = given[lane] == -kInfinity;
-      lse[lane] = none ? kInfinity : given[lane];
+      lse[lane] = none ? kInfinity : given[lane] == kInfinity ? NAN : given[lane];
+      low[lane] = none ? 0.0f : known_low(p, row) * kLog2E;
+      exact = exact && (none || p.lse_low[row] == p.lse_low[row]);
       share[lane] = none ? 0.0f : terms.share[row];
       shift[lane] = none ? 0.0f : terms.shift[row];
       d_lse[lane] = none || !p.d_lse ? 0.0f : p.d_lse[row];
     }
+    int64_t first, last;
+    tile->tiles(&first, &last);
+    alone = exact && last - first == 1;
     query.read(p.query, *tile, p.head_dim, given);
     d_out.read(p.d_out, *tile, p.head_dim_v, given);
     clear(p);
@@ -96,34 +106,49 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
   if (!at.plain) finish_scores(p, tile, at, s, p.softcap != 0.0f ? work.slope : nullptr);
   const auto* cleaned = work.keys.clean(at, tile, s, width);
   if (p.drop_below) dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
-  const vf unit = splat(to_score(p));
+  // Beside an exact lse the weights are the forward's, however large the scores. An lse without its low part holds the
+  // rounding of the largest score, which cancels only against the same rounding.
+  if (!rows.exact) round_scores(p, at, s);
+  const vf unit = splat(rows.exact ? to_score(p) : 1.0f);
   for (int n = 0; n < tile.vectors * VL; n += VL) {
-    const vf lse = load(rows.lse + n), share = load(rows.share + n);
+    const vf lse = load(rows.lse + n), low = load(rows.low + n), share = load(rows.share + n);
     // exp(score - lse), at most 1 however lse is rounded, and the gradient of the weight before dropout.
     const auto pair_terms = [&](int64_t pair, vf* whole, vf* d_weight, vf* kept) {
       const vf score = load(s + pair);
-      *whole = exp2(at_most_zero((score * unit - lse) * kLog2E));
+      *whole = exp2(at_most_zero(product_less(score, unit, lse) * kLog2E - low));
       *d_weight = load(d + pair);
       if (!at.plain) *d_weight = score == splat(-kInfinity) ? vf{} : *d_weight;
       *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);
       *d_weight = *d_weight * *kept;
     };
-    vf whole, d_weight, kept, shift = load(rows.shift + n);
-    if (p.kv_len <= BLOCK_N) {
-      // All keys are here: the sum needs no rounded output.
-      vf sum = vf{};
-      for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
+    vf whole, d_weight, kept, met = load(rows.met(p) + n);
+    const int64_t last = at.high * BLOCK_M;
+    if (rows.alone) {
+      // All keys are here: the sums need no rounded output, and the weights no lse.
+      vf sum = vf{}, all = vf{};
+      for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
         pair_terms(pair, &whole, &d_weight, &kept);
+        all = all + whole;
         sum = sum + whole * d_weight;
+        store(s + pair, whole);
+        store(d + pair, d_weight);
       }
-      shift = load(rows.d_lse + n) - share * share * sum;
-    }
-    vf met = load(rows.met(p) + n);
-    for (int64_t pair = first + n; pair < at.high * BLOCK_M; pair += BLOCK_M) {
-      pair_terms(pair, &whole, &d_weight, &kept);
-      met = met + whole * d_weight;
-      store(s + pair, whole * share * kept);
-      store(d + pair, whole * (d_weight * share + shift));
+      const vf norm = all > 0.0f ? 1.0f / all : splat(1.0f), part = norm * share;
+      met = met + sum * norm;
+      const vf shift = load(rows.d_lse + n) - share * share * (sum * norm);
+      for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
+        whole = load(s + pair);
+        store(d + pair, whole * norm * (load(d + pair) * share + shift));
+        store(s + pair, p.drop_below ? whole * part * load(at.dropout + pair) : whole * part);
+      }
+    } else {
+      const vf shift = load(rows.shift + n);
+      for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
+        pair_terms(pair, &whole, &d_weight, &kept);
+        met = met + whole * d_weight;
+        store(s + pair, whole * share * kept);
+        store(d + pair, whole * (d_weight * share + shift));
+      }
     }
     store(rows.met(p) + n, met);
   }

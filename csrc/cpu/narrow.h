@@ -189,10 +189,15 @@ static NarrowStep narrow_step_for(int rows) {
 static void finish_rows(const Params& p, const QueryTile& tile, const RowState& state) {
   const int64_t width = padded(p.head_dim_v);
   const float* row = state.out;
+  constexpr int WHOLE = MOST_ROWS > VL ? MOST_ROWS : VL;
+  alignas(64) float max[WHOLE] = {}, sum[WHOLE] = {}, factor[WHOLE];
+  std::memcpy(max, state.max, tile.count * sizeof(float));
+  std::memcpy(sum, state.sum, tile.count * sizeof(float));
+  finish_lanes(p, tile, max, sum, factor);
   for (int lane = 0; lane < tile.count; ++lane, row += width) {
-    const float factor = finish_row(p, tile, lane, state.max[lane], state.sum[lane]);
-    state.scale(lane, factor, width);
+    state.scale(lane, factor[lane], width);
     write_row(p.out, tile.b, tile.head[lane], tile.q_idx[lane], 0, p.head_dim_v, row);
+    write_low(p.out_low, p.out, tile.b, tile.head[lane], tile.q_idx[lane], 0, p.head_dim_v, row);
   }
 }
 

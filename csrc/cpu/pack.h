@@ -86,6 +86,25 @@ static void write_row(const Table& table, int64_t b, int64_t h, int64_t i, int64
   }
 }
 
+// What rounding to `table` took from the numbers that write_row has written there, to `low`, if it is there. Half dtypes.
+INLINE void write_low(const Table& low, const Table& table, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n,
+                      const float* from) {
+  if (!low.data) return;
+  const uint16_t* row = reinterpret_cast<const uint16_t*>(row_at(table, b, h, i)) + first * table.stride[3];
+  uint16_t* to = reinterpret_cast<uint16_t*>(const_cast<char*>(row_at(low, b, h, i))) + first * low.stride[3];
+  int64_t d = 0;
+  if (table.stride[3] == 1 && low.stride[3] == 1)
+    for (; d + VL <= n; d += VL) {
+      const char* at = reinterpret_cast<const char*>(row + d);
+      if (table.dtype == kBFloat16)
+        store(to + d, to_bfloat16(load(from + d) - ReadBFloat16::read(at)));
+      else
+        store(to + d, to_float16(load(from + d) - ReadFloat16::read(at)));
+    }
+  for (; d < n; ++d)
+    to[d * low.stride[3]] = from_float(from[d] - to_float(row[d * table.stride[3]], table.dtype), table.dtype);
+}
+
 #if defined(__AVX512F__)
 // to[c][r] = from[r][c], 16 x 16 words: each round exchanges halves, ever smaller ones.
 INLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {

@@ -1,6 +1,8 @@
 // From raw products to scores: scale, soft cap, bias, mask. Tiles are [BLOCK_N][BLOCK_M].
 #pragma once
 
+#include <cmath>
+
 #include "dropout.h"
 #include "scratch.h"
 
@@ -127,6 +129,15 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
     }
   }
 }
+
+// Products -> scores, rounded.
+INLINE void round_scores(const Params& p, const Meeting& at, float* s) {
+  const vf unit = splat(to_score(p));
+  for (int pair = at.low * BLOCK_M; pair < at.high * BLOCK_M; pair += VL) store(s + pair, rounded(load(s + pair) * unit));
+}
+
+// What the sink leaves of the weights of a row: exp(lse) / (exp(lse) + exp(sink)); `low` is what rounding took from lse.
+INLINE float left_by_sink(float sink, float lse, float low) { return 1.0f / (1.0f + expf(sink - lse - low)); }
 
 INLINE void multiply(const Meeting& meeting, float* to, const float* factor) {
   for (int at = meeting.low * BLOCK_M; at < meeting.high * BLOCK_M; at += VL)

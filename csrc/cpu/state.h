@@ -59,24 +59,50 @@ static void soften(int vectors, int keys, float* s, float factor, State& state, 
   }
 }
 
-// Writes the lse of a tile's lane, and gives what its out is to be multiplied by. A score below the range, -inf, is seen
+// max * unit + log(sum) as a float and what rounding takes from it. Beside a large maximum a float has no place for the
+// logarithm of the sum. The product is rounded where the backward rounds it (product_less).
+INLINE vf log_sum(vf max, vf sum, float unit, vf* low) {
+  vf rest;
+  const vf score = rounded(max * unit), other = logarithm(sum, &rest);
+  if (FUSES) rest = rest + product_less(max, splat(unit), score);
+  // Knuth's sum of two numbers, which loses nothing, twice.
+  const vf both = score + other, part = both - score;
+  rest = rest + ((score - (both - part)) + (other - part));
+  const vf whole = both + rest, added = whole - both;
+  const vi finite = (whole < kInfinity) & (whole > -kInfinity);
+  *low = finite ? (both - (whole - added)) + (rest - added) : vf{};
+  return finite ? whole : score + rest;
+}
+
+// Writes the lse of a tile's lanes, and what rounding takes from it, and gives what their out is to be multiplied by. max,
+// sum and factor are [BLOCK_M], or as many whole vectors as hold the lanes. A largest score below the range, -inf, is seen
 // by nobody; one above it makes lse inf and the row NaN.
-INLINE float finish_row(const Params& p, const QueryTile& tile, int lane, float max, float sum) {
-  const float largest = max * to_score(p);
-  const bool none = largest == -kInfinity && sum == sum, overflows = largest == kInfinity;
-  const float lse = none ? -kInfinity : overflows ? kInfinity : largest + logf(sum);
-  const int64_t h = tile.head[lane];
-  p.lse[(tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane]] = lse;
-  const float sunk = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - lse)) : 1.0f;
-  return none ? 0.0f : overflows ? NAN : 1.0f / sum * sunk;
+static void finish_lanes(const Params& p, const QueryTile& tile, const float* max, const float* sum, float* factor) {
+  alignas(64) float lse[BLOCK_M], low[BLOCK_M];
+  for (int n = 0; n < tile.count; n += VL) {
+    const vf most = load(max + n), all = load(sum + n);
+    const vf largest = most * splat(to_score(p));
+    const vi none = (largest == splat(-kInfinity)) & (all == all), overflows = largest == splat(kInfinity);
+    const vi edge = none | overflows;
+    vf rest;
+    const vf found = log_sum(edge ? vf{} : most, edge ? splat(1.0f) : all, to_score(p), &rest);
+    store(lse + n, edge ? largest : found);
+    store(low + n, edge ? vf{} : rest);
+    store(factor + n, none ? vf{} : overflows ? splat(NAN) : 1.0f / all);
+  }
+  for (int lane = 0; lane < tile.count; ++lane) {
+    const int64_t h = tile.head[lane], row = (tile.b * p.num_heads + h) * p.q_len + tile.q_idx[lane];
+    p.lse[row] = lse[lane];
+    if (p.lse_low) p.lse_low[row] = low[lane];
+    if (p.sinks && factor[lane] != 0.0f) factor[lane] *= left_by_sink(p.sinks[h], lse[lane], low[lane]);
+  }
 }
 
 // out and lse of a finished tile.
 static void finish_tile(const Params& p, const QueryTile& tile, const State& state) {
-  float factor[BLOCK_M];
-  for (int lane = 0; lane < tile.count; ++lane)
-    factor[lane] = finish_row(p, tile, lane, state.max[lane], state.sum[lane]);
-  write_lanes(p.out, tile, p.head_dim_v, state.out, factor);
+  alignas(64) float factor[BLOCK_M];
+  finish_lanes(p, tile, state.max, state.sum, factor);
+  write_lanes(p.out, tile, p.head_dim_v, state.out, factor, p.out_low);
 }
 
 }  // namespace fastattn::FASTATTN_ISA

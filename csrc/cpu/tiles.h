@@ -123,8 +123,9 @@ struct QueryRows {
   }
 };
 
-// [width][BLOCK_M] floats, times a factor for each lane, to the rows of a tensor.
-static void write_lanes(const Table& table, const QueryTile& tile, int64_t n, const float* from, const float* factor) {
+// [width][BLOCK_M] floats, times a factor for each lane, to the rows of a tensor, and what its rounding takes to `low`.
+static void write_lanes(const Table& table, const QueryTile& tile, int64_t n, const float* from, const float* factor,
+                        const Table& low) {
   constexpr int64_t PIECE = 64;
   alignas(64) float rows[BLOCK_M * PIECE];
   for (int64_t first = 0; first < n; first += PIECE) {
@@ -134,6 +135,7 @@ static void write_lanes(const Table& table, const QueryTile& tile, int64_t n, co
       float* row = rows + lane * PIECE;
       for (int64_t d = 0; d < count; d += VL) store(row + d, load(row + d) * factor[lane]);
       write_row(table, tile.b, tile.head[lane], tile.q_idx[lane], first, count, row);
+      write_low(low, table, tile.b, tile.head[lane], tile.q_idx[lane], first, count, row);
     }
   }
 }

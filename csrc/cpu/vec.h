@@ -58,6 +58,32 @@ INLINE void store(void* to, V value) {
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat_int(int32_t x) { return x - vi{}; }
 
+// The number as it was rounded: no compiler makes one operation of a product and a sum with this between them.
+INLINE vf rounded(vf x) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(x));
+#elif defined(__SSE__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#else
+  __asm__("" : "+m"(x));
+#endif
+  return x;
+}
+
+// a * b - c; where FUSES, without rounding the product.
+#if defined(__AVX512F__)
+constexpr bool FUSES = true;
+INLINE vf product_less(vf a, vf b, vf c) { return (vf)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__) && defined(__AVX2__)
+constexpr bool FUSES = true;
+INLINE vf product_less(vf a, vf b, vf c) { return (vf)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+constexpr bool FUSES = false;
+INLINE vf product_less(vf a, vf b, vf c) { return rounded(a * b) - c; }
+#endif
+
 constexpr float kInfinity = __builtin_inff();
 
 // The larger one; x where either is NaN.
@@ -119,6 +145,21 @@ INLINE vf exp2(vf y) {
   const vf large = y > 127.999f ? splat(kInfinity) : scaled;
   return tiny ? vf{} : y == y ? large : y;
 #endif
+}
+
+// The natural logarithm of a number from 1 on as a sum: an exact multiple of a short ln 2, and `rest`, to about 3e-8. (The
+// series is FreeBSD's e_logf.c.) Infinity and NaN stay, in `rest`.
+INLINE vf logarithm(vf x, vf* rest) {
+  const vi exponent = ((vi)x - 0x3f3504f3) >> 23;  // so that what is left lies around 1
+  const vf fraction = (vf)((vi)x - (exponent << 23)) - 1.0f, n = __builtin_convertvector(exponent, vf);
+  const vf s = fraction / (fraction + 2.0f), z = s * s, half = 0.5f * fraction * fraction;
+  vf r = splat(0.24279078841f);
+  r = r * z + 0.28498786688f;
+  r = r * z + 0.40000972152f;
+  r = r * z + 0.66666662693f;
+  const vf near = fraction - (half - s * (half + z * r));
+  *rest = x < kInfinity ? near + n * 9.0580006145e-06f : x;
+  return x < kInfinity ? n * 0.69313812256f : vf{};
 }
 
 // tanh by Eigen's rational approximation, a few ulp.

@@ -50,7 +50,7 @@ static void write_weights(const Params& p, const QueryTile& tile, int64_t first_
   }
 }
 
-// exp(score - lse) of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
+// exp(score - lse), both rounded as finish_row rounds them, of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
 template <class Dot>
 static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float* lse, WeightsWork<Dot>& work) {
   const QueryTile& tile = *work.tile;
@@ -60,10 +60,10 @@ static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float
   lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),
                            words_of<Dot>(padded(p.head_dim)), 1, work.rows.across, work.s);
   if (!work.at.plain) finish_scores(p, tile, work.at, work.s, nullptr);
-  const vf unit = splat(to_score(p));
+  round_scores(p, work.at, work.s);
   for (int n = 0; n < tile.vectors * VL; n += VL)
     for (int at = n; at < TILE; at += BLOCK_M) {
-      const vf power = (load(work.s + at) * unit - load(lse + n)) * kLog2E;
+      const vf power = (load(work.s + at) - load(lse + n)) * kLog2E;
       store(work.s + at, exp2(at_most_zero(power)));
     }
   return true;
@@ -84,7 +84,7 @@ static void weights_of_head(const Params& p, int64_t b, int64_t h, int64_t first
     const float given = p.lse[(b * p.num_heads + h) * p.q_len + tile.q_idx[lane]];
     const bool none = given == -kInfinity;
     lse[lane] = none ? kInfinity : given == kInfinity ? NAN : given;
-    share[lane] = p.sinks && !none ? 1.0f / (1.0f + expf(p.sinks[h] - given)) : 1.0f;
+    share[lane] = p.sinks && !none ? left_by_sink(p.sinks[h], given, 0.0f) : 1.0f;
     large |= !none && !(fabsf(given) < kSmallLse);
   }
   const float factor = p.mean_heads ? 1.0f / static_cast<float>(p.num_heads) : 1.0f;

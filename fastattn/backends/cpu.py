@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn import leaves
+from fastattn.low_parts import NONE, LowParts
 from fastattn.native_cpu import LIBRARY
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -54,8 +55,17 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse)
+    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, None, None)
     return out, lse
+
+
+def forward_with_low(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor, LowParts]:
+    """out, lse and what their rounding took."""
+    inputs = _readable(inputs)
+    out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
+    low = LowParts.empty(spec, out, lse)
+    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, *low)
+    return out, lse, low
 
 
 def backward(
@@ -67,17 +77,19 @@ def backward(
     d_lse: Tensor | None,
     *,
     wants_dbias: bool = True,
+    low: LowParts = NONE,
 ) -> Gradients:
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
     inputs, d_out = _readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
-    dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
+    dq, dk, dv = torch.empty_like(inputs.query), torch.empty_like(inputs.key), torch.empty_like(inputs.value)
     dbias = _empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
     LIBRARY.get().backward(
-        *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
-    )
+        *inputs, *_numbers(spec), out, lse.contiguous(), *low, d_out, d_lse, dq, dk, dv, dbias, dsinks,
+        row_terms,
+    )  # fmt: skip
     return dq, dk, dv, dbias, dsinks
 
 

@@ -111,7 +111,7 @@ def _backward(
     inputs = AttnInputs(query, key, value, bias, None, seed)
     with torch.no_grad():
         spec = AttnSpec.of(inputs, mask=mask, scale=scale, dropout_p=dropout_p)
-        return ops.BACKWARD(d_out, None, out, lse.contiguous(), *inputs, *spec.flat(), "")[:3]
+        return ops.BACKWARD(d_out, None, out, lse.contiguous(), None, None, *inputs, *spec.flat(), "")[:3]
 
 
 def _causal(is_causal: bool) -> Mask:

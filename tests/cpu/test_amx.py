@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-EMULATED = [HERE / f"test_{name}.py" for name in ("attention", "extremes", "weights")]
+EMULATED = [HERE / f"test_{name}.py" for name in ("attention", "extremes", "large_scores", "weights")]
+EMULATED += [HERE.parent / "fastattn" / "test_overflow.py"]
 
 
 @pytest.mark.skipif(

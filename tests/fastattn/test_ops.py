@@ -126,12 +126,13 @@ def test_opcheck_of_both_operators(name, grad):
         *(each.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(grad) for each in inputs[:3])
     )
     torch.library.opcheck(ops.FORWARD, (*turned, *packed, ""), test_utils=tests)
-    out, lse = ops.FORWARD(*inputs, *packed, "")
+    out, lse, *low = ops.FORWARD(*inputs, *packed, "")
     backward = (
         torch.randn_like(out),
         None,
         out.detach(),
         lse.detach(),
+        *(part.detach() if grad else None for part in low),
         *(each if each is None else each.detach() for each in inputs),
     )
     torch.library.opcheck(ops.BACKWARD, (*backward, *packed, ""), test_utils=tests)
@@ -160,8 +161,8 @@ def test_gradients_lie_as_compiled_code_is_told(dtype, backend):
     if reason is not None:
         pytest.skip(reason)
     packed = AttnSpec.of(inputs).flat()
-    out, lse = ops.FORWARD(*inputs, *packed, backend)
-    grads = ops.BACKWARD(torch.randn_like(out), None, out, lse, *inputs, *packed, backend)
+    out, lse, *low = ops.FORWARD(*inputs, *packed, backend)
+    grads = ops.BACKWARD(torch.randn_like(out), None, out, lse, *low, *inputs, *packed, backend)
     for grad, given in zip(grads, inputs, strict=False):
         assert (grad.dtype, grad.shape, grad.stride()) == (given.dtype, given.shape, torch.empty_like(given).stride())
 
