@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ContextDecorator
 from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from fastattn import dispatch, mha, sdpa
+from fastattn import dispatch
 from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
 from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.patch import patch
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -20,37 +19,6 @@ __all__ = ["Replacement", "Report", "patch", "replace_attention"]
 
 TORCH_MODULE = nn.MultiheadAttention
 """Torch's own class, whatever a patch has put in its place."""
-
-
-class patch(ContextDecorator, TorchFunctionMode):
-    """`with fastattn.patch():` runs torch's attention functions on fastattn, in code that need not know of it.
-
-    `F.scaled_dot_product_attention` and `F.multi_head_attention_forward` called within, by whatever name they were
-    imported, are computed by fastattn; so are `nn.MultiheadAttention` and the Transformer layers, whose C++ paths torch
-    switches off under such a mode. Nothing is monkeypatched, and other threads are not affected. What `torch.compile`
-    made takes the mode in when it is called within. Also a decorator.
-
-    Args:
-        backend: the room that runs them, by name; None takes the first that can.
-
-    Raises:
-        ValueError: an unknown backend.
-    """
-
-    def __init__(self, backend: str | None = None) -> None:
-        super().__init__()
-        dispatch.requested(backend)
-        self.backend = backend
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is sdpa.TORCH_SDPA:
-            return sdpa.route(*args, **kwargs, backend=self.backend)
-        if func is mha.TORCH_MHA:
-            return mha.forward(*args, **kwargs, backend=self.backend)
-        return func(*args, **kwargs)
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report:
