@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops, reference, tracing
+from fastattn import dispatch, ops, reference, sharding, tracing
 from fastattn.cache import CacheView, placed
 from fastattn.dispatch import Verdict
 from fastattn.dropout import dropout_mask, new_dropout_seed
@@ -76,6 +76,7 @@ def attention(
     """
     if isinstance(key, CacheView) or isinstance(value, CacheView):
         key, value, mask = placed(query, key, value, mask)
+    sharding.refuse_context_parallel()
     query, key, value, bias = _autocast(query, key, value, bias=bias)
     inputs = AttnInputs(query, key, value, bias, sinks, dropout_seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(
@@ -121,6 +122,7 @@ def explain(
     bias, sinks, seed = (arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed"))
     if isinstance(key, CacheView) or isinstance(value, CacheView):
         key, value, arguments["mask"] = placed(query, key, value, arguments.get("mask"))
+    sharding.refuse_context_parallel()
     narrowed, key, value, bias = _autocast(query, key, value, bias=bias)
     inputs = AttnInputs(narrowed, key, value, bias, sinks, seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(inputs, **arguments)  # type: ignore[arg-type]
@@ -183,6 +185,7 @@ def all_weights(
     """`attention_weights` of as many bytes as there is memory for, or of `most`."""
     if heads not in ("all", "mean"):
         raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
+    sharding.refuse_context_parallel()
     query, key, bias = _autocast(query, key, bias=bias)
     inputs = AttnInputs(query, key, key, bias, sinks)
     spec = AttnSpec.of(inputs, mask=mask, scale=scale, softcap=softcap)
