@@ -69,8 +69,8 @@ def _refuse_lengths(**tensors: Any) -> None:
         if any(getattr(place, "dim", None) in (LENGTH, LENGTH - 4) for place in places):
             raise ValueError(
                 f"{name}: a DTensor sharded over the length (dimension {LENGTH}) is refused, as fastattn has no "
-                f"context parallelism yet, got placements {tuple(places)}; shard the batch (Shard(0)) or the heads (Shard(1)), "
-                "or bring it together with redistribute(placements=[Replicate()])"
+                f"context parallelism yet, got placements {tuple(places)}; shard the batch (Shard(0)) or the heads "
+                "(Shard(1)), or bring it together with redistribute(placements=[Replicate()])"
             )
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from fastattn import dispatch
 from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
-from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.classes import InTurn, assign, exchange
 from fastattn.integrations.patch import patch
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
@@ -70,9 +69,8 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
         if not isinstance(module, nn.TransformerEncoder) or not getattr(module, "use_nested_tensor", False):
             continue
         if any(isinstance(inner, MultiheadAttention) for inner in module.modules()):
-            module.use_nested_tensor = False
             row = Replacement(path, type(module).__name__, True, "no nested tensors for padding", attends=False)
-            report.add(row, partial(setattr, module, "use_nested_tensor", True))
+            report.add(row, assign(module, "use_nested_tensor", False))
     for row in unknown.rows(modules, {row.path for row in report.rows}):
         report.add(row)
     return report
@@ -103,16 +101,10 @@ def _replace_torchs(
     reason = _why_not(module)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    back = exchange(module, MultiheadAttention)
+    backs = [exchange(module, MultiheadAttention)]
     if backend is not None:
-        module.backend = backend  # type: ignore[assignment]
-
-    def undo() -> None:
-        back()
-        if backend is not None:
-            del module.backend
-
-    return Replacement(path, kind.__name__, True, "fastattn.nn.MultiheadAttention"), undo
+        backs.append(assign(module, "backend", backend))
+    return Replacement(path, kind.__name__, True, "fastattn.nn.MultiheadAttention"), InTurn(backs)
 
 
 def _why_not(module: nn.MultiheadAttention) -> str | None:
