@@ -54,10 +54,10 @@ class Exchanged:
 def _recipe(kind: type) -> tuple[Callable[..., Any] | None, Any]:
     """What makes a bare object of a class, and its arguments, as a class made here has no name to be pickled by."""
     try:
-        make, args = object.__new__(kind).__reduce_ex__(2)[:2]
+        made: Any = object.__new__(kind).__reduce_ex__(2)
     except Exception:  # it forbids pickling; so does the object that has it
         return None, kind
-    return make, args
+    return made[0], made[1]
 
 
 def _made(make: Callable[..., Any] | None, args: Any) -> type:

@@ -111,11 +111,11 @@ def flash_attn_varlen_func(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    if block_table is not None:
-        k, v = (flash_cache.tokens(pool, block_table, cu_seqlens_k) for pool in (k, v))
-    query, key, value = (_heads_first(name, tensor, 3) for name, tensor in (("q", q), ("k", k), ("v", v)))
     left, right = _sides(causal, window_size)
     mask = Packed(cu_seqlens_q, cu_seqlens_k, _visible(left, right))
+    if block_table is not None:
+        k, v = flash_cache.tokens(k, v, block_table, cu_seqlens_k)
+    query, key, value = (_heads_first(name, tensor, 3) for name, tensor in (("q", q), ("k", k), ("v", v)))
     alibi = None
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, query, cu_seqlens_q.shape[0] - 1)
