@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn.cache import KVCache, both, check_dtype, check_size, move
+from fastattn.mask import holds_ints
 from fastattn.masks import Lengths, Mask
 from fastattn.paged import Paged, check_held, check_pools, check_table
 
@@ -135,7 +136,7 @@ class ForeignBlocks(_Blocks):
         self.keys, self.values = key_pool.transpose(1, 2), value_pool.transpose(1, 2)
         self.table = table
         lengths = torch.as_tensor(lengths, device=key_pool.device)
-        if lengths.shape != (self.batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        if lengths.shape != (self.batch,) or not holds_ints(lengths):
             raise ValueError(f"lengths: ints [{self.batch}] are needed, got {lengths.dtype} {list(lengths.shape)}")
         check_held("table", table, lengths, key_pool.shape[0], self.block_size)
         self.lengths = lengths.to(torch.int32)

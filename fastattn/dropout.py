@@ -51,7 +51,7 @@ def dropout_mask(batch: int, num_heads: int, q_len: int, kv_len: int, *, p: floa
     """
     check_dropout(p, seed)
     for name, size in (("batch", batch), ("num_heads", num_heads), ("q_len", q_len), ("kv_len", kv_len)):
-        if not isinstance(size, (int, torch.SymInt)) or size < 0:
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
             raise ValueError(f"{name}: an int of at least 0 is needed, got {size!r}")
 
     def axis(size: int, dim: int) -> Tensor:

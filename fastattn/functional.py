@@ -14,6 +14,7 @@ from fastattn import dispatch, ops, reference, sharding, tracing
 from fastattn.cache import CacheView, placed
 from fastattn.dispatch import Verdict
 from fastattn.dropout import dropout_mask, new_dropout_seed
+from fastattn.mask import holds_ints
 from fastattn.masks import Mask
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -235,7 +236,7 @@ def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
         index = torch.as_tensor(rows, device=spec.device)
     except (TypeError, ValueError, RuntimeError) as failure:
         raise TypeError(f"{needed}, got {rows!r}") from failure
-    if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
+    if index.dim() != 1 or (not holds_ints(index) and (isinstance(rows, Tensor) or index.numel())):
         raise ValueError(f"{needed}, got {index.dtype} {list(index.shape)}")
     index = index.long()
     if (

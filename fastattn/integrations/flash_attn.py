@@ -17,6 +17,7 @@ from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations import flash_cache
 from fastattn.integrations.flash_alibi import Alibi, check_slopes
+from fastattn.mask import is_int
 from fastattn.masks import Causal, Full, Mask, Packed, Window
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -212,9 +213,10 @@ def _heads_first(name: str, tensor: Tensor, rank: int) -> Tensor:
 
 def _sides(causal: bool, window_size: Sides) -> tuple[int | None, int | None]:
     """flash-attn's window as fastattn's: a negative side has no end, and causal ends the right one at 0."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size: (left, right) is needed, -1 for a side without end, got {window_size!r}")
-    left, right = (None if side is None or side < 0 else side for side in window_size)
+    sides = window_size if isinstance(window_size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(side is None or is_int(side) for side in sides):
+        raise ValueError(f"window_size: ints (left, right) are needed, -1 for a side without end, got {window_size!r}")
+    left, right = (None if side is None or side < 0 else side for side in sides)
     return left, 0 if causal else right
 
 
