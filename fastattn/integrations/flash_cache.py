@@ -105,6 +105,7 @@ class Cache:
                 raise ValueError(
                     f"{name}: the cache holds {store.dtype} on {store.device}, got {tensor.dtype} on {tensor.device}"
                 )
+        refuse_gradients(k=key, v=value, k_cache=self.keys, v_cache=self.values)
         self.new, self.lengths = (key, value), self.held + key.shape[1]
         if self._looked_at:
             if bool((self.lengths > self.capacity).any()):
@@ -125,6 +126,7 @@ class Cache:
             )
         if self.new is None:
             raise ValueError("rotary_cos, rotary_sin: they turn new tokens; k and v are needed with them")
+        refuse_gradients(rotary_cos=cos, rotary_sin=sin)
         cos, sin = given
         key, value = self.new
         steps = torch.arange(query.shape[2], device=query.device) if ordered else query.new_zeros(1, dtype=torch.int32)
@@ -188,6 +190,20 @@ def _check_stores(query: Tensor, keys: Tensor, values: Tensor) -> None:
             f"k_cache, v_cache: the same rows, capacity and heads are needed, got {list(keys.shape)} and "
             f"{list(values.shape)}"
         )
+
+
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """Refuse what wants a gradient and takes part in what is written into a cache.
+
+    Raises:
+        ValueError: a tensor requires one, and gradients are being recorded.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: it requires a gradient, and flash_attn_with_kvcache gives none, as it writes into the cache; "
+                "call under torch.no_grad() or with it detached, or take flash_attn_func over whole sequences"
+            )
 
 
 def _check_ints(name: str, ints: object, batch: int, device: torch.device, also: str = "") -> None:

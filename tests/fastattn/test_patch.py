@@ -286,6 +286,29 @@ def test_a_patch_inside_what_is_compiled(calls):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("name", WRAPS)
+def test_a_backward_on_another_thread(name, calls):
+    want = expected(True)
+    q = Q.clone().requires_grad_()
+    del calls[:]
+    torch.manual_seed(0)
+    with patch("reference"):
+        out = WRAPS[name](q)
+    thread = threading.Thread(target=backward, args=("loss.backward", out, q))
+    thread.start(), thread.join()
+    assert torch.equal(q.grad, want) and set(calls) == {"reference"}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_the_innermost_counts_again(name, calls):
+    q = Q.clone().requires_grad_()
+    with patch("cpu"):
+        with patch("reference"):
+            out = WRAPS[name](q)
+        out.pow(2).sum().backward()
+    assert set(calls) == {"reference"}
+
+
 # --- the decorator
 
 
