@@ -134,7 +134,7 @@ class Torchs(Choice):
 
 def _called(mode: Choice, func: Any, kinds: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A torch function that is not attention, with its caller's code under the mode."""
-    if func in RUNS_YOURS and all(kind is Tensor for kind in kinds):
+    if func in RUNS_YOURS and all(kind is Tensor for kind in kinds) and not torch.compiler.is_compiling():
         with mode:
             return unchecked(func)(*args, **kwargs)
     if func is checkpoint:  # compilers take it for a torch function
@@ -147,25 +147,12 @@ def _called(mode: Choice, func: Any, kinds: Any, args: tuple[Any, ...], kwargs: 
     return func(*args, **kwargs)
 
 
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
     """What stands in torch's place while `patch.install` holds; torch's own once it does not."""
     choice: Any = Everywhere.choice
     if choice is None:
-        return sdpa.TORCH_SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return sdpa.route(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa,
-        backend=choice.backend, name=scaled_dot_product_attention,
-    )  # fmt: skip
+        return sdpa.TORCH_SDPA(*args, **kwargs)
+    return sdpa.route(*args, **kwargs, backend=choice.backend, name=scaled_dot_product_attention)
 
 
 def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
