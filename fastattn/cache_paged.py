@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastattn.cache import KVCache, both, check_dtype, check_size, move
+from fastattn.mask import holds_ints
 from fastattn.masks import Lengths, Mask
-from fastattn.paged import Paged
+from fastattn.paged import Paged, check_held, check_pools, check_table
 
 __all__ = ["ForeignBlocks", "PagedCache"]
 
@@ -126,26 +127,23 @@ class ForeignBlocks(_Blocks):
     """Blocks that somebody else fills."""
 
     def __init__(self, key_pool: Tensor, value_pool: Tensor, table: Tensor, lengths: Sequence[int] | Tensor) -> None:
-        for name, tensor, rank in (("key_pool", key_pool, 4), ("value_pool", value_pool, 4), ("table", table, 2)):
-            if not isinstance(tensor, Tensor) or tensor.dim() != rank:
-                got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ValueError(f"{name}: a tensor of {rank} dimensions is needed, got {got}")
-        if 0 in key_pool.shape[:2] or 0 in value_pool.shape[:2] or not table.shape[1]:
-            raise ValueError(
-                "key_pool, value_pool, table: at least one block of at least one token, and a column, are needed, got "
-                f"{list(key_pool.shape)}, {list(value_pool.shape)} and {list(table.shape)}"
-            )
-        _check_pools(key_pool, value_pool, table)
+        check_pools("key_pool", key_pool, "value_pool", value_pool)
+        check_dtype(key_pool.dtype)
+        check_table("table", table, table.shape[0] if isinstance(table, Tensor) and table.dim() else 0, key_pool.device)
+        if not table.shape[1]:
+            raise ValueError(f"table: at least one column is needed, got {list(table.shape)}")
         super().__init__(table.shape[0], key_pool.device, None)
         self.keys, self.values = key_pool.transpose(1, 2), value_pool.transpose(1, 2)
         self.table = table
         lengths = torch.as_tensor(lengths, device=key_pool.device)
-        if lengths.shape != (self.batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        if lengths.shape != (self.batch,) or not holds_ints(lengths):
             raise ValueError(f"lengths: ints [{self.batch}] are needed, got {lengths.dtype} {list(lengths.shape)}")
-        most = table.shape[1] * key_pool.shape[1]
-        if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > most)).any()):
-            raise ValueError(f"lengths: 0 to {most}, what the table has room for, got {lengths.tolist()}")
+        check_held("table", table, lengths, key_pool.shape[0], self.block_size)
         self.lengths = lengths.to(torch.int32)
+
+    def mask(self, mask: Mask, q_len: int) -> Mask:
+        check_held("table", self.table, self.lengths, self.keys.shape[0], self.block_size)
+        return super().mask(mask, q_len)
 
     @property
     def held(self) -> list[int]:  # type: ignore[override]
@@ -162,15 +160,3 @@ class ForeignBlocks(_Blocks):
 
     def __repr__(self) -> str:
         return f"ForeignBlocks(batch={self.batch}, blocks={self.keys.shape[0]}, block_size={self.block_size})"
-
-
-def _check_pools(key_pool: Tensor, value_pool: Tensor, table: Tensor) -> None:
-    if key_pool.shape[:3] != value_pool.shape[:3]:
-        raise ValueError(
-            "key_pool, value_pool: the same blocks, block_size and num_kv_heads are needed, got "
-            f"{list(key_pool.shape)} and {list(value_pool.shape)}"
-        )
-    check_dtype(key_pool.dtype)
-    for name, tensor, dtype in (("value_pool", value_pool, key_pool.dtype), ("table", table, torch.int32)):
-        if tensor.dtype != dtype or tensor.device != key_pool.device:
-            raise ValueError(f"{name}: {dtype} on {key_pool.device} is needed, got {tensor.dtype} on {tensor.device}")

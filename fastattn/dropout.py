@@ -51,15 +51,22 @@ def dropout_mask(batch: int, num_heads: int, q_len: int, kv_len: int, *, p: floa
     """
     check_dropout(p, seed)
     for name, size in (("batch", batch), ("num_heads", num_heads), ("q_len", q_len), ("kv_len", kv_len)):
-        if not isinstance(size, (int, torch.SymInt)) or size < 0:
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
             raise ValueError(f"{name}: an int of at least 0 is needed, got {size!r}")
 
-    def axis(size: int, dim: int) -> Tensor:
-        return torch.arange(size, device=seed.device).view([-1 if d == dim else 1 for d in range(4)])
+    return kept_of_rows(batch, num_heads, torch.arange(q_len, device=seed.device), kv_len, p=p, seed=seed)
 
-    kv_words = (kv_len + 3) // 4
-    words = philox(seed, (axis(kv_words, 3), axis(q_len, 2), axis(num_heads, 1), axis(batch, 0)))
-    shape = (batch, num_heads, q_len, kv_words)
+
+def kept_of_rows(batch: int, num_heads: int, rows: Tensor, kv_len: int, *, p: float, seed: Tensor) -> Tensor:
+    """Of that table the queries `rows`, int64 [n]: bool [batch, num_heads, n, kv_len]."""
+
+    def axis(places: Tensor, dim: int) -> Tensor:
+        return places.view([-1 if d == dim else 1 for d in range(4)])
+
+    sizes = ((kv_len + 3) // 4, 3), (num_heads, 1), (batch, 0)
+    columns, heads, items = (axis(torch.arange(size, device=seed.device), dim) for size, dim in sizes)
+    words = philox(seed, (columns, axis(rows, 2), heads, items))
+    shape = (batch, num_heads, rows.shape[0], columns.shape[3])
     return torch.stack([word.expand(shape) for word in words], -1).flatten(-2)[..., :kv_len] >= threshold(p)
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops, reference, tracing
+from fastattn import dispatch, ops, reference, sharding, tracing
 from fastattn.cache import CacheView, placed
 from fastattn.dispatch import Verdict
 from fastattn.dropout import dropout_mask, new_dropout_seed
+from fastattn.mask import holds_ints
 from fastattn.masks import Mask
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -77,6 +78,7 @@ def attention(
     """
     if isinstance(key, CacheView) or isinstance(value, CacheView):
         key, value, mask = placed(query, key, value, mask)
+    sharding.refuse_context_parallel()
     query, key, value, bias = _autocast(query, key, value, bias=bias)
     inputs = AttnInputs(query, key, value, bias, sinks, dropout_seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(
@@ -122,6 +124,7 @@ def explain(
     bias, sinks, seed = (arguments.pop(name, None) for name in ("bias", "sinks", "dropout_seed"))
     if isinstance(key, CacheView) or isinstance(value, CacheView):
         key, value, arguments["mask"] = placed(query, key, value, arguments.get("mask"))
+    sharding.refuse_context_parallel()
     narrowed, key, value, bias = _autocast(query, key, value, bias=bias)
     inputs = AttnInputs(narrowed, key, value, bias, sinks, seed)  # type: ignore[arg-type]
     spec = AttnSpec.of(inputs, **arguments)  # type: ignore[arg-type]
@@ -184,6 +187,7 @@ def all_weights(
     """`attention_weights` of as many bytes as there is memory for, or of `most`."""
     if heads not in ("all", "mean"):
         raise ValueError(f"heads: 'all' or 'mean' is needed, got {heads!r}")
+    sharding.refuse_context_parallel()
     query, key, bias = _autocast(query, key, bias=bias)
     inputs = AttnInputs(query, key, key, bias, sinks)
     spec = AttnSpec.of(inputs, mask=mask, scale=scale, softcap=softcap)
@@ -233,7 +237,7 @@ def _row_index(rows: Sequence[int] | Tensor, spec: AttnSpec) -> Tensor:
         index = torch.as_tensor(rows, device=spec.device)
     except (TypeError, ValueError, RuntimeError) as failure:
         raise TypeError(f"{needed}, got {rows!r}") from failure
-    if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.dtype == torch.bool)):
+    if index.dim() != 1 or (not holds_ints(index) and (isinstance(rows, Tensor) or index.numel())):
         raise ValueError(f"{needed}, got {index.dtype} {list(index.shape)}")
     index = index.long()
     if (

@@ -12,6 +12,7 @@ from fastattn.tracing import functorch_active
 
 Length = int | Tensor  # one length for all rows, or one for each row
 Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
+INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FAR = 2**60  # sums of a few still fit an int64
 _CONSTANT = (int, str, bool, type(None))
 _OWN = ("fastattn.mask", "fastattn.masks")
@@ -289,6 +290,20 @@ def check_batch(mask: Mask, batch: int, **tensors: object) -> None:
             raise ValueError(
                 f"mask {type(mask).__name__}: {argument} must be [{batch}] (the batch), got {list(tensor.shape)}"
             )
+
+
+def check_batches(name: str, **tensors: object) -> None:
+    """Tensors of one mask: each is for all batch items alike, or for as many as the others."""
+    sizes = [(argument, tensor.shape[0]) for argument, tensor in tensors.items() if isinstance(tensor, Tensor)]
+    many = [size for _, size in sizes if size != 1]
+    if any(size != many[0] for size in many):
+        each = ", ".join(f"{argument} {size}" for argument, size in sizes)
+        raise ValueError(f"{name}: batch sizes that are equal or 1 are needed, got {each}")
+
+
+def holds_ints(tensor: Tensor) -> bool:
+    """Whether its numbers are whole: no floats, complex numbers or bools."""
+    return tensor.dtype in INTS
 
 
 def check_ends(name: str, **ends: tuple[Tensor, int]) -> None:

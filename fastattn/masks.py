@@ -32,6 +32,7 @@ from fastattn.mask import (
     Mask,
     Or,
     check_batch,
+    check_batches,
     check_ends,
     check_ints,
     check_masks,
@@ -198,14 +199,14 @@ class Lengths(Mask):
         named = {"kv_lengths": self.kv_lengths, "q_lengths": self.q_lengths, "kv_starts": self.kv_starts}
         given: dict[str, Any] = {name: each for name, each in named.items() if each is not None or name == "kv_lengths"}
         check_ints("Lengths", **given)
+        check_batches("Lengths", **given)
         if may_look(validate, self.tensors):
             check_not_negative("Lengths", **named)
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         stop = self.kv_lengths.long()[:, None, None].expand(-1, 1, q_idx.shape[-1])
-        start = (
-            torch.zeros_like(stop) if self.kv_starts is None else self.kv_starts.long()[:, None, None].expand_as(stop)
-        )
+        start = stop.new_zeros(1, 1, 1) if self.kv_starts is None else self.kv_starts.long()[:, None, None]
+        start, stop = torch.broadcast_tensors(start, stop)
         if self.q_lengths is not None:
             stop = torch.where(q_idx < self.q_lengths.long()[:, None, None], stop, start)
         return start, stop
@@ -230,6 +231,7 @@ class Prefix(Placed):
     def __post_init__(self, validate: bool | None) -> None:
         super().__post_init__(validate)
         check_ints("Prefix", lengths=self.lengths)
+        check_batches("Prefix", lengths=self.lengths, offset=self.offset)
         if may_look(validate, self.tensors):
             check_not_negative("Prefix", lengths=self.lengths)
 
@@ -265,6 +267,7 @@ class Segments(Mask):
 
     def __post_init__(self, validate: bool | None) -> None:
         check_ints("Segments", rank=2, q_ids=self.q_ids, kv_ids=self.key_ids)
+        check_batches("Segments", q_ids=self.q_ids, kv_ids=self.key_ids)
         if self.sorted and may_look(validate, self.tensors):
             for name, ids in (("q_ids", self.q_ids), ("kv_ids", self.key_ids)):
                 order = _negative_last(ids)

@@ -92,8 +92,13 @@ def route(
     scale: float | None = None,
     enable_gqa: bool = False,
     backend: str | None = None,
+    name: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`scaled_dot_product_attention` on a room of choice: past the overrides, then computed."""
+    """`scaled_dot_product_attention` on a backend of choice: past the overrides, then computed.
+
+    Args:
+        name: the function that overrides are told of, and call to go on; one that knows the backend by itself.
+    """
     if backend is not None and any(isinstance(each, Tensor) and each.is_nested for each in (query, key, value)):
         raise RuntimeError(
             "scaled_dot_product_attention: a nested tensor is left to torch's own function, which has no backend= "
@@ -103,7 +108,7 @@ def route(
         bias = foreign.is_causal_bias(attn_mask)
         if not bias or has_torch_function((query, key, value)):
             return overridden(
-                partial(route, backend=backend) if backend else scaled_dot_product_attention,
+                name or (partial(route, backend=backend) if backend else scaled_dot_product_attention),
                 F.scaled_dot_product_attention if bias else TORCH_SDPA,
                 (query, key, value, attn_mask),
                 (query, key, value, attn_mask, dropout_p, is_causal),

@@ -1,10 +1,10 @@
 """DTensors: attention is computed where its shards lie, batch item by batch item and head by head.
 
 For each dimension of the device mesh the query's placement decides: sharded over the batch (`Shard(0)`) or over the
-heads (`Shard(1)`), everything is brought to lie likewise, and each rank computes its own part; anything else is
-computed whole on every rank. Heads stay together with the key heads they look at, so that the mesh must divide those;
-dropout's bits belong to places in the whole problem, which is computed whole with it. Plain tensors beside DTensors,
-a mask's too, are taken for the same on every rank.
+heads (`Shard(1)`), everything is brought to lie likewise, and each rank computes its own part; a sharded length is
+refused; anything else is computed whole on every rank. Heads stay together with the key heads they look at, so that the
+mesh must divide those; dropout's bits belong to places in the whole problem, which is computed whole with it. Plain
+tensors beside DTensors, a mask's too, are taken for the same on every rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import flat
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 BATCH, HEADS = "batch", "heads"
+LENGTH = 2
+"""The dimension of query, key and value that no backend takes in parts yet."""
+_TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 Axes = tuple[str, ...]
 """What each dimension of the mesh shards; "" where all ranks have it all."""
 Dims = dict[str, int]
@@ -31,6 +36,42 @@ Dims = dict[str, int]
 def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor; by name, as torch.distributed.tensor is a heavy import."""
     return type(tensor).__name__ == "DTensor"
+
+
+def refuse_context_parallel() -> None:
+    """Refuse a call inside of torch's `context_parallel`, whose plain tensors are one rank's part of each length.
+
+    Raises:
+        ValueError: the call is inside.
+    """
+    torchs: object = F.scaled_dot_product_attention
+    if torchs is not _TORCH_SDPA and _splits_lengths(torchs):
+        raise ValueError(
+            "query, key, value: inside of torch.distributed.tensor.experimental.context_parallel each rank holds a "
+            "part of the length, and fastattn has no context parallelism yet; leave this call to torch's own "
+            "F.scaled_dot_product_attention outside of fastattn.patch() (its ring attention runs on GPUs), or end the "
+            "context and shard the batch or the heads"
+        )
+
+
+def _splits_lengths(function: object) -> bool:
+    """Whether it is what `context_parallel` puts in the place of torch's attention."""
+    return str(getattr(function, "__module__", "")).startswith("torch.distributed.tensor.experimental")
+
+
+_splits_lengths._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _refuse_lengths(**tensors: Any) -> None:
+    """Refuse DTensors that are sharded over the length, whatever else they are sharded over."""
+    for name, tensor in tensors.items():
+        places = tensor.placements if is_sharded(tensor) else ()
+        if any(getattr(place, "dim", None) in (LENGTH, LENGTH - 4) for place in places):
+            raise ValueError(
+                f"{name}: a DTensor sharded over the length (dimension {LENGTH}) is refused, as fastattn has no "
+                f"context parallelism yet, got placements {tuple(places)}; shard the batch (Shard(0)) or the heads "
+                "(Shard(1)), or bring it together with redistribute(placements=[Replicate()])"
+            )
 
 
 class Part(NamedTuple):
@@ -48,7 +89,8 @@ def localized(inputs: AttnInputs, spec: AttnSpec, lse: Tensor | None = None) -> 
     """This rank's part of a problem on DTensors.
 
     Raises:
-        ValueError: query, key and value are not all DTensors on one mesh, or the keys lie in blocks.
+        ValueError: query, key and value are not all DTensors on one mesh, one is sharded over the length, or the keys
+            lie in blocks.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -67,6 +109,7 @@ def localized(inputs: AttnInputs, spec: AttnSpec, lse: Tensor | None = None) -> 
         if not is_sharded(tensor) or tensor.device_mesh != mesh:
             got = "a DTensor on another mesh" if is_sharded(tensor) else f"a {type(tensor).__name__}"
             raise ValueError(f"{name}: query, key and value must all be DTensors on one mesh, got {got}")
+    _refuse_lengths(query=query, key=key, value=value)
     axes = _axes(query, spec)
 
     def here(tensor: Any, dims: Dims, *, summed: bool = False) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastattn import dispatch, sdpa
 from fastattn.integrations import caught
-from fastattn.integrations.classes import exchange
+from fastattn.integrations.classes import assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
 
 NAME = "fastattn"
@@ -131,18 +131,10 @@ def _replace_processor(
     names = caught.names_in(kind.__call__)
     if DISPATCHER in names and hasattr(processor, "_attention_backend"):
         member = register(backend)
-        had = vars(processor).get("_attention_backend", processor)
-        if had is member:
+        if vars(processor).get("_attention_backend") is member:
             return Replacement(*where, False, ALREADY), None
-        processor._attention_backend = member
-
-        def undo() -> None:
-            if had is processor:
-                del processor._attention_backend
-            else:
-                processor._attention_backend = had
-
-        return Replacement(*where, True, f"{kind.__name__} sends it to the backend {member.value!r}"), undo
+        row = Replacement(*where, True, f"{kind.__name__} sends it to the backend {member.value!r}")
+        return row, assign(processor, "_attention_backend", member)
     if names & caught.CALLS and not names & caught.OWN_WAY:
         back = exchange(processor, caught.caught(kind, "__call__", mode, backend))
         return Replacement(*where, True, f"{kind.__name__} calls F.scaled_dot_product_attention: on fastattn"), back

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastattn.dropout import dropout_mask, new_dropout_seed
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations import flash_cache
-from fastattn.integrations.flash_alibi import Alibi, check_slopes
+from fastattn.integrations.flash_alibi import Alibi, Call, check_slopes
+from fastattn.mask import is_int
 from fastattn.masks import Causal, Full, Mask, Packed, Window
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -49,7 +50,9 @@ def flash_attn_func(
         window_size: (left, right) around i + kv_len - q_len, both ends included; -1 has no end.
         softcap: 0 is none.
         alibi_slopes: float32 [num_heads] or [batch, num_heads]; -slope * |i + kv_len - q_len - j| is added (a table of
-            [num_heads, q_len, kv_len] where neither causal nor the window hides what comes later).
+            [num_heads, q_len, kv_len] where neither causal nor the window hides what comes later). Slopes that require
+            a gradient get one, by a second pass over the weights in the backward, of O(q_len + kv_len) memory; under
+            torch.compile and functorch they take the table.
         deterministic: whether the backward must be.
         return_attn_probs: for tests: also return lse and, with dropout, the signed weights.
 
@@ -111,11 +114,11 @@ def flash_attn_varlen_func(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    if block_table is not None:
-        k, v = (flash_cache.tokens(pool, block_table, cu_seqlens_k) for pool in (k, v))
-    query, key, value = (_heads_first(name, tensor, 3) for name, tensor in (("q", q), ("k", k), ("v", v)))
     left, right = _sides(causal, window_size)
     mask = Packed(cu_seqlens_q, cu_seqlens_k, _visible(left, right))
+    if block_table is not None:
+        k, v = flash_cache.tokens(k, v, block_table, cu_seqlens_k)
+    query, key, value = (_heads_first(name, tensor, 3) for name, tensor in (("q", q), ("k", k), ("v", v)))
     alibi = None
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, query, cu_seqlens_q.shape[0] - 1)
@@ -168,12 +171,12 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp.
 
     Returns:
-        out [batch, q_len, num_heads, head_dim], and with return_softmax_lse lse [batch, num_heads, q_len]. There is no
-        gradient through the cache's writing.
+        out [batch, q_len, num_heads, head_dim], and with return_softmax_lse lse [batch, num_heads, q_len].
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, nothing is written then; on a CPU also a cache too small
-            for k, and numbers that lie outside of it.
+        TypeError, ValueError: an argument that does not fit, nothing is written then; a gradient wanted for
+            alibi_slopes, or for what takes part in writing (k, v, the caches then, rotary_cos, rotary_sin); on a CPU
+            also a cache too small for k, and numbers that lie outside of it.
     """
     query = _heads_first("q", q, 4)
     cache = flash_cache.Cache(query, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
@@ -189,6 +192,7 @@ def flash_attn_with_kvcache(
     alibi = None
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, query)
+        flash_cache.refuse_gradients(alibi_slopes=alibi_slopes)
         alibi = Alibi.of_cache(alibi_slopes, cache.lengths, query.shape[2], cache.capacity, right == 0)
     key, value, mask = cache.read(mask)
     if k is not None:  # what attention would refuse is refused before anything is written
@@ -212,9 +216,10 @@ def _heads_first(name: str, tensor: Tensor, rank: int) -> Tensor:
 
 def _sides(causal: bool, window_size: Sides) -> tuple[int | None, int | None]:
     """flash-attn's window as fastattn's: a negative side has no end, and causal ends the right one at 0."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size: (left, right) is needed, -1 for a side without end, got {window_size!r}")
-    left, right = (None if side is None or side < 0 else side for side in window_size)
+    sides = window_size if isinstance(window_size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(side is None or is_int(side) for side in sides):
+        raise ValueError(f"window_size: ints (left, right) are needed, -1 for a side without end, got {window_size!r}")
+    left, right = (None if side is None or side < 0 else side for side in sides)
     return left, 0 if causal else right
 
 
@@ -252,9 +257,13 @@ def _attend(
         deterministic=deterministic or torch.are_deterministic_algorithms_enabled(),
         return_lse=True,
     )
+    if alibi is not None and bias is not None:
+        lse = alibi.whole(lse, bias)
+        out, lse = alibi.learned(out, lse, Call(mask, scale, softcap or None, dropout_p, seed), query, key, value)
     weights = None
     if with_weights and seed is not None:
-        weights = attention_weights(query, key, lse=lse, mask=mask, bias=bias, scale=scale, softcap=softcap or None)
+        added = None if alibi is None else alibi.table(query.dtype)
+        weights = attention_weights(query, key, lse=lse, mask=mask, bias=added, scale=scale, softcap=softcap or None)
         kept = dropout_mask(*weights.shape, p=dropout_p, seed=seed)
         weights = torch.where(kept, weights, -weights)
-    return out, lse if alibi is None else alibi.whole(lse), weights
+    return out, lse, weights

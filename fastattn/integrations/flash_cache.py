@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastattn import tracing
 from fastattn.masks import Lengths, Mask
-from fastattn.paged import Paged
+from fastattn.paged import Paged, check_held, check_pools, check_table
 
 Rows = tuple[Tensor, Tensor]
 
@@ -50,16 +50,19 @@ class Cache:
                 f"k_cache: {batch} rows are needed for a batch of {batch}, got {keys.shape[0]}; "
                 "cache_batch_idx chooses among more"
             )
-        for name, ints, rank in (("cache_batch_idx", rows, 1), ("cache_leftpad", starts, 1), ("block_table", table, 2)):
+        for name, ints in (("cache_batch_idx", rows), ("cache_leftpad", starts)):
             if ints is not None:
-                _check_ints(name, ints, rank, batch, keys.device)
+                _check_ints(name, ints, batch, keys.device)
+        if table is not None:
+            check_pools("k_cache", keys, "v_cache", values)
+            check_table("block_table", table, batch, keys.device)
         self.keys, self.values, self.rows, self.starts, self.table = keys, values, rows, starts, table
         self.capacity = keys.shape[1] * (1 if table is None else table.shape[1])
         self.written = held is not None
         if held is None or type(held) is int:
             held = torch.full((batch,), self.capacity if held is None else held, dtype=torch.int32, device=keys.device)
         counts: Any = held
-        _check_ints("cache_seqlens", counts, 1, batch, keys.device, "a number or ")
+        _check_ints("cache_seqlens", counts, batch, keys.device, "a number or ")
         self.held: Tensor = counts
         self.lengths = self.held  # with the new ones
         self.new: Rows | None = None
@@ -81,16 +84,8 @@ class Cache:
 
     def _check_blocks(self) -> None:
         """Of each item's row in the table, the entries that its tokens need."""
-        if self.table is None:
-            return
-        size, blocks = self.keys.shape[1], self.keys.shape[0]
-        needed = torch.arange(self.table.shape[1], device=self.table.device) * size < self.lengths[:, None]
-        wrong = needed & ((self.table < 0) | (self.table >= blocks))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"block_table: blocks from 0 to {blocks - 1} are there, got {self.table[wrong].tolist()[:4]} where "
-                "tokens lie"
-            )
+        if self.table is not None:
+            check_held("block_table", self.table, self.lengths, self.keys.shape[0], self.keys.shape[1])
 
     def expect(self, key: Tensor | None, value: Tensor | None) -> None:
         """New tokens [batch, new, heads, dim] to come behind those that are there."""
@@ -110,6 +105,7 @@ class Cache:
                 raise ValueError(
                     f"{name}: the cache holds {store.dtype} on {store.device}, got {tensor.dtype} on {tensor.device}"
                 )
+        refuse_gradients(k=key, v=value, k_cache=self.keys, v_cache=self.values)
         self.new, self.lengths = (key, value), self.held + key.shape[1]
         if self._looked_at:
             if bool((self.lengths > self.capacity).any()):
@@ -130,6 +126,7 @@ class Cache:
             )
         if self.new is None:
             raise ValueError("rotary_cos, rotary_sin: they turn new tokens; k and v are needed with them")
+        refuse_gradients(rotary_cos=cos, rotary_sin=sin)
         cos, sin = given
         key, value = self.new
         steps = torch.arange(query.shape[2], device=query.device) if ordered else query.new_zeros(1, dtype=torch.int32)
@@ -195,11 +192,25 @@ def _check_stores(query: Tensor, keys: Tensor, values: Tensor) -> None:
         )
 
 
-def _check_ints(name: str, ints: object, rank: int, batch: int, device: torch.device, also: str = "") -> None:
-    want = f"[{batch}]" if rank == 1 else f"[{batch}, blocks of an item]"
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """Refuse what wants a gradient and takes part in what is written into a cache.
+
+    Raises:
+        ValueError: a tensor requires one, and gradients are being recorded.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: it requires a gradient, and flash_attn_with_kvcache gives none, as it writes into the cache; "
+                "call under torch.no_grad() or with it detached, or take flash_attn_func over whole sequences"
+            )
+
+
+def _check_ints(name: str, ints: object, batch: int, device: torch.device, also: str = "") -> None:
+    want = f"[{batch}]"
     if not isinstance(ints, Tensor):
         raise TypeError(f"{name}: {also}an int tensor {want} is needed, got {type(ints).__name__}")
-    if ints.dtype not in (torch.int32, torch.int64) or ints.dim() != rank or ints.shape[0] != batch:
+    if ints.dtype not in (torch.int32, torch.int64) or list(ints.shape) != [batch]:
         raise ValueError(f"{name}: {also}int32 {want} is needed, got {ints.dtype}, shape {list(ints.shape)}")
     if ints.device != device:
         raise ValueError(f"{name}: it must be on the cache's device {device}, got {ints.device}")
@@ -221,18 +232,19 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([head.to(x.dtype), x[..., width:]], -1)
 
 
-def tokens(pool: Tensor, table: Tensor, cu: Tensor) -> Tensor:
-    """Sequences laid end to end, out of a pool of blocks [blocks, block_size, heads, dim]; `cu` [sequences + 1] says
+def tokens(keys: Tensor, values: Tensor, table: Tensor, cu: Tensor) -> Rows:
+    """Sequences laid end to end, out of pools of blocks [blocks, block_size, heads, dim]; `cu` int [sequences + 1] says
     where each begins. As many tokens as the table can hold, so that no length is read back.
+
+    Raises:
+        TypeError, ValueError: pools, a table or lengths that do not fit each other.
     """
-    if pool.dim() != 4 or table.dim() != 2 or table.shape[0] != cu.shape[0] - 1:
-        raise ValueError(
-            "block_table: [sequences, blocks] is needed for k and v of [blocks, block_size, heads, head_dim], got "
-            f"{list(table.shape)}, {cu.shape[0] - 1} sequences and {list(pool.shape)}"
-        )
-    size = pool.shape[1]
-    token = torch.arange(table.numel() * size, device=pool.device)
-    sequence = (torch.searchsorted(cu.long(), token, right=True) - 1).clamp(max=cu.shape[0] - 2)
+    check_pools("k", keys, "v", values)
+    check_table("block_table", table, cu.shape[0] - 1, keys.device)
+    blocks, size = keys.shape[:2]
+    check_held("block_table", table, cu[1:] - cu[:-1], blocks, size)
+    token = torch.arange(table.numel() * size, device=keys.device)
+    sequence = (torch.searchsorted(cu.long(), token, right=True) - 1).clamp(max=max(cu.shape[0] - 2, 0))
     place = (token - cu[sequence]).clamp(max=table.shape[1] * size - 1)
-    block = table[sequence, place // size].long().clamp(0, pool.shape[0] - 1)
-    return pool[block, place % size]
+    block = table[sequence, place // size].long().clamp(0, blocks - 1)
+    return keys[block, place % size], values[block, place % size]

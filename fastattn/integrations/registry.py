@@ -25,6 +25,7 @@ from torch import Tensor
 from fastattn import ops
 from fastattn.dropout import new_dropout_seed
 from fastattn.integrations import flash_cache
+from fastattn.mask import check_ints
 from fastattn.masks import Causal, Full, Mask, Packed, Window
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -213,8 +214,9 @@ def _packed(
 ) -> tuple[Any, ...]:
     _refuse(return_debug_mask=return_debug_mask, alibi_slopes=alibi_slopes)
     if block_table is not None and seqused_k is not None and cum_seq_q is not None:
+        check_ints("varlen_attn", seqused_k=seqused_k)
         cum_seq_k = torch.nn.functional.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
-        key, value = (flash_cache.tokens(pool, block_table, cum_seq_k) for pool in (key, value))
+        key, value = flash_cache.tokens(key, value, block_table, cum_seq_k)
     else:
         _refuse(seqused_k=seqused_k, block_table=block_table)
     mask = _inside(cum_seq_q, cum_seq_k, is_causal, window_size_left, window_size_right)
@@ -261,7 +263,7 @@ def _inside(
     mask: Mask = Window(sides[0], 0 if is_causal else sides[1])
     if cum_seq_q is None:
         return mask
-    return Packed(cum_seq_q, cum_seq_q if cum_seq_k is None else cum_seq_k, mask, validate=False)
+    return Packed(cum_seq_q, cum_seq_q if cum_seq_k is None else cum_seq_k, mask)
 
 
 def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,12 @@ class Replacement(NamedTuple):
 
 
 class Report:
-    """What `replace_attention` did. `str()` is a table, `restore()` undoes it, `len()` counts the exchanged modules."""
+    """What `replace_attention` did. `str()` is a table, `restore()` undoes it, `len()` counts the exchanged modules.
+
+    A report that is deep-copied or pickled together with its model, as an attribute of it or beside it in one
+    container, is then the copy's: `restore()` acts on the copy alone. By itself it takes copies of its modules along,
+    which nothing else holds.
+    """
 
     def __init__(self) -> None:
         self.rows: list[Replacement] = []

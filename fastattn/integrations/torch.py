@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ContextDecorator
-from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from fastattn import dispatch, mha, sdpa
+from fastattn import dispatch
 from fastattn.integrations import diffusers, torchvision, unknown, vision, x_transformers
-from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.classes import InTurn, assign, exchange
+from fastattn.integrations.patch import patch
 from fastattn.integrations.report import Replacement, Report
 from fastattn.nn import MultiheadAttention
 
@@ -20,37 +18,6 @@ __all__ = ["Replacement", "Report", "patch", "replace_attention"]
 
 TORCH_MODULE = nn.MultiheadAttention
 """Torch's own class, whatever a patch has put in its place."""
-
-
-class patch(ContextDecorator, TorchFunctionMode):
-    """`with fastattn.patch():` runs torch's attention functions on fastattn, in code that need not know of it.
-
-    `F.scaled_dot_product_attention` and `F.multi_head_attention_forward` called within, by whatever name they were
-    imported, are computed by fastattn; so are `nn.MultiheadAttention` and the Transformer layers, whose C++ paths torch
-    switches off under such a mode. Nothing is monkeypatched, and other threads are not affected. What `torch.compile`
-    made takes the mode in when it is called within. Also a decorator.
-
-    Args:
-        backend: the room that runs them, by name; None takes the first that can.
-
-    Raises:
-        ValueError: an unknown backend.
-    """
-
-    def __init__(self, backend: str | None = None) -> None:
-        super().__init__()
-        dispatch.requested(backend)
-        self.backend = backend
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is sdpa.TORCH_SDPA:
-            return sdpa.route(*args, **kwargs, backend=self.backend)
-        if func is mha.TORCH_MHA:
-            return mha.forward(*args, **kwargs, backend=self.backend)
-        return func(*args, **kwargs)
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report:
@@ -102,9 +69,8 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
         if not isinstance(module, nn.TransformerEncoder) or not getattr(module, "use_nested_tensor", False):
             continue
         if any(isinstance(inner, MultiheadAttention) for inner in module.modules()):
-            module.use_nested_tensor = False
             row = Replacement(path, type(module).__name__, True, "no nested tensors for padding", attends=False)
-            report.add(row, partial(setattr, module, "use_nested_tensor", True))
+            report.add(row, assign(module, "use_nested_tensor", False))
     for row in unknown.rows(modules, {row.path for row in report.rows}):
         report.add(row)
     return report
@@ -135,16 +101,10 @@ def _replace_torchs(
     reason = _why_not(module)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    back = exchange(module, MultiheadAttention)
+    backs = [exchange(module, MultiheadAttention)]
     if backend is not None:
-        module.backend = backend  # type: ignore[assignment]
-
-    def undo() -> None:
-        back()
-        if backend is not None:
-            del module.backend
-
-    return Replacement(path, kind.__name__, True, "fastattn.nn.MultiheadAttention"), undo
+        backs.append(assign(module, "backend", backend))
+    return Replacement(path, kind.__name__, True, "fastattn.nn.MultiheadAttention"), InTurn(backs)
 
 
 def _why_not(module: nn.MultiheadAttention) -> str | None:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastattn.functional import attention
-from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.classes import Assigned, InTurn, assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
 
 HOME = "torchvision.models.swin_transformer"
@@ -56,11 +56,7 @@ def replace(path: str, module: Any, backend: str | None) -> tuple[Replacement, C
     back = exchange(module, exchanged(kind))
     if backend is not None:
         module.fastattn_backend = backend
-
-    def undo() -> None:
-        back()
-        vars(module).pop("fastattn_backend", None)
-
+    undo = InTurn([back, Assigned(module, "fastattn_backend", False, None)])
     return row(True, "its formula on fastattn.attention, windows in the batch"), undo
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastattn import dispatch, functional
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations import transformers_arguments as arguments
-from fastattn.integrations.classes import assign, exchange
+from fastattn.integrations.classes import InTurn, assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
 from fastattn.integrations.transformers_mask import ModelMask, padding
 from fastattn.integrations.transformers_masks import Call, Unreadable, read
@@ -241,13 +241,7 @@ def truncate(model: nn.Module, left: int | None, right: int | None) -> Callable[
 
 def _remember(model: nn.Module, name: str, value: object) -> Callable[[], None]:
     """Set an attribute on every module, for the attention among them to read; returns what takes it away again."""
-    undos = [assign(module, name, value) for module in model.modules()]
-
-    def undo() -> None:
-        for each in undos:
-            each()
-
-    return undo
+    return InTurn([assign(module, name, value) for module in model.modules()])
 
 
 def _already(path: str, name: str, module: Any, backend: str | None) -> Replacement:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastattn.integrations import caught
-from fastattn.integrations.classes import exchange
+from fastattn.integrations.classes import InTurn, assign, exchange
 from fastattn.integrations.report import Replacement
 
 PACKAGES = ("timm", "torchvision", "open_clip", "clip")
@@ -41,18 +41,14 @@ def replace(
         reason, switched = _own_way(module, names)
         if reason is not None:
             return Replacement(path, kind.__name__, False, reason), None
+    backs = [exchange(module, caught.caught(kind, "forward", mode, backend))]
     if switched:
-        module.fused_attn = True  # type: ignore[assignment]
-    back = exchange(module, caught.caught(kind, "forward", mode, backend))
-
-    def undo() -> None:
-        back()
-        if switched:
-            module.fused_attn = False  # type: ignore[assignment]
-
+        backs.append(assign(module, "fused_attn", True))
     function = next(iter(sorted(names & caught.CALLS)))
     also = ", fused_attn switched on" if switched else ""
-    return Replacement(path, kind.__name__, True, f"its own code, whose {function} runs on fastattn{also}"), undo
+    return Replacement(path, kind.__name__, True, f"its own code, whose {function} runs on fastattn{also}"), InTurn(
+        backs
+    )
 
 
 def _own_way(module: Any, names: frozenset[str]) -> tuple[str | None, bool]:

@@ -1,5 +1,7 @@
 """What the tests of the integrations share: who computed attention, and whether two runs of a model agree."""
 
+import socket
+
 import pytest
 import torch
 
@@ -33,3 +35,11 @@ def same():
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()))
 
     return check
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]

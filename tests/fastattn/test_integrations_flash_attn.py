@@ -258,7 +258,7 @@ def test_flash_attn_with_kvcache(name):
 
 REFUSED = {
     "layout": (lambda q: flash_attn_func(q[0], q, q), r"q: \[batch, length, heads, head_dim\] is needed, got shape"),
-    "window": (lambda q: flash_attn_func(q, q, q, window_size=3), "window_size: .left, right. is needed, -1 for"),
+    "window": (lambda q: flash_attn_func(q, q, q, window_size=3), "window_size: ints .left, right. are needed, -1 for"),
     "no tensor": (lambda q: flash_attn_func([1], q, q), "q: a tensor is needed, got list"),
     "packed layout": (lambda q: flash_attn_varlen_func(q, q[0], q[0], CU_Q, CU_Q, 9, 9), r"q: \[tokens, heads"),
     "cache too small": (

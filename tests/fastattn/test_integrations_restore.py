@@ -262,3 +262,85 @@ def test_a_parametrized_module_is_named():
     parametrize.register_parametrization(pool, "positional_embedding", Longer())
     (row,) = replace_attention(pool).rows
     assert not row.changed and "multi_head_attention_forward, which fastattn.patch() catches" in row.what
+
+
+def pickled(thing):
+    saved = io.BytesIO()
+    torch.save(thing, saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=False)
+
+
+def beside(copied):
+    """A report next to its model, first in its container."""
+
+    def both(model, report):
+        report, model = copied([report, model])
+        return model, report
+
+    return both
+
+
+def within(copied):
+    """A report that its model holds."""
+
+    def both(model, report):
+        model.how_it_was = report
+        model = copied(model)
+        return model, model.how_it_was
+
+    return both
+
+
+@each
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    "both",
+    [beside(copy.deepcopy), within(copy.deepcopy), beside(pickled), within(pickled)],
+    ids=["copied beside", "copied within", "pickled beside", "pickled within"],
+)
+def test_a_copied_report_is_the_copys(name, both, backend):
+    model, given, *_, count = made(name)
+    want = run(model, given)
+    before = [type(module) for module in model.modules()]
+    report = replace_attention(model, backend=backend)
+    exchanged = [type(module) for module in model.modules()]
+    twin, its = both(model, report)
+    assert len(its) == count and str(its) == str(report)
+    its.restore()
+    assert [type(module) for module in twin.modules()] == before
+    assert torch.equal(run(twin, given), want)
+    assert [type(module) for module in model.modules()] == exchanged  # untouched
+    seen = Seen()
+    with watching(seen):
+        close(run(model, given), want)
+    assert seen.masks
+    report.restore()
+    assert torch.equal(run(model, given), want)
+
+
+@each
+def test_a_report_copied_alone_leaves_the_model_alone(name):
+    model, given, *_ = made(name)
+    want = run(model, given)
+    report = replace_attention(model)
+    for copied in (copy.deepcopy(report), pickled(report)):
+        copied.restore()
+        seen = Seen()
+        with watching(seen):
+            close(run(model, given), want)
+        assert seen.masks
+    second = replace_attention(model, backend="reference")  # of what is exchanged already
+    copy.deepcopy(second).restore(), second.restore(), report.restore()
+    assert torch.equal(run(model, given), want)
+
+
+def test_a_report_on_a_parametrized_module_is_copied():
+    model, given, path, weight, _ = made("timm")
+    owner, _, tensor = f"{path}.{weight}".rpartition(".")
+    parametrize.register_parametrization(model.get_submodule(owner), tensor, Longer())
+    model.how_it_was = replace_attention(model)
+    twin = copy.deepcopy(model)
+    twin.how_it_was.restore()
+    close(run(twin, given), run(model, given))
+    assert type(twin.blocks[0].attn) is not type(model.blocks[0].attn)

@@ -1,6 +1,8 @@
 """Attention on DTensors: each rank its own part, the same numbers as on one; four ranks, threads of this process."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
 
-from fastattn import KVCache, attention, attention_weights, ops, scaled_dot_product_attention
+from fastattn import KVCache, attention, attention_weights, ops, patch, scaled_dot_product_attention, varlen_attention
+from fastattn.integrations.flash_attn import flash_attn_func
 from fastattn.masks import Causal, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 from fastattn.nn import MultiheadAttention
 
 WORLD = 4
-WHOLE, BATCH, HEADS, ROWS = Replicate(), Shard(0), Shard(1), Shard(2)
+WHOLE, BATCH, HEADS, LENGTH, WIDTH = Replicate(), Shard(0), Shard(1), Shard(2), Shard(3)
 # how query, key and value lie on a 2 x 2 mesh: how the output lies
 LAYOUTS = {
     "batch, heads": ((BATCH, HEADS), (BATCH, HEADS)),
@@ -22,7 +25,7 @@ LAYOUTS = {
     "batch": ((BATCH, WHOLE), (BATCH, WHOLE)),
     "heads": ((WHOLE, HEADS), (WHOLE, HEADS)),
     "batch twice": ((BATCH, BATCH), (BATCH, WHOLE)),  # 2 items do not make 4 parts
-    "rows, batch": ((ROWS, BATCH), (WHOLE, BATCH)),
+    "width, batch": ((WIDTH, BATCH), (WHOLE, BATCH)),
     "whole": ((WHOLE, WHOLE), (WHOLE, WHOLE)),
 }
 TABLE = torch.rand(2, 4, 5, 5) > 0.3
@@ -102,7 +105,7 @@ def test_masks(name, monkeypatch):
 
 
 @pytest.mark.parametrize("heads", ["all", "mean"])
-@pytest.mark.parametrize("name", ["batch, heads", "heads", "rows, batch"])
+@pytest.mark.parametrize("name", ["batch, heads", "heads", "width, batch"])
 def test_weights(name, heads):
     places, lies = LAYOUTS[name]
     q, k, v, bias, _ = tensors()
@@ -204,3 +207,121 @@ def test_plain_tensors_among_them_are_refused():
                 attention(*given)
 
     on_ranks(test)
+
+
+REFUSED = "a DTensor sharded over the length .* is refused, as fastattn has no context parallelism yet, got placements"
+
+
+def patched(query, key, value):
+    with patch():
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+ENDS = torch.tensor([0, 6])
+# call, and where batch, heads, length and width are in what it takes
+CALLS = {
+    "attention": (attention, (0, 1, 2, 3)),
+    "torch's function": (scaled_dot_product_attention, (0, 1, 2, 3)),
+    "patch()": (patched, (0, 1, 2, 3)),
+    "patch(), one item": (lambda *given: patched(*(each.squeeze(0) for each in given)), (0, 1, 2, 3)),
+    "weights": (lambda query, key, value: attention_weights(query, key), (0, 1, 2, 3)),
+    "flash-attn": (flash_attn_func, (0, 2, 1, 3)),
+    "packed": (
+        lambda *given: varlen_attention(*(each.squeeze(0) for each in given), torch.tensor([0, 6])),
+        (0, 2, 1, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", ["all", "query", "key, value"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_sharded_length_is_refused(name, which):
+    call, order = CALLS[name]
+    shard = Shard(order.index(2))
+    q, k, v = (torch.randn(1, 4, 6, 8).permute(order).contiguous() for _ in range(3))
+
+    def test(_, mesh):
+        places = {"all": (shard,) * 3, "query": (shard, WHOLE, WHOLE), "key, value": (WHOLE, shard, shard)}[which]
+        given = [spread(each, mesh, (WHOLE, place)) for each, place in zip((q, k, v), places, strict=True)]
+        with pytest.raises(ValueError, match=REFUSED):
+            call(*given)
+        whole = [each.redistribute(placements=(WHOLE, WHOLE)) for each in given]  # what the sentence says would work
+        want = call(q, k, v)
+        close(call(*whole), want)
+
+    on_ranks(test)
+
+
+def test_a_module_on_a_sharded_length_is_refused():
+    module, x = MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)
+
+    def test(_, mesh):
+        mine = distribute_module(copy.deepcopy(module), mesh)
+        given = spread(x, mesh, (WHOLE, Shard(1)))
+        with pytest.raises(ValueError, match=REFUSED):
+            mine(given, given, given, need_weights=False)
+
+    on_ranks(test)
+
+
+CONTEXT = """
+import os, sys, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
+import fastattn
+from fastattn.integrations.flash_attn import flash_attn_func
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+
+def patched(q):
+    with fastattn.patch():
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+def module(q):
+    return fastattn.nn.MultiheadAttention(8, 2, batch_first=True)(q[:, 0], q[:, 0], q[:, 0])
+
+def torchs_module(q):
+    with fastattn.patch():
+        return torch.nn.MultiheadAttention(8, 2, batch_first=True)(q[:, 0], q[:, 0], q[:, 0])
+
+CALLS = {
+    "patch()": patched,
+    "attention": lambda q: fastattn.attention(q, q, q),
+    "attention_weights": lambda q: fastattn.attention_weights(q, q),
+    "explain": lambda q: fastattn.explain(q, q, q),
+    "torch's function": lambda q: fastattn.scaled_dot_product_attention(q, q, q),
+    "module": module,
+    "torch's module": torchs_module,
+    "flash-attn": lambda q: flash_attn_func(q, q, q),
+    "compiled": torch.compile(lambda q: fastattn.attention(q, q, q), backend="eager"),
+}
+
+def rank(r, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(r), WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    q = torch.randn(1, 2, 16, 8)
+    CALLS["compiled"](q)
+    with context_parallel(init_device_mesh("cpu", (2,)), buffers=[q], buffer_seq_dims=[2]):
+        assert q.shape == (1, 2, 8, 8)
+        for name, call in CALLS.items():
+            try:
+                call(q)
+            except Exception as failure:
+                assert "inside of torch.distributed.tensor.experimental.context_parallel" in str(failure), failure
+                assert "leave this call to torch's own" in str(failure)
+            else:
+                raise SystemExit(f"{name} was answered")
+    assert all(call(q) is not None for call in CALLS.values())
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(rank, (sys.argv[1],), nprocs=2)
+    print("refused")
+"""
+
+
+def test_context_parallel_is_refused(tmp_path, free_port):
+    """Two processes: torch's context puts its function in the place of F.scaled_dot_product_attention in each."""
+    (tmp_path / "context.py").write_text(CONTEXT)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "context.py", str(free_port)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0 and "refused" in run.stdout, run.stderr[-3000:]
