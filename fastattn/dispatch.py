@@ -100,7 +100,7 @@ def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> Pair:
     """
     forward = reason = None
     for name in BACKENDS if asked is None else (asked,):
-        reason = free_reason(name, spec, to_run=to_run) if asked is None else _reason(name, spec, to_run)
+        reason = free_reason(name, spec, to_run=to_run) if asked is None else _reason(name, spec, to_run, by_name=True)
         if reason is not None:
             continue
         forward = forward or name
@@ -135,13 +135,13 @@ def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | Non
     return _reason(name, spec, to_run) or (needs_asking(spec) if needs_asking else None)
 
 
-def _reason(name: str, spec: AttnSpec, to_run: bool) -> str | None:
-    """Why a backend cannot run a call, its gradients apart."""
+def _reason(name: str, spec: AttnSpec, to_run: bool, *, by_name: bool = False) -> str | None:
+    """Why a backend cannot run a call, its gradients apart. `by_name`: it was asked for, and nothing else runs it."""
     module = room(name)
     if spec.pages is not None and not getattr(module, "READS_BLOCKS", False):
         return "keys in blocks are not read in place here, and nothing is copied in silence"
     prepare = getattr(module, "prepare", None) if to_run else None
-    return module.why_not(spec) if prepare is None else prepare(spec)
+    return module.why_not(spec) if prepare is None else prepare(spec, by_name=by_name)
 
 
 def _backward_reason(name: str, spec: AttnSpec) -> str | None:

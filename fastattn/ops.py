@@ -13,6 +13,7 @@ backward keeps to that. Both ways end in the same two functions, `_run_forward`,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.machinery
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference, sharding, tracing
+from fastattn import dispatch, process, reference, sharding, tracing
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -29,13 +30,16 @@ _SPEC = (
     "str mask_code, SymInt[] mask_numbers, Tensor[] mask_tensors, float scale, float? softcap, float dropout_p, "
     "bool deterministic, bool needs_grad, str backend"
 )
-_LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
-_LIBRARY.define(
+_SCHEMAS = (
+    f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse)",
     f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, {_INPUTS}, {_SPEC}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
-    tags=torch.Tag.pt2_compliant_tag,
 )
+_FIRST = process.kept("operators") is None  # a process defines a namespace once, and may import fastattn again
+if _FIRST:
+    process.keep("operators", torch.library.Library("fastattn", "DEF"))
+    for _schema in _SCHEMAS:
+        process.kept("operators").define(_schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.fastattn.attention_forward.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
 N_INPUTS = len(AttnInputs._fields)
@@ -307,15 +311,31 @@ class _AfterImport:
         return found
 
 
-for _name, _run, _fake, _setup, _grad in (
-    ("attention_forward", _forward, _forward_fake, _save, _forward_grad),
-    ("attention_backward", _backward, _backward_fake, _save_backward, _backward_grad),
-):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"fastattn::{_name}", _grad, setup_context=_setup, lib=_LIBRARY)
+def _latest(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of that name in whichever import of this module is the process's now."""
 
-if "torch.utils.flop_counter" in sys.modules:
-    _register_flops()
-else:
-    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        return getattr(sys.modules.get(__name__), function.__name__, function)(*args, **named)
+
+    return call
+
+
+def _register() -> None:
+    """Give the operators what they do."""
+    library = process.kept("operators")
+    for name, run, fake, save, grad in (
+        ("attention_forward", _forward, _forward_fake, _save, _forward_grad),
+        ("attention_backward", _backward, _backward_fake, _save_backward, _backward_grad),
+    ):
+        library.impl(name, _latest(run), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastattn::{name}", _latest(fake), lib=library)
+        torch.library.register_autograd(f"fastattn::{name}", _latest(grad), setup_context=_latest(save), lib=library)
+    if "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+    else:
+        sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))
+
+
+if _FIRST:
+    _register()

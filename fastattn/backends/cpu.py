@@ -24,9 +24,9 @@ def why_not(spec: AttnSpec) -> str | None:
     return _spec_reason(spec) or LIBRARY.why_not() or _isa_reason()
 
 
-def prepare(spec: AttnSpec) -> str | None:
+def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or LIBRARY.prepare() or _isa_reason()
+    return _spec_reason(spec) or LIBRARY.prepare(by_name=by_name) or _isa_reason()
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
