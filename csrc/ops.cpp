@@ -91,8 +91,7 @@ T* pointer(const Tensor& tensor, const Shape& shape) {
     count *= shape.size[axis];
   }
   const int64_t needed = count == 0 ? 0 : (last + 1) * static_cast<int64_t>(tensor.element_size());
-  STD_TORCH_CHECK(needed <= bytes, "a tensor's storage holds ", bytes, " bytes, and its numbers take ", needed,
-                  ": the storage was resized after the tensor was made");
+  if (needed > bytes) throw std::runtime_error("a tensor's storage was resized after it was made, and lacks its numbers");
   void* data = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
   return static_cast<T*>(data);

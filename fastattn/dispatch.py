@@ -73,7 +73,8 @@ def room(name: str) -> ModuleType:
     """The module of a backend: why_not, forward, kernel_name; backward and kernel_name_backward once it has one. Where
     there is something to say, also needs_asking, prepare (why_not, and whatever must be done before a run),
     why_not_backward (of a call that why_not lets pass), notes (for a verdict), weights (what attention_weights
-    returns), READS_BLOCKS and READS_BLOCKS_BACKWARD (whether keys may lie in blocks).
+    returns), LOOKS_AT_STORAGE (whether it finds itself that memory was taken away), READS_BLOCKS and
+    READS_BLOCKS_BACKWARD (whether keys may lie in blocks).
     """
     return importlib.import_module(_MODULES[name])
 

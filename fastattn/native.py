@@ -166,6 +166,10 @@ class Native(Generic[Loaded]):
 
     # ---- building
 
+    def shipped_name(self) -> str:
+        """The file's name within a package that brings it."""
+        return self.files.shipped_name()
+
     def build(self, *, force: bool = False, retry: bool = False) -> Path:
         """Build it into the folder that is asked for, or the usual one, and return its path; one that is there already
         is kept, unless `force`, and a failure that is remembered repeated. With `retry` it is not, and a library that

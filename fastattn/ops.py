@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, process, reference, sharding, tracing
+from fastattn import dispatch, process, reference, sharding, storage, tracing
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -42,6 +42,7 @@ if _FIRST:
         process.kept("operators").define(_schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.fastattn.attention_forward.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
+_BACKWARD = ("out", "lse", "the gradient of out", "the gradient of lse")
 N_INPUTS = len(AttnInputs._fields)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _modes_active, _profiler_enabled = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
@@ -82,6 +83,8 @@ def attention_weights(
         compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
         if compute is not None:
             return compute(spec, inputs, lse, rows, mean=mean)
+    if not (_watched(inputs) or tracing.transforms_active()):
+        storage.check((*inputs._fields, "lse"), (*inputs, lse))
     weights = reference.attention_weights(spec, inputs, lse, rows)
     return weights.sum(1) / max(spec.num_heads, 1) if mean else weights
 
@@ -105,7 +108,10 @@ def _watched(inputs: AttnInputs) -> bool:
 
 
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor]:
-    return dispatch.room(backend).forward(spec, inputs)
+    module = dispatch.room(backend)
+    if not getattr(module, "LOOKS_AT_STORAGE", False):
+        storage.check(inputs._fields, inputs)
+    return module.forward(spec, inputs)
 
 
 def _run_backward(
@@ -121,7 +127,10 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    return dispatch.room(backend).backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
+    module = dispatch.room(backend)
+    if not (getattr(module, "LOOKS_AT_STORAGE", False) or tracing.functorch_active() or tracing.holds_many(d_out)):
+        storage.check((*inputs._fields, *_BACKWARD), (*inputs, out, lse, d_out, d_lse))
+    return module.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from fastattn import leaves
+from fastattn import leaves, storage
 from fastattn.native_cpu import LIBRARY
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -15,6 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
 READS_BLOCKS = True
+LOOKS_AT_STORAGE = True  # csrc/ops.cpp does, at no cost
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -54,7 +55,11 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse)
+    try:
+        LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse)
+    except RuntimeError:
+        storage.check(inputs._fields, inputs)
+        raise
     return out, lse
 
 
@@ -75,9 +80,13 @@ def backward(
     dbias = _empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
-    LIBRARY.get().backward(
-        *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
-    )
+    try:
+        LIBRARY.get().backward(
+            *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
+        )
+    except RuntimeError:
+        storage.check((*inputs._fields, "out", "lse", "the gradient of out"), (*inputs, out, lse, d_out))
+        raise
     return dq, dk, dv, dbias, dsinks
 
 
@@ -116,6 +125,7 @@ def _readable(inputs: AttnInputs) -> AttnInputs:
     """As kernels read memory: no negated views, sinks float32 and side by side."""
     query, key, value, bias, sinks, _ = inputs
     if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
+        storage.check(inputs._fields, inputs)  # what follows may copy
         inputs = inputs.resolved()
     if inputs.sinks is not None:
         inputs = inputs._replace(sinks=inputs.sinks.float().contiguous())
