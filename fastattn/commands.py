@@ -8,12 +8,15 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 VERSION_LIMIT = 30.0
 BUILD_LIMIT = 1800.0
 """Seconds: to say a version, and for a whole build, which takes a minute or some on two cores."""
+
+ENDS_WITHIN = 2.0  # seconds, of a command that is asked to
 
 PASSING = frozenset(
     getattr(errno, name)
@@ -83,12 +86,28 @@ def call(command: tuple[str, ...], limit: float, folder: Path | None = None) -> 
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a command and its group; what has left the group may keep the pipe open, and is not waited for."""
-    with contextlib.suppress(OSError):
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    if process.stdout is not None:
+    """End a command and all that it started. ninja puts its commands into groups of their own, and passes a SIGTERM on;
+    what is left of the session is ended after it, where the system lists it.
+    """
+    if not hasattr(os, "killpg"):
+        process.kill()
+    else:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDS_WITHIN)
+        for group in {process.pid, *_groups(process.pid)}:
+            with contextlib.suppress(OSError):
+                os.killpg(group, signal.SIGKILL)
+    if process.stdout is not None:  # what has left the session may keep it open, and is not waited for
         process.stdout.close()
     process.wait()
+
+
+def _groups(session: int) -> Iterator[int]:
+    """The groups of processes that a session has, where there is a list of processes."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            _, _, group, its = path.read_text(errors="replace").rpartition(")")[2].split()[:4]
+            if int(its) == session:
+                yield int(group)
