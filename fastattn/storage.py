@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from torch import Tensor
 
 
-def check(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
-    """Raise ValueError where a tensor's storage holds fewer bytes than its numbers take. One without a storage of its
-    own, a wrapper, passes.
+def check(names: Iterable[str], tensors: Iterable[Tensor | None], *, thorough: bool = False) -> None:
+    """Raise ValueError where a tensor's storage holds fewer bytes than its numbers take; without `thorough`, which takes
+    a microsecond a tensor, one with gaps passes that holds as many bytes and ends before its last number. One without
+    a storage of its own, a wrapper, passes.
     """
     for name, tensor in zip(names, tensors, strict=False):
         if tensor is None:
@@ -18,7 +19,8 @@ def check(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
             held = tensor.untyped_storage().nbytes()
         except (NotImplementedError, RuntimeError):
             continue
-        if held < tensor.nbytes and held < (needed := _needed(tensor)):  # an expanded one repeats its memory
+        # One that is expanded repeats its memory.
+        if (thorough or held < tensor.nbytes) and held < (needed := _needed(tensor)):
             raise ValueError(
                 f"{name}: its storage holds {held} bytes, and its numbers take {needed}; the storage was resized after "
                 "the tensor was made (untyped_storage().resize_, as FSDP frees parameters); fill it again first"

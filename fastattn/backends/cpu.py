@@ -58,7 +58,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     try:
         LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse)
     except RuntimeError:
-        storage.check(inputs._fields, inputs)
+        storage.check(inputs._fields, inputs, thorough=True)
         raise
     return out, lse
 
@@ -85,7 +85,7 @@ def backward(
             *inputs, *_numbers(spec), out, lse.contiguous(), d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms
         )
     except RuntimeError:
-        storage.check((*inputs._fields, "out", "lse", "the gradient of out"), (*inputs, out, lse, d_out))
+        storage.check((*inputs._fields, "out", "lse", "the gradient of out"), (*inputs, out, lse, d_out), thorough=True)
         raise
     return dq, dk, dv, dbias, dsinks
 
