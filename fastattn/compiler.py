@@ -152,9 +152,10 @@ def made_for(room: str, steps: list[Step]) -> dict[str, str]:
     import torch
 
     said = hashlib.sha256()
+    code, headers = str(sources()), str(torch_folder())
     for step in steps:  # where the sources and torch lie makes no other library
         for part in step.command:
-            said.update(part.replace(str(sources()), "").replace(str(torch_folder()), "").encode() + b"\0")
+            said.update(part.replace(code, "").replace(headers, "").encode(errors="surrogateescape") + b"\0")
     return {
         "sources": source_digest(room),
         "machine": platform.machine(),

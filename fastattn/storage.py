@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def check(names: Iterable[str], tensors: Iterable[Tensor | None], *, thorough: bool = False) -> None:
-    """Raise ValueError where a tensor's storage holds fewer bytes than its numbers take; without `thorough`, which takes
-    a microsecond a tensor, one with gaps passes that holds as many bytes and ends before its last number. One without
-    a storage of its own, a wrapper, passes.
+    """Raise ValueError where a tensor's storage holds fewer bytes than its numbers take.
+
+    Without `thorough`, which takes longer, a tensor with gaps passes whose storage holds as many bytes and ends before
+    its last number. One without a storage of its own, a wrapper, passes.
     """
     for name, tensor in zip(names, tensors, strict=False):
         if tensor is None:
