@@ -152,6 +152,14 @@ class Folder:
         """`fixed`: the path leads to this very folder, whatever others do."""
         self.path, self._descriptor, self._fixed = path, descriptor, fixed
 
+    @property
+    def here(self) -> Path:
+        """The folder's path; where others could put another folder in its place, by its descriptor, if the system has
+        names for these that other processes of ours can use.
+        """
+        named = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        return named if not self._fixed and named.is_dir() else self.path
+
     def names(self) -> list[str]:
         """Of everything in it."""
         return os.listdir(self._descriptor)
@@ -186,7 +194,7 @@ class Folder:
 
     def write(self, name: str, content: bytes) -> None:
         """Put a small file under its name, whole. The lock of its stem is held."""
-        descriptor, made = tempfile.mkstemp(dir=self.path, prefix=f"build-{Path(name).stem}-")
+        descriptor, made = tempfile.mkstemp(dir=self.here, prefix=f"build-{Path(name).stem}-")
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
@@ -209,13 +217,6 @@ class Folder:
         """When a file was changed, for an order among them."""
         return os.lstat(name, dir_fd=self._descriptor).st_mtime
 
-    def to_load(self, name: str) -> str:
-        """A library's path; where others could put another folder in this one's place, by the folder's descriptor, if
-        the system has names for these.
-        """
-        here = f"/proc/self/fd/{self._descriptor}"
-        return f"{here}/{name}" if not self._fixed and os.path.isdir(here) else str(self.path / name)
-
     @contextlib.contextmanager
     def locked(self, name: str, what: str) -> Iterator[None]:
         """Hold a lock of the folder; it goes with the process, however that ends. Who waits for `what` says so."""
@@ -236,10 +237,10 @@ class Folder:
         """A folder for the build of `stem`, whose lock is held; it goes afterwards, as do those of killed builds."""
         for name in self.names():
             if name.startswith("build-") and self._is_left(name, stem):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+                shutil.rmtree(self.here / name, ignore_errors=True)
                 with contextlib.suppress(OSError):  # a file that was to be put under its name
                     self.remove(name)
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=f"build-{stem}-") as folder:
+        with tempfile.TemporaryDirectory(dir=self.here, prefix=f"build-{stem}-") as folder:
             yield Path(folder)
 
     def _is_left(self, name: str, stem: str) -> bool:
@@ -262,7 +263,7 @@ def load(path: Path, folder: Folder | None) -> ctypes.CDLL:
     Raises:
         BuildError: the loader refuses, in its words. Untrusted: because of where it lies. PassingError: for now.
     """
-    asked = str(path) if folder is None else folder.to_load(path.name)
+    asked = str(path if folder is None else folder.here / path.name)
     try:
         return ctypes.CDLL(asked)
     except OSError as refusal:

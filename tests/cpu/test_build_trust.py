@@ -207,20 +207,27 @@ def test_links_that_lead_in_a_circle_are_a_sentence(fake, tmp_path, monkeypatch)
         LIBRARY.build()
 
 
-def test_a_library_below_a_groups_folder_is_loaded_by_the_folder_that_was_looked_at(tmp_path):
+def test_below_a_groups_folder_all_happens_in_the_folder_that_was_looked_at(tmp_path):
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("this system has no names for descriptors")
     group = tmp_path / "group"
     (group / "cache").mkdir(parents=True, mode=0o700)
     (group / "cache" / "x").write_text("mine")
     with build_cache.made(group / "cache") as folder:
-        assert folder.to_load("x") == str(group / "cache" / "x")
+        assert folder.here == group / "cache"
     group.chmod(0o770)
     with build_cache.made(group / "cache") as folder:
         (group / "cache").rename(group / "away")
         (group / "cache").mkdir()
         (group / "cache" / "x").write_text("somebody's")
-        assert Path(folder.to_load("x")).read_text() == "mine"
+        assert (folder.here / "x").read_text() == "mine"
+        with folder.scratch("y") as scratch:  # where a compiler of ours works
+            compiler.run([compiler.Step("made", ("cp", "../x", "made"))], scratch)
+            folder.take(scratch / "made", "made")
+        folder.write("z", b"record")
+    assert sorted(each.name for each in (group / "away").iterdir()) == ["made", "x", "z"]
+    assert [each.name for each in (group / "cache").iterdir()] == ["x"]
+    assert (group / "away" / "made").read_text() == "mine"
 
 
 @needs_root
