@@ -104,6 +104,27 @@ def test_after_a_change_of_the_sources_it_says_why_not(library):
     assert "which was made from other sources, and it can load one CPU library; restart it" in fresh(OTHER_SOURCES)
 
 
+NO_LOCKS = """
+import os, sys, warnings
+import torch
+sys.modules["fcntl"] = None  # as on Windows
+del os.O_NOFOLLOW, os.getuid
+import fastattn
+query = torch.randn(1, 2, 5, 8)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fastattn.attention(query, query, query)
+print(*[each.message for each in caught])
+print(fastattn.explain(query, query, query).reasons["cpu"])
+"""
+
+
+def test_where_files_cannot_be_locked_the_reference_serves():
+    warned, reason = fresh(NO_LOCKS).splitlines()
+    assert warned.startswith("fastattn computes with its plain reference on the CPU, slowly: ")
+    assert "a library is built on Linux and macOS; elsewhere a wheel must bring it" in warned and reason in warned
+
+
 SMALL_STACK = """
 import sys, threading
 import torch
