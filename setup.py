@@ -9,7 +9,6 @@ Everything else is in pyproject.toml.
 """
 
 import os
-import shutil
 import sys
 import types
 from pathlib import Path
@@ -57,24 +56,22 @@ class BuildWithLibraries(build_py):
             # The package itself cannot be imported before it is installed.
             sys.modules["fastattn"] = package = types.ModuleType("fastattn")
             package.__path__ = [str(HERE / "fastattn")]  # type: ignore[attr-defined]
-            from fastattn.compiler import BuildError
+            from fastattn.commands import BuildError
             from fastattn.native_cpu import LIBRARY as CPU
             from fastattn.native_cuda import LIBRARY as CUDA
 
             target = Path(self.build_lib).absolute() / "fastattn" / "lib"
             target.mkdir(parents=True, exist_ok=True)
-            CPU.make(target / CPU.shipped_name())
+            CPU.ship(target, build=True)
             try:
-                built = CUDA.find()
-            except BuildError:  # no nvcc
-                built = None
-            if built is None:
+                built = CUDA.ship(target, build=False)
+            except BuildError:  # the compiler that is asked for is none
+                built = False
+            if not built:
                 print(
                     "fastattn: the wheel has no CUDA library; `fastattn build --cuda` first, and it has",
                     file=sys.stderr,
                 )
-            else:
-                shutil.copy2(built, target / CUDA.shipped_name())
 
 
 class PlatformDistribution(Distribution):

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/params.h"
@@ -37,9 +38,15 @@ using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
 #ifndef FASTATTN_CUDA_ROOM
-// torch's own pool: where it is busy with this thread already, the parts run one after the other.
+// torch's own pool: where it is busy with this thread already, the parts run one after the other. Parts take the items
+// of one list, so that a thread with too little of a stack leaves them to the others; the caller's has been looked at.
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+  auto part = std::make_pair(body, context);
+  const auto run = [](int64_t first, int64_t last, void* given) {
+    const auto& each = *static_cast<decltype(part)*>(given);
+    if (!fastattn::cpu::short_of_stack()) each.first(first, last, each.second);
+  };
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, run, &part));
 }
 #endif
 
@@ -50,13 +57,6 @@ DType dtype_of(const Tensor& tensor) {
   if (dtype == aoti_torch_dtype_float16()) return fastattn::kFloat16;
   STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "float32, bfloat16 or float16 is needed, got dtype number ", dtype);
   return fastattn::kFloat32;
-}
-
-template <typename T>
-T* pointer(const Tensor& tensor) {
-  void* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
-  return static_cast<T*>(data);
 }
 
 // Sizes and strides aligned at the last of four axes; an axis of size 1 repeats.
@@ -79,9 +79,32 @@ struct Shape {
   }
 };
 
+// Where a tensor's numbers begin. Its memory may have been cut off since it was made (a storage's resize_), and then
+// nothing of it is read.
+template <typename T>
+T* pointer(const Tensor& tensor, const Shape& shape) {
+  int64_t bytes = 0, last = 0, count = 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
+  for (int axis = 0; axis < 4; ++axis) {
+    last += (shape.size[axis] - 1) * shape.stride[axis];
+    count *= shape.size[axis];
+  }
+  const int64_t needed = count == 0 ? 0 : (last + 1) * static_cast<int64_t>(tensor.element_size());
+  if (needed > bytes) throw std::runtime_error("a tensor's storage was resized after it was made, and lacks its numbers");
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
+  return static_cast<T*>(data);
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  return pointer<T>(tensor, Shape(tensor));
+}
+
 Table table(const Tensor& tensor, const Shape& shape) {
   Table t;
-  t.data = pointer<void>(tensor);
+  t.data = pointer<void>(tensor, shape);
   t.dtype = dtype_of(tensor);
   for (int axis = 0; axis < 4; ++axis) t.stride[axis] = shape.stride[axis];
   return t;
@@ -207,19 +230,20 @@ void check(const char* sentence) {
 
 #ifndef FASTATTN_CUDA_ROOM
 
-Params on_cpu(Params p) {
+// A Params takes 7,000 bytes of stack, and is not copied.
+void on_cpu(Params& p) {
   if (p.drop_below) p.seed = static_cast<uint64_t>(*p.seed_on_device);
   uint32_t threads = 1;
   TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   p.threads = static_cast<int>(threads);
   p.parallel_for = threads > 1 ? parallel_for : nullptr;
-  return p;
 }
 
 void cpu_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                  std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
                  double dropout_p, Tensor out, Tensor lse, Maybe lse_low, Maybe out_low) {
-  Params p = on_cpu(problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p));
+  Params p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  on_cpu(p);
   p.out = table(out);
   p.lse = pointer<float>(lse);
   if (out_low) p.out_low = table(*out_low);
@@ -231,7 +255,8 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
                   double dropout_p, Tensor out, Tensor lse, Maybe lse_low, Maybe out_low, Tensor d_out, Maybe d_lse,
                   Tensor dq, Tensor dk, Tensor dv, Maybe dbias, Maybe dsinks, Tensor row_terms) {
-  Params p = on_cpu(problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p));
+  Params p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
+  on_cpu(p);
   p.out = table(out);
   p.lse = pointer<float>(lse);
   if (out_low) p.out_low = table(*out_low);
@@ -250,7 +275,8 @@ void cpu_backward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
 void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<int64_t> mask_words,
                  std::vector<Tensor> mask_tensors, double scale, double softcap, Tensor lse, Maybe rows,
                  bool mean_heads, Tensor weights) {
-  Params p = on_cpu(problem(query, key, key, bias, sinks, std::nullopt, mask_words, mask_tensors, scale, softcap, 0.0));
+  Params p = problem(query, key, key, bias, sinks, std::nullopt, mask_words, mask_tensors, scale, softcap, 0.0);
+  on_cpu(p);
   p.lse = pointer<float>(lse);
   if (rows) {
     p.rows = pointer<int64_t>(*rows);

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace, argv: list[str]) -> int:
     """Build, and say where it lies. 0 it is there, 1 it could not be built."""
     from fastattn import native_cpu, native_cuda
-    from fastattn.compiler import BuildError
+    from fastattn.commands import BuildError
 
     try:
         if namespace.cuda:
@@ -28,7 +28,7 @@ def run(namespace: argparse.Namespace, argv: list[str]) -> int:
             said = str(path)
         else:
             path = native_cpu.LIBRARY.build(force=namespace.force, retry=True)
-            library = native_cpu.LIBRARY.get()
+            library = native_cpu.LIBRARY.load(path)
             said = f"{path}\ninstruction sets here: {', '.join(library.isas())}; in use: {library.isa()}"
     except BuildError as refusal:
         print(f"fastattn build: {refusal}", file=sys.stderr)

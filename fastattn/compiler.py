@@ -9,11 +9,14 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from fastattn import commands
+from fastattn.commands import BuildError, Done, PassingError
 
 NAMES = ("c++", "g++", "clang++")
 """Looked for in this order, where CXX names none."""
@@ -34,16 +37,17 @@ ERROR = re.compile(r"\b(?:fatal )?error\b", re.IGNORECASE)
 NO_COMPILER = "no C++ compiler is found ({0}); install g++ or clang++, or name one in CXX"
 
 
-class BuildError(RuntimeError):
-    """The library is not there and could not be made; the message is a sentence."""
-
-
 @dataclass(frozen=True)
 class Compiler:
-    """How it is called, and the first line of what it says of itself."""
+    """How it is called, and the first line of what it says of itself: empty where it has not been asked."""
 
     command: tuple[str, ...]
-    version: str
+    version: str = ""
+
+    def program(self) -> list[int]:
+        """Size and time of change of the program's file: another one is another compiler."""
+        status = os.stat(self.command[0])
+        return [status.st_size, status.st_mtime_ns]
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,22 @@ def source_digest(room: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def named_compiler() -> str:
+    """What CXX says; empty where the choice is free."""
+    return os.environ.get("CXX", "").strip()
+
+
 def find_compiler() -> Compiler:
     """The one that CXX names, or the first of NAMES. BuildError where none works."""
-    return _find_compiler(os.environ.get("CXX", "").strip() or None, os.environ.get("PATH"))
+    return _find_compiler(named_compiler() or None, os.environ.get("PATH"))
+
+
+def locate_compiler() -> Compiler | None:
+    """The first that lies where it is looked for. Nothing is run, so that it may be no compiler."""
+    try:
+        return next((Compiler(each) for each in _commands(named_compiler() or None, os.environ.get("PATH"))), None)
+    except BuildError:  # CXX is no command line
+        return None
 
 
 def words(name: str, text: str) -> list[str]:
@@ -84,29 +101,78 @@ def words(name: str, text: str) -> list[str]:
         raise BuildError(f"{name}={text} is no command line ({refusal})") from refusal
 
 
+def _commands(named: str | None, path: str | None) -> Iterator[tuple[str, ...]]:
+    for name, *options in [words("CXX", named)] if named else [[name] for name in NAMES]:
+        found = shutil.which(name, path=path)
+        if found is not None:
+            yield (found, *options)
+
+
 @functools.cache
 def _find_compiler(named: str | None, path: str | None) -> Compiler:
-    for command in [words("CXX", named)] if named else [[name] for name in NAMES]:
-        found = shutil.which(command[0], path=path)
-        if found is None:
-            continue
+    hung = []
+    for command in _commands(named, path):
         try:
-            said = subprocess.run([found, *command[1:], "--version"], capture_output=True, text=True, check=False)
-        except OSError:  # a file of that name that is no program
+            said = version_of(command)
+        except PassingError:
+            raise
+        except BuildError as refusal:
+            hung.append(str(refusal))
             continue
-        if said.returncode == 0 and said.stdout.strip():
-            return Compiler((found, *command[1:]), said.stdout.strip().splitlines()[0])
-    raise BuildError(NO_COMPILER.format(f"CXX={named}" if named else f"looked for {', '.join(NAMES)}"))
+        if said:
+            return Compiler(command, said.splitlines()[0])
+    reason = NO_COMPILER.format(f"CXX={named}" if named else f"looked for {', '.join(NAMES)}")
+    raise BuildError("; ".join([reason, *hung]))
+
+
+_HUNG: dict[tuple[str, ...], str] = {}
+"""Compilers that this process has waited for in vain, and is not going to ask again."""
+
+
+def version_of(command: tuple[str, ...]) -> str:
+    """What a compiler says of itself; empty where it is none. BuildError where it does not end."""
+    if command in _HUNG:
+        raise BuildError(_HUNG[command])
+    try:
+        done = commands.call((*command, "--version"), commands.VERSION_LIMIT)
+    except PassingError:
+        raise
+    except BuildError as refusal:
+        _HUNG[command] = f"asked for its version, {refusal}"
+        raise BuildError(_HUNG[command]) from refusal
+    except OSError:  # a file of that name that is no program
+        return ""
+    return done.said.strip() if done.code == 0 else ""
+
+
+def made_for(room: str, steps: list[Step]) -> dict[str, str]:
+    """What decides whether a library serves here, whichever compiler is called in `steps`: a room's sources, the
+    machine, torch's headers, what the compiler is told.
+    """
+    import torch
+
+    said = hashlib.sha256()
+    code, headers = str(sources()), str(torch_folder())
+    for step in steps:  # where the sources and torch lie makes no other library
+        for part in step.command:
+            said.update(part.replace(code, "").replace(headers, "").encode(errors="surrogateescape") + b"\0")
+    return {
+        "sources": source_digest(room),
+        "machine": platform.machine(),
+        "platform": sys.platform,
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "commands": said.hexdigest()[:16],
+    }
 
 
 def key(room: str, version: str, steps: list[Step]) -> str:
-    """One name for equal libraries of a room: sources, flags, the compiler's version, machine, torch's headers."""
-    import torch
+    """One name for equal libraries of a room: what they are made for, and the compiler's version."""
+    return digest_of(version, *made_for(room, steps).values())
 
-    said = [source_digest(room), version, platform.machine(), sys.platform, *torch.__version__.split(".")[:2]]
-    for step in steps:  # where the sources and torch lie makes no other library
-        said += [part.replace(str(sources()), "").replace(str(torch_folder()), "") for part in step.command]
-    return hashlib.sha256("\0".join(said).encode()).hexdigest()[:24]
+
+def digest_of(*parts: str) -> str:
+    """A name for some words."""
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def plan(compiler: Compiler, library: str) -> list[Step]:
@@ -147,50 +213,55 @@ def torch_folder() -> Path:
 
 
 def run(steps: list[Step], folder: Path) -> None:
-    """Run the steps in a folder, all but the last at once: with ninja where there is one. BuildError if one fails."""
+    """Run the steps in a folder, all but the last at once: with ninja where there is one.
+
+    Raises:
+        BuildError: a step failed, made nothing, or the time limit is over. PassingError if it may work soon.
+    """
     ninja = shutil.which("ninja")
     if ninja:
         _run_ninja(ninja, steps, folder)
-        return
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for step, done in zip(steps[:-1], pool.map(lambda step: _call(step.command, folder), steps[:-1]), strict=True):
-            _check(step, *done)
-    _check(steps[-1], *_call(steps[-1].command, folder))
+    else:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            done = pool.map(lambda step: _call(step.command, folder), steps[:-1])
+            for step, each in zip(steps[:-1], done, strict=True):
+                _check(step, each)
+        _check(steps[-1], _call(steps[-1].command, folder))
+    for step in steps:
+        made = folder / step.output
+        if not made.is_file() or made.stat().st_size == 0:
+            raise BuildError(
+                f"the compiler ended without an error and made no {step.output}\n"
+                f"the command was: {shlex.join(step.command)}"
+            )
 
 
-def _call(command: tuple[str, ...], folder: Path) -> tuple[int, str]:
-    """Exit code, and standard output with the errors in it."""
+def _call(command: tuple[str, ...], folder: Path) -> Done:
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        return commands.call(command, commands.BUILD_LIMIT, folder)
     except OSError as refusal:
-        return 1, f"error: {refusal}"
-    return done.returncode, done.stdout
+        return Done(1, f"error: {refusal}")
 
 
 def _run_ninja(ninja: str, steps: list[Step], folder: Path) -> None:
-    """Ninja's own log says which step failed."""
-    lines = ["rule step", "  command = $words"]
+    """Ninja's own log says which step failed; what a signal has ended says nothing, and its shell has the number."""
+    lines = ["rule step", "  command = $words || { code=$$?; echo exit code $$code; exit $$code; }"]
     for step in steps:
         needs = " ".join(each.output for each in steps[:-1]) if step is steps[-1] else ""
         lines += [f"build {step.output}: step {needs}", f"  words = {shlex.join(step.command).replace('$', '$$')}"]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    code, said = _call((ninja, "-C", str(folder)), folder)
-    failed = re.search(r"^FAILED: (?:\[.*?\] )?(\S+)", said, re.MULTILINE)
+    done = _call((ninja, "-C", str(folder)), folder)
+    failed = re.search(r"^FAILED: (?:\[.*?\] )?(\S+)", done.said, re.MULTILINE)
     step = next((step for step in steps if failed and step.output == failed[1]), steps[-1])
-    _check(step, code, said[failed.start() :].partition("\n")[2].partition("\n")[2] if failed else said)
+    said = done.said[failed.start() :].partition("\n")[2].partition("\n")[2] if failed else done.said
+    exit_code = re.search(r"^exit code (\d+)$", said, re.MULTILINE)
+    _check(step, Done(int(exit_code[1]) if done.code and exit_code else done.code, said))
 
 
-def _check(step: Step, code: int, said: str) -> None:
-    if code == 0:
+def _check(step: Step, done: Done) -> None:
+    if done.code == 0:
         return
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    first = next((line for line in lines if ERROR.search(line)), lines[0] if lines else f"exit code {code}")
-    raise BuildError(f"the compiler says: {first}\nthe command was: {shlex.join(step.command)}")
+    lines = [line.strip() for line in done.said.splitlines() if line.strip()]
+    first = next((line for line in lines if ERROR.search(line)), lines[0] if lines else f"exit code {done.code}")
+    kind = PassingError if done.passing else BuildError
+    raise kind(f"the compiler says: {first}\nthe command was: {shlex.join(step.command)}")

@@ -73,8 +73,9 @@ def room(name: str) -> ModuleType:
     """The module of a backend: why_not, forward, kernel_name; backward and kernel_name_backward once it has one. Where
     there is something to say, also needs_asking, prepare (why_not, and whatever must be done before a run),
     why_not_backward (of a call that why_not lets pass), notes (for a verdict), weights (what attention_weights
-    returns), READS_BLOCKS and READS_BLOCKS_BACKWARD (whether keys may lie in blocks), forward_with_low (low_parts.py;
-    its backward takes them), ROUNDS_LSE (why its gradients beside large scores are coarse).
+    returns), LOOKS_AT_STORAGE (whether it finds itself that memory was taken away), READS_BLOCKS and
+    READS_BLOCKS_BACKWARD (whether keys may lie in blocks), forward_with_low (low_parts.py; its backward takes them),
+    ROUNDS_LSE (why its gradients beside large scores are coarse).
     """
     return importlib.import_module(_MODULES[name])
 
@@ -101,7 +102,7 @@ def choose(spec: AttnSpec, asked: str | None, *, to_run: bool = False) -> Pair:
     """
     forward = reason = None
     for name in BACKENDS if asked is None else (asked,):
-        reason = free_reason(name, spec, to_run=to_run) if asked is None else _reason(name, spec, to_run)
+        reason = free_reason(name, spec, to_run=to_run) if asked is None else _reason(name, spec, to_run, by_name=True)
         if reason is not None:
             continue
         forward = forward or name
@@ -136,13 +137,13 @@ def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | Non
     return _reason(name, spec, to_run) or (needs_asking(spec) if needs_asking else None)
 
 
-def _reason(name: str, spec: AttnSpec, to_run: bool) -> str | None:
-    """Why a backend cannot run a call, its gradients apart."""
+def _reason(name: str, spec: AttnSpec, to_run: bool, *, by_name: bool = False) -> str | None:
+    """Why a backend cannot run a call, its gradients apart. `by_name`: it was asked for, and nothing else runs it."""
     module = room(name)
     if spec.pages is not None and not getattr(module, "READS_BLOCKS", False):
         return "keys in blocks are not read in place here, and nothing is copied in silence"
     prepare = getattr(module, "prepare", None) if to_run else None
-    return module.why_not(spec) if prepare is None else prepare(spec)
+    return module.why_not(spec) if prepare is None else prepare(spec, by_name=by_name)
 
 
 def _backward_reason(name: str, spec: AttnSpec) -> str | None:

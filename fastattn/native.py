@@ -1,11 +1,11 @@
 """Compiled libraries: found, built where they are missing, loaded once. native_cpu.py and native_cuda.py each have one.
 
-A library is looked for in the installed package (a wheel that was built with it), then in the cache folder under a key
-of sources, flags, compiler and torch. Where it is in neither, the first call that needs it builds it, unless
-FASTATTN_BUILD=never says otherwise, somebody is tracing or a CUDA graph is captured; FASTATTN_BUILD=force builds it
-once more. Processes that want it at the same time wait for the one that builds. What is built becomes visible whole,
-under its name, or not at all; a build that failed is remembered under its key until `fastattn build` or a change of
-anything in the key.
+A library is looked for in the installed package (a wheel that was built with it), then in the places of build_cache.py:
+without a compiler, by what it was made for, and held against the manifest beside it (library_files.py). Where there is
+none, the first call that needs it builds it, unless FASTATTN_BUILD=never says otherwise, somebody is tracing or a CUDA
+graph is captured; FASTATTN_BUILD=force builds it once more. Processes that want it at the same time wait for the one
+that builds. What is built becomes visible whole, under its name, or not at all; a build that failed is remembered under
+its key until `fastattn build` or a change of anything in the key, unless the reason may be over soon.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
-from fastattn import compiler, tracing
-from fastattn.compiler import BuildError, Step
+from fastattn import build_cache, callers, compiler, process, tracing
+from fastattn.build_cache import Folder, Untrusted
+from fastattn.commands import BuildError, PassingError
+from fastattn.library_files import LOCK, MARK, RECORD, SUFFIX, LibraryFiles, Toolchain
+from fastattn.manifest import Manifest
 
 MODES = ("auto", "never", "force")
-SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
-ANOTHER_FOLDER = "name another in FASTATTN_CACHE_DIR"
+TRIES_AGAIN = 60.0  # seconds after which a process tries once more what failed for a passing reason
+_LOADING = threading.Lock()
 
 Loaded = TypeVar("Loaded")
 
 
-class Recipe(NamedTuple):
-    """What makes a library: the steps, of which the last one links, and who takes them."""
-
-    steps: list[Step]
-    version: str
+class NotLoaded(BuildError):
+    """A library is there, and the system's loader refuses it."""
 
 
 class Native(Generic[Loaded]):
@@ -48,144 +49,291 @@ class Native(Generic[Loaded]):
         name: str,
         *,
         command: str,
-        recipe: Callable[[], Recipe],
+        tools: Toolchain,
         operators: Callable[[Path, ctypes.CDLL], Loaded],
         instead: str | None = None,
     ) -> None:
-        """`command` builds it; `recipe` raises BuildError where there is no compiler; `operators` is what a loaded
-        library offers; `instead` says, in a warning, what its calls meet without it, if that is to be said.
+        """`command` builds it; `operators` is what a loaded library offers; `instead` says, in a warning, what its
+        calls meet without it, if that is to be said.
         """
-        self.name, self.command, self.recipe, self.operators, self.instead = name, command, recipe, operators, instead
+        self.name, self.command, self.operators, self.instead = name, command, operators, instead
+        self.files = LibraryFiles(name.lower(), tools)
         self.loaded: Loaded | None = None
         self.failure: str | None = None
+        self.retry_at = float("inf")
         self.warned = False
+        self.unusable: dict[str, None] = {}  # places that are passed over, and why, in the order they were met
+        self.damaged: dict[str, None] = {}  # libraries, likewise
+        self._building = threading.Lock()
         self._hint, self._again = f"{command} builds it", f"{command} tries again"
 
     def why_not(self) -> str | None:
         """Why there is no library and none could be built; None where there is one or could be. Builds nothing."""
         if self.loaded is not None:
             return None
-        if self.failure is not None:
+        if self.failure is not None and time.monotonic() < self.retry_at:
             return self.failure
         try:
-            if self.find() is not None:
-                return None
-            if mode() == "never":
-                return f"the {self.name} library is not built, and FASTATTN_BUILD=never forbids it; {self._hint}"
-            failed = failed_mark(self.cached())
-            return failed.read_text() if mode() == "auto" and failed.exists() else None
+            return None if self._here() is not None else self._why_no_build()
         except BuildError as refusal:
-            return str(refusal)
+            return self._with_troubles(refusal)
 
     def available(self) -> Loaded | None:
         """The library where it is there already; None where it is not. Builds nothing."""
-        if self.loaded is None and mode() != "force":
-            try:
-                path = self.find()
-                self.loaded = None if path is None else self.load(path)
-            except BuildError:
-                return None
+        if self.loaded is None:
+            with contextlib.suppress(BuildError):
+                return self._here()
         return self.loaded
 
-    def prepare(self) -> str | None:
-        """Load the library, built first where it must be. Why that cannot be, or None; a warning says it once where
-        calls are then served by something much slower.
+    def prepare(self, *, by_name: bool = False) -> str | None:
+        """Load the library, built first where it must be. Why that cannot be, or None.
+
+        A warning says once that calls are served by something much slower, or that the library is kept in another place
+        than the usual one. `by_name`: without the library the call is refused, so that nothing else serves it.
         """
         if self.loaded is not None:
             return None
         for busy, doing in ((tracing.being_traced, "tracing"), (_capturing, "a CUDA graph is captured")):
             if busy() and self.available() is None:
                 return f"the {self.name} library is not built yet, and a build never starts while {doing}; {self._hint}"
-        if self.failure is None:
+        if self.failure is None or time.monotonic() >= self.retry_at:
             try:
                 self.get()
+                self.failure = None
+                if self.unusable:
+                    self._warn(f"the {self.name} library is kept among temporary files: {'; '.join(self.unusable)}")
                 return None
             except BuildError as refusal:
-                self.failure = str(refusal)
-        if self.instead is not None and not self.warned:
-            self.warned = True
-            warnings.warn(f"{self.instead}: {self.failure}", RuntimeWarning, stacklevel=2)
+                self.failure = self._with_troubles(refusal)
+                passing = isinstance(refusal, PassingError)
+                self.retry_at = time.monotonic() + TRIES_AGAIN if passing else float("inf")
+        if self.instead is not None and not by_name:
+            self._warn(f"{self.instead}: {self.failure}")
         return self.failure
 
     def get(self) -> Loaded:
         """The library, loaded; built first where it is missing and FASTATTN_BUILD allows. BuildError otherwise."""
         if self.loaded is None:
-            path = self.find()
-            if path is None or mode() == "force":
-                reason = self.why_not()
-                if reason is not None:
-                    raise BuildError(reason)
-                path = self.build(force=mode() == "force")
-            self.loaded = self.load(path)
+            with self._building:
+                self.loaded = self._here() or self._built()
         return self.loaded
 
-    def load(self, path: Path) -> Loaded:
-        """Load a library and look up its operators. BuildError with the loader's words where it refuses."""
-        try:
-            handle = ctypes.CDLL(str(path))
-        except OSError as refusal:
-            raise BuildError(
-                f"the {self.name} library cannot be loaded ({refusal}); {self._again}, FASTATTN_BUILD=force too"
-            ) from refusal
-        return self.operators(path, handle)
+    # ---- finding
 
     def find(self) -> Path | None:
-        """Where the library lies; None where it must be built. BuildError where there is neither it nor a compiler."""
-        shipped = Path(__file__).parent / "lib" / self.shipped_name()
-        if shipped.exists():
-            return shipped
-        path = self.cached()
-        return path if path.exists() else None
+        """Where the library lies, whole and trusted; None where it must be built."""
+        return next((path for path, _ in self._candidates()), None)
 
-    def cached(self) -> Path:
-        """Where it lies in the cache folder, once it is built. BuildError where there is no compiler to ask."""
-        steps, version = self.recipe()
-        room = self.name.lower()
-        return cache_folder() / f"fastattn_{room}_{compiler.key(room, version, steps)}{SUFFIX}"
+    def _here(self) -> Loaded | None:
+        """The library, loaded from where it is, or before; None where it must be built."""
+        if self.loaded is None:
+            kept = process.kept(self._kept_name())
+            self.loaded = self._look() if kept is None else self._again_of(*kept)
+        return self.loaded
+
+    def _look(self) -> Loaded | None:
+        """The first library that can be loaded."""
+        if mode() == "force":
+            return None
+        for path, folder in self._candidates():
+            try:
+                return self._load(path, folder)
+            except NotLoaded as refusal:
+                self.damaged[str(refusal)] = None
+            except Untrusted as refusal:
+                self.unusable[str(refusal)] = None
+        return None
+
+    def _candidates(self) -> Iterator[tuple[Path, Folder | None]]:
+        """Libraries that would serve here, whole ones, the best first; each with its place. One in the package is as
+        trusted as the code beside it.
+        """
+        with contextlib.suppress(OSError):
+            damage = self.files.damage_of_shipped()
+            if damage is None:
+                yield self.files.shipped(), None
+            else:
+                self.damaged[f"{self.files.shipped()} {damage}"] = None
+        for place in build_cache.places():
+            try:
+                with build_cache.opened(place()) as folder:
+                    names, damaged = self.files.whole(folder) if folder is not None else ([], [])
+                    self.damaged |= dict.fromkeys(damaged)
+                    for name in names:
+                        yield folder.path / name, folder  # type: ignore[union-attr]
+            except Untrusted as refusal:
+                self.unusable[str(refusal)] = None
+
+    # ---- building
 
     def shipped_name(self) -> str:
-        """The file's name within a wheel: the sources that it was made from are the ones beside it."""
-        room = self.name.lower()
-        return f"fastattn_{room}_{compiler.source_digest(room)}{SUFFIX}"
+        """The file's name within a package that brings it."""
+        return self.files.shipped_name()
 
     def build(self, *, force: bool = False, retry: bool = False) -> Path:
-        """Build it into the cache folder and return its path; one that is there already is kept, unless `force`, and
-        a failure that is remembered repeated, unless `retry`.
+        """Build it into the folder that is asked for, or the usual one, and return its path; one that is there already
+        is kept, unless `force`, and a failure that is remembered repeated. With `retry` it is not, and a library that
+        cannot be loaded is not kept.
 
         Raises:
-            BuildError: no compiler, a folder that cannot be written, or the compiler's first error with the command.
+            BuildError: no compiler, a folder that cannot be written or is not trusted, or the compiler's first error
+                with the command. PassingError where the next try may succeed.
         """
-        path = self.cached()
-        failed = failed_mark(path)
-        with writing(), locked(path.with_suffix(".lock")):
-            if not force:
-                if path.exists():
-                    return path
-                if failed.exists() and not retry:
-                    raise BuildError(failed.read_text())
-            failed.unlink(missing_ok=True)
-            try:
-                self.make(path)
-            except BuildError as refusal:
-                sentence = f"the {self.name} library could not be built; {self._again}\n{refusal}"
-                failed.write_text(sentence)
-                raise BuildError(sentence) from refusal
-        return path
+        if not build_cache.SUPPORTED:
+            raise BuildError(build_cache.NOT_HERE)
+        with self._building, build_cache.made(build_cache.asked_folder()) as folder:
+            return folder.path / self._build_in(folder, force, retry)
 
-    def make(self, path: Path) -> None:
-        """Compile and link beside `path`, say so on one line of standard error, and put the result under its name."""
-        steps, version = self.recipe()
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-            start = time.monotonic()
-            print(f"fastattn: building the {self.name} library, {len(steps) - 1} files with {version} ... ",
-                  end="", file=sys.stderr, flush=True)  # fmt: skip
+    def _why_no_build(self) -> str | None:
+        if mode() == "never":
+            return self._with_troubles(self._never())
+        name, refusals = self.files.cached_name(), []
+        for place in build_cache.places():
             try:
-                compiler.run(steps, Path(folder))
-            except BaseException:
-                print(f"failed after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+                with build_cache.opened(place()) as folder:
+                    return None if folder is None or mode() == "force" else self.files.failure(folder, name)
+            except Untrusted as refusal:
+                refusals.append(str(refusal))
+        return "; ".join(refusals) or build_cache.NOT_HERE
+
+    def _never(self) -> BuildError:
+        return BuildError(f"the {self.name} library is not built, and FASTATTN_BUILD=never forbids it; {self._hint}")
+
+    def _built(self) -> Loaded:
+        """Build in the first place that can be used, and load what was built."""
+        if mode() == "never":
+            raise self._never()
+        refusals = []
+        for place in build_cache.places():
+            try:
+                with build_cache.made(place()) as folder:
+                    name = self._build_in(folder, force=mode() == "force", retry=False)
+                    return self._load(folder.path / name, folder)
+            except Untrusted as refusal:
+                refusals.append(str(refusal))
+                self.unusable[str(refusal)] = None
+        raise BuildError("; ".join(refusals) or build_cache.NOT_HERE)
+
+    def _build_in(self, folder: Folder, force: bool, retry: bool) -> str:
+        """Build it in a place, unless it is there, and return its name."""
+        name = self.files.cached_name()
+        stem = name.removesuffix(SUFFIX)
+        with folder.locked(stem + LOCK, f"the {self.name} library"):
+            if not force:
+                if self.files.is_whole(folder, name) and not (retry and self._refused(folder, name)):
+                    return name
+                failed = None if retry else self.files.failure(folder, name)
+                if failed is not None:
+                    raise BuildError(failed)
+            folder.remove(stem + MARK)
+            try:
+                with folder.scratch(stem) as scratch:
+                    made, manifest = self._make(scratch)
+                    folder.remove(stem + RECORD)  # a library without one is none, whenever this ends
+                    folder.take(made, name)
+                folder.write(stem + RECORD, manifest.to_bytes())
+            except (PassingError, Untrusted) as refusal:
+                raise type(refusal)(self._failed(refusal)) from refusal
+            except BuildError as refusal:
+                with contextlib.suppress(OSError):
+                    folder.write(stem + MARK, self._failed(refusal).encode(errors="replace"))
+                raise BuildError(self._failed(refusal)) from refusal
+        return name
+
+    def _failed(self, refusal: BuildError) -> str:
+        return f"the {self.name} library could not be built; {self._again}\n{refusal}"
+
+    def _make(self, folder: Path) -> tuple[Path, Manifest]:
+        """Compile and link in a folder, and say so on one line of standard error."""
+        tools = self.files.tools
+        found = tools.find()
+        steps = tools.plan(found, f"library{SUFFIX}")
+        for sentence in self.damaged:
+            print(f"fastattn: {sentence}", file=sys.stderr)
+        start = time.monotonic()
+        print(f"fastattn: building the {self.name} library, {len(steps) - 1} files with {found.version} ... ",
+              end="", file=sys.stderr, flush=True)  # fmt: skip
+        try:
+            compiler.run(steps, folder)
+        except BaseException:
+            print(f"failed after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            raise
+        print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        made = folder / steps[-1].output
+        with made.open("rb") as file:
+            return made, Manifest.of(file.fileno(), self.files.made_for(), found, tools.named())
+
+    def ship(self, target: Path, *, build: bool) -> bool:
+        """Put the library into a package's folder as a wheel brings it, with its record: built there, or the one that
+        `find` finds. False where there is none.
+        """
+        shipped = target / self.files.shipped_name()
+        if build:
+            with tempfile.TemporaryDirectory(dir=target, prefix="build-") as name:
+                made, manifest = self._make(Path(name))
+                os.replace(made, shipped)
+            shipped.with_suffix(RECORD).write_bytes(manifest.to_bytes())
+            return True
+        found = self.find()
+        if found is None:
+            return False
+        shutil.copy2(found, shipped)
+        shutil.copy2(found.with_suffix(RECORD), shipped.with_suffix(RECORD))
+        return True
+
+    # ---- loading
+
+    def load(self, path: Path) -> Loaded:
+        """Load a library of a trusted folder and look up its operators. BuildError with the loader's words where it
+        refuses.
+        """
+        with build_cache.made(path.parent) as folder:
+            return self._load(path, folder)
+
+    def _load(self, path: Path, folder: Folder | None) -> Loaded:
+        with _LOADING:
+            kept = process.kept(self._kept_name())
+            if kept is not None:
+                return self._again_of(*kept)
+            try:
+                handle = build_cache.load(path, folder)
+            except (PassingError, Untrusted):
                 raise
-            os.replace(Path(folder) / steps[-1].output, path)
-            print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            except BuildError as refusal:
+                again = f"{self._again}, FASTATTN_BUILD=force too"
+                raise NotLoaded(f"the {self.name} library {refusal}; {again}") from refusal
+            process.keep(self._kept_name(), (compiler.source_digest(self.files.room), path, handle))
+        return self.operators(path, handle)
+
+    def _again_of(self, sources: str, path: Path, handle: ctypes.CDLL) -> Loaded:
+        """What this process has loaded before: a library's operators have names, and these are taken."""
+        if sources != compiler.source_digest(self.files.room):
+            raise BuildError(
+                f"this process has loaded {path}, which was made from other sources, and it can load one {self.name} "
+                "library; restart it"
+            )
+        return self.operators(path, handle)
+
+    def _kept_name(self) -> str:
+        return f"{self.name} library"
+
+    def _refused(self, folder: Folder, name: str) -> bool:
+        try:
+            self._load(folder.path / name, folder)
+        except BuildError:
+            return True
+        return False
+
+    # ---- saying
+
+    def _with_troubles(self, refusal: BuildError) -> str:
+        said = str(refusal)
+        return "; ".join([said, *(each for each in (*self.unusable, *self.damaged) if each not in said)])
+
+    def _warn(self, sentence: str) -> None:
+        if not self.warned:
+            self.warned = True
+            callers.warn(sentence)
 
 
 def mode() -> str:
@@ -194,45 +342,6 @@ def mode() -> str:
     if asked not in MODES:
         raise ValueError(f"FASTATTN_BUILD: one of {', '.join(MODES)} is needed, got {asked!r}")
     return asked
-
-
-def cache_folder() -> Path:
-    """FASTATTN_CACHE_DIR, or fastattn in the user's cache folder."""
-    named = os.environ.get("FASTATTN_CACHE_DIR")
-    if named:
-        return Path(named).expanduser().absolute()
-    try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as refusal:
-        raise BuildError(f"there is no home folder for the library ({refusal}); {ANOTHER_FOLDER}") from refusal
-    return Path(base) / "fastattn"
-
-
-def failed_mark(path: Path) -> Path:
-    """The file that remembers a library's failed build."""
-    return path.with_suffix(".failed")
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock; it goes with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError as missing:
-        raise BuildError("the library is built on Linux and macOS; elsewhere a wheel must bring it") from missing
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def writing() -> Iterator[None]:
-    """What the system refuses in the cache folder, as a sentence."""
-    try:
-        yield
-    except OSError as refusal:
-        raise BuildError(f"the cache folder cannot be written ({refusal}); {ANOTHER_FOLDER}") from refusal
 
 
 def _capturing() -> bool:

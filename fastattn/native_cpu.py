@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn import compiler, native
+from fastattn import compiler
+from fastattn.library_files import Toolchain
+from fastattn.native import Native
 
 
 class Operators(NamedTuple):
@@ -37,11 +39,6 @@ def state() -> str:
     return LIBRARY.why_not() or "not built yet: the first call on the CPU builds it, or `fastattn build`"
 
 
-def _recipe() -> native.Recipe:
-    found = compiler.find_compiler()
-    return native.Recipe(compiler.plan(found, f"library{native.SUFFIX}"), found.version)
-
-
 def _operators(path: Path, handle: ctypes.CDLL) -> Operators:
     named = torch.ops.fastattn
     return Operators(named.cpu_forward.default, named.cpu_backward.default, named.cpu_weights.default, path, handle)
@@ -52,10 +49,10 @@ def _text(function: Any) -> str:
     return function().decode()
 
 
-LIBRARY = native.Native(
+LIBRARY = Native(
     "CPU",
     command="`fastattn build`",
-    recipe=_recipe,
+    tools=Toolchain(compiler.find_compiler, compiler.locate_compiler, compiler.named_compiler, compiler.plan),
     operators=_operators,
     instead="fastattn computes with its plain reference on the CPU, slowly",
 )

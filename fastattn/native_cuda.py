@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastattn import native, nvcc
+from fastattn import nvcc
+from fastattn.library_files import Toolchain
+from fastattn.native import Native
 
 
 class Tiles(NamedTuple):
@@ -58,13 +60,13 @@ def state() -> str:
     return LIBRARY.why_not() or "not built yet: the first call on a Hopper GPU builds it, or `fastattn build --cuda`"
 
 
-def _recipe() -> native.Recipe:
-    found = nvcc.find_nvcc()
-    return native.Recipe(nvcc.plan(found, f"library{native.SUFFIX}"), found.version)
-
-
 def _operators(path: Path, handle: ctypes.CDLL) -> Operators:
     return Operators(torch.ops.fastattn.cuda_forward.default, path, handle)
 
 
-LIBRARY = native.Native("CUDA", command="`fastattn build --cuda`", recipe=_recipe, operators=_operators)
+LIBRARY = Native(
+    "CUDA",
+    command="`fastattn build --cuda`",
+    tools=Toolchain(nvcc.find_nvcc, nvcc.locate_nvcc, nvcc.named_nvcc, nvcc.plan),
+    operators=_operators,
+)

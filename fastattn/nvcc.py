@@ -6,11 +6,12 @@ import functools
 import os
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastattn import compiler
-from fastattn.compiler import BuildError, Step
+from fastattn.commands import BuildError, PassingError
+from fastattn.compiler import Compiler, Step
 
 ARCHITECTURE = ("-gencode=arch=compute_90a,code=sm_90a",)
 DTYPES = ("bf16", "f16")
@@ -24,26 +25,50 @@ OLDEST = (12, 3)
 RELEASE = re.compile(r"release (\d+)\.(\d+)(?:, V([\d.]+))?")
 
 
-def find_nvcc() -> compiler.Compiler:
+def named_nvcc() -> str:
+    """The toolkit that CUDA_HOME or CUDA_PATH names; empty where neither does."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
+
+
+def find_nvcc() -> Compiler:
     """nvcc of CUDA_HOME or CUDA_PATH, on PATH, or where the toolkit puts it. BuildError where none works."""
-    return _find_nvcc(*(os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "PATH")))
+    return _find_nvcc(*_environment())
+
+
+def locate_nvcc() -> Compiler | None:
+    """The first nvcc that lies where it is looked for. Nothing is run, so that it may be none."""
+    return next((Compiler((found,)) for found in _programs(*_environment())), None)
+
+
+def _environment() -> list[str | None]:
+    return [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "PATH")]
+
+
+def _programs(home: str | None, other_home: str | None, path: str | None) -> Iterator[str]:
+    folders = [str(Path(each) / "bin") for each in (home, other_home) if each]
+    for where in (*folders, path, "/usr/local/cuda/bin"):
+        found = shutil.which("nvcc", path=where)
+        if found is not None:
+            yield found
 
 
 @functools.cache
-def _find_nvcc(home: str | None, other_home: str | None, path: str | None) -> compiler.Compiler:
-    folders = [Path(each) / "bin" for each in (home, other_home) if each]
-    for found in [*(shutil.which("nvcc", path=str(each)) for each in folders), shutil.which("nvcc", path=path),
-                  shutil.which("nvcc", path="/usr/local/cuda/bin")]:  # fmt: skip
-        if found is None:
+def _find_nvcc(home: str | None, other_home: str | None, path: str | None) -> Compiler:
+    hung = []
+    for found in _programs(home, other_home, path):
+        try:
+            release = RELEASE.search(compiler.version_of((found,)))
+        except PassingError:
+            raise
+        except BuildError as refusal:
+            hung.append(str(refusal))
             continue
-        said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
-        release = RELEASE.search(said.stdout)
-        if said.returncode == 0 and release:
+        if release:
             number = int(release[1]), int(release[2])
             if number < OLDEST:
                 raise BuildError(TOO_OLD.format(*number))
-            return compiler.Compiler((found,), f"nvcc {release[3] or release[0].split()[-1]}")
-    raise BuildError(NO_NVCC)
+            return Compiler((found,), f"nvcc {release[3] or release[0].split()[-1]}")
+    raise BuildError("; ".join([NO_NVCC, *hung]))
 
 
 def kernel_flags(dtype: str, width: int, width_v: int) -> tuple[str, ...]:
@@ -64,7 +89,7 @@ def parts() -> dict[str, tuple[Path, tuple[str, ...]]]:
     return {**kernels, "room": (root / "cuda" / "room.cu", ()), "ops": ops}
 
 
-def plan(found: compiler.Compiler, library: str) -> list[Step]:
+def plan(found: Compiler, library: str) -> list[Step]:
     """The steps that make `library`; the last one links what the others made."""
     steps = [
         Step(f"{name}.o", (*found.command, *FLAGS, *ARCHITECTURE, *flags, "-c", str(source), "-o", f"{name}.o"))

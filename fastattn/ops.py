@@ -14,15 +14,17 @@ from out and lse goes from the forward to the backward beside them (low_parts.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, reference, sharding, tracing
+from fastattn import dispatch, process, reference, sharding, storage, tracing
 from fastattn.low_parts import LowParts
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
@@ -31,18 +33,19 @@ _SPEC = (
     "str mask_code, SymInt[] mask_numbers, Tensor[] mask_tensors, float scale, float? softcap, float dropout_p, "
     "bool deterministic, bool needs_grad, str backend"
 )
-_LIBRARY = torch.library.Library("fastattn", "DEF")
-_LIBRARY.define(
+_SCHEMAS = (
     f"attention_forward({_INPUTS}, {_SPEC}) -> (Tensor out, Tensor lse, Tensor lse_low, Tensor out_low)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
     "attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, "
     f"{_INPUTS}, {_SPEC}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
-    tags=torch.Tag.pt2_compliant_tag,
 )
+_FIRST = process.kept("operators") is None  # a process defines a namespace once, and may import fastattn again
+if _FIRST:
+    process.keep("operators", torch.library.Library("fastattn", "DEF"))
+    for _schema in _SCHEMAS:
+        process.kept("operators").define(_schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.fastattn.attention_forward.default
 BACKWARD = torch.ops.fastattn.attention_backward.default
+_BACKWARD = ("out", "lse", "the gradient of out", "the gradient of lse")
 N_INPUTS = len(AttnInputs._fields)
 BIAS = AttnInputs._fields.index("bias")
 N_RESULTS = 6  # of the forward and their gradients, before the backward's inputs
@@ -55,7 +58,7 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     if not _watched(inputs):
         forward, backward = dispatch.choose(spec, backend, to_run=True)
         if backward is None:
-            return dispatch.room(forward).forward(spec, inputs)
+            return _ready(forward, inputs).forward(spec, inputs)
         return _Eager.apply(*inputs, spec, forward, backward)
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec)
@@ -85,6 +88,8 @@ def attention_weights(
         compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
         if compute is not None:
             return compute(spec, inputs, lse, rows, mean=mean)
+    if not (_watched(inputs) or tracing.transforms_active()):
+        storage.check((*inputs._fields, "lse"), (*inputs, lse))
     weights = reference.attention_weights(spec, inputs, lse, rows)
     return weights.sum(1) / max(spec.num_heads, 1) if mean else weights
 
@@ -107,11 +112,19 @@ def _watched(inputs: AttnInputs) -> bool:
     )
 
 
+def _ready(backend: str, inputs: AttnInputs) -> ModuleType:
+    """A backend's module, when it is known, by it or from here, that the memory of its inputs is there."""
+    module = dispatch.room(backend)
+    if not getattr(module, "LOOKS_AT_STORAGE", False):
+        storage.check(inputs._fields, inputs)
+    return module
+
+
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
-    room = dispatch.room(backend)
-    if hasattr(room, "forward_with_low"):
-        return room.forward_with_low(spec, inputs)
-    out, lse = room.forward(spec, inputs)
+    module = _ready(backend, inputs)
+    if hasattr(module, "forward_with_low"):
+        return module.forward_with_low(spec, inputs)
+    out, lse = module.forward(spec, inputs)
     return out, lse, LowParts.empty(spec, out, lse).unknown()
 
 
@@ -129,10 +142,11 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    room = dispatch.room(backend)
-    if hasattr(room, "forward_with_low"):
-        return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, low=low)
-    return room.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
+    module = dispatch.room(backend)
+    if not (getattr(module, "LOOKS_AT_STORAGE", False) or tracing.functorch_active() or tracing.holds_many(d_out)):
+        storage.check((*inputs._fields, *_BACKWARD), (*inputs, out, lse, d_out, d_lse))
+    low_parts = {"low": low} if hasattr(module, "forward_with_low") else {}
+    return module.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, **low_parts)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -340,15 +354,31 @@ class _AfterImport:
         return found
 
 
-for _name, _run, _fake, _setup, _grad in (
-    ("attention_forward", _forward, _forward_fake, _save, _forward_grad),
-    ("attention_backward", _backward, _backward_fake, _save_backward, _backward_grad),
-):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastattn::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"fastattn::{_name}", _grad, setup_context=_setup, lib=_LIBRARY)
+def _latest(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of that name in whichever import of this module is the process's now."""
 
-if "torch.utils.flop_counter" in sys.modules:
-    _register_flops()
-else:
-    sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))
+    @functools.wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        return getattr(sys.modules.get(__name__), function.__name__, function)(*args, **named)
+
+    return call
+
+
+def _register() -> None:
+    """Give the operators what they do."""
+    library = process.kept("operators")
+    for name, run, fake, save, grad in (
+        ("attention_forward", _forward, _forward_fake, _save, _forward_grad),
+        ("attention_backward", _backward, _backward_fake, _save_backward, _backward_grad),
+    ):
+        library.impl(name, _latest(run), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastattn::{name}", _latest(fake), lib=library)
+        torch.library.register_autograd(f"fastattn::{name}", _latest(grad), setup_context=_latest(save), lib=library)
+    if "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
+    else:
+        sys.meta_path.insert(0, _AfterImport("torch.utils.flop_counter", _register_flops))
+
+
+if _FIRST:
+    _register()

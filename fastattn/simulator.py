@@ -11,15 +11,17 @@ import hashlib
 import os
 import platform
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastattn import compiler, native
-from fastattn.compiler import BuildError, Compiler, Step
+from fastattn import build_cache, commands, compiler
+from fastattn.commands import BuildError
+from fastattn.compiler import Compiler, Step
+from fastattn.library_files import LOCK
+from fastattn.manifest import SUFFIX as RECORD
+from fastattn.manifest import Manifest
 
 FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 AS_KERNEL = ("-DFASTATTN_SIM", "-Wno-unknown-pragmas", "-x", "c++")
@@ -68,10 +70,10 @@ def sanitized() -> dict[str, str]:
     # Loaded before Python, which was not compiled with them; the last one so that they find what throws.
     files = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
-        said = subprocess.run([*found.command, f"-print-file-name={name}"], capture_output=True, text=True, check=False)
-        if not Path(said.stdout.strip()).is_absolute():
+        said = commands.call((*found.command, f"-print-file-name={name}"), commands.VERSION_LIMIT).said.strip()
+        if not Path(said).is_absolute():
             raise BuildError(f"{found.version} has no {name}")
-        files.append(said.stdout.strip())
+        files.append(said)
     return os.environ | {
         "LD_PRELOAD": " ".join(files),
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0",
@@ -115,7 +117,8 @@ def load(path: Path, *, seed: int = 0, fixed_order: bool = False, resident: int 
     """The library, with the schedule of its next launches: one drawn from `seed`, or threads in turn and copies as late
     as they may; `resident` blocks at a time.
     """
-    library = ctypes.CDLL(str(path))
+    with build_cache.made(path.parent) as folder, folder.opened(path.name):
+        library = build_cache.load(path, None)
     schedule(library, seed=seed, fixed_order=fixed_order, resident=resident)
     return library
 
@@ -149,7 +152,7 @@ def _runtime(found: Compiler, flavour: str) -> Path:
         for path in sources
     ]
     key = _key(found, sources, *(step.command for step in steps))
-    return _made(cache_folder() / f"runtime_{key}", [*steps, Step("done", ("true",))], None)
+    return _made(cache_folder() / f"runtime_{key}", steps, None)
 
 
 def _made(path: Path, steps: list[Step], output: str | None) -> Path:
@@ -169,23 +172,36 @@ def _made(path: Path, steps: list[Step], output: str | None) -> Path:
 
 def once(path: Path, make: Callable[[Path], Path]) -> Path:
     """`path`, a file or a folder; where it is not there, what `make` makes in the folder that it is given, and returns
-    the place of. Processes that want it at the same time wait for the one that makes it, and it becomes visible whole.
+    the place of. Processes that want it at the same time wait for the one that makes it, and it becomes visible whole;
+    a file that is another than was made is made again.
     """
-    with native.writing(), native.locked(path.with_suffix(".lock")):
-        if path.exists():
+    record = path.stem + RECORD
+    with build_cache.made(path.parent) as folder, folder.locked(path.stem + LOCK, path.name):
+        if path.is_dir() and not path.is_symlink():
             return path
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as name:
-            folder = Path(name) / "objects"
-            folder.mkdir()
-            os.replace(make(folder), path)
+        if path.name in folder.names():
+            manifest = Manifest.read(folder.read(record))
+            with folder.opened(path.name) as descriptor:
+                if manifest is not None and manifest.damage(descriptor) is None:
+                    return path
+        with folder.scratch(path.stem) as scratch:
+            objects = scratch / "objects"
+            objects.mkdir()
+            made = make(objects)
+            if made.is_dir():
+                os.replace(made, path)
+                return path
+            with made.open("rb") as file:
+                manifest = Manifest.of(file.fileno(), {})
+            folder.remove(record)
+            folder.take(made, path.name)
+        folder.write(record, manifest.to_bytes())
     return path
 
 
 def cache_folder() -> Path:
     """Where kernels of tests lie, the simulator's and those that nvcc made."""
-    folder = native.cache_folder() / "simulator"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return build_cache.asked_folder() / "simulator"
 
 
 def _key(found: Compiler, files: list[Path], *commands: tuple[str, ...]) -> str:

@@ -1,8 +1,12 @@
 // Which instruction set runs a problem.
 #include "room.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#if defined(__linux__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -91,20 +95,56 @@ const Room* chosen() {
 // A cap above it bends no score, and what is divided by it may be too small for a float.
 constexpr float kWideCap = 1e30f;
 
+// Apart, as its frame holds 7,000 bytes.
+[[gnu::noinline]] const char* uncapped(Pass pass, const Params& p) {
+  Params without = p;
+  without.softcap = 0.0f;
+  return pass(without);
+}
+
+// Bytes. The deepest of the kernels' calls takes 20,000, by -fstack-usage at -O3; an error's way out needs some too.
+constexpr uintptr_t kStack = 32768;
+
+// The lowest address of this thread's stack, and the address beyond; 0 and 0 where nobody says.
+struct Stack {
+  uintptr_t low = 0, high = 0;
+
+  Stack() {
+#if defined(__linux__)
+    pthread_attr_t attributes;
+    void* address = nullptr;
+    size_t size = 0, guard = 0;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return;
+    if (pthread_attr_getstack(&attributes, &address, &size) == 0 && pthread_attr_getguardsize(&attributes, &guard) == 0) {
+      low = reinterpret_cast<uintptr_t>(address) + guard;
+      high = reinterpret_cast<uintptr_t>(address) + size;
+    }
+    pthread_attr_destroy(&attributes);
+#elif defined(__APPLE__)
+    high = reinterpret_cast<uintptr_t>(pthread_get_stackaddr_np(pthread_self()));
+    low = high - pthread_get_stacksize_np(pthread_self());
+#endif
+  }
+};
+
 const char* run(Pass Room::*pass, const Params& p) {
+  if (short_of_stack())
+    return "this thread has less than 32,768 bytes of stack left, which the CPU kernels may take; give it more "
+           "(threading.stack_size), or call from another thread";
   const Room* room = chosen();
   if (!room)
     return "FASTATTN_CPU_ISA: it must name an instruction set that this machine has (generic, and on x86-64 avx2, "
            "avx512, amx), or be empty for the best one";
-  if (p.softcap > kWideCap) {
-    Params uncapped = p;
-    uncapped.softcap = 0.0f;
-    return (room->*pass)(uncapped);
-  }
-  return (room->*pass)(p);
+  return p.softcap > kWideCap ? uncapped(room->*pass, p) : (room->*pass)(p);
 }
 
 }  // namespace
+
+bool short_of_stack() {
+  static thread_local const Stack stack;
+  const uintptr_t here = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  return here > stack.low && here < stack.high && here - stack.low < kStack;  // else it runs on a stack of its own
+}
 
 const char* forward(const Params& p) { return run(&Room::forward, p); }
 const char* backward(const Params& p) { return run(&Room::backward, p); }

@@ -14,6 +14,9 @@ const char* backward(const Params& p);
 // Weights from lse.
 const char* weights(const Params& p);
 
+// Whether this thread has less stack left than the kernels may take.
+bool short_of_stack();
+
 // The instruction set in use: the best that this machine has, or the one that FASTATTN_CPU_ISA names, read at each
 // call.
 const char* isa();

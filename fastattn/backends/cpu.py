@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastattn import leaves
+from fastattn import leaves, storage
 from fastattn.low_parts import NONE, LowParts
 from fastattn.native_cpu import LIBRARY
 from fastattn.spec import AttnInputs, AttnSpec
@@ -16,6 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
 READS_BLOCKS = True
+LOOKS_AT_STORAGE = True  # csrc/ops.cpp does, at no cost
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -25,9 +27,9 @@ def why_not(spec: AttnSpec) -> str | None:
     return _spec_reason(spec) or LIBRARY.why_not() or _isa_reason()
 
 
-def prepare(spec: AttnSpec) -> str | None:
+def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or LIBRARY.prepare() or _isa_reason()
+    return _spec_reason(spec) or LIBRARY.prepare(by_name=by_name) or _isa_reason()
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
@@ -55,7 +57,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, None, None)
+    _run(LIBRARY.get().forward, inputs, spec, out, lse, *NONE)
     return out, lse
 
 
@@ -64,7 +66,7 @@ def forward_with_low(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     low = LowParts.empty(spec, out, lse)
-    LIBRARY.get().forward(*inputs, *_numbers(spec), out, lse, *low)
+    _run(LIBRARY.get().forward, inputs, spec, out, lse, *low)
     return out, lse, low
 
 
@@ -86,11 +88,19 @@ def backward(
     dbias = _empty_dbias(spec, inputs.bias) if inputs.bias is not None and wants_dbias else None
     dsinks = None if inputs.sinks is None else torch.empty_like(inputs.sinks)
     row_terms = torch.empty(2, *lse.shape, dtype=torch.float32, device=spec.device)
-    LIBRARY.get().backward(
-        *inputs, *_numbers(spec), out, lse.contiguous(), *low, d_out, d_lse, dq, dk, dv, dbias, dsinks,
-        row_terms,
-    )  # fmt: skip
+    results = (d_out, d_lse, dq, dk, dv, dbias, dsinks, row_terms)
+    read = {"out": out, "lse": lse, "the gradient of out": d_out}
+    _run(LIBRARY.get().backward, inputs, spec, out, lse.contiguous(), *low, *results, read=read)
     return dq, dk, dv, dbias, dsinks
+
+
+def _run(operator: Any, inputs: AttnInputs, spec: AttnSpec, *rest: Any, read: dict[str, Tensor] | None = None) -> None:
+    """Call an operator of the library. Where it finds memory missing, that tensor is named: an input, one of `read`."""
+    try:
+        operator(*inputs, *_numbers(spec), *rest)
+    except RuntimeError:
+        storage.check((*inputs._fields, *(read or {})), (*inputs, *(read or {}).values()), thorough=True)
+        raise
 
 
 def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool) -> Tensor:
@@ -128,6 +138,7 @@ def _readable(inputs: AttnInputs) -> AttnInputs:
     """As kernels read memory: no negated views, sinks float32 and side by side."""
     query, key, value, bias, sinks, _ = inputs
     if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
+        storage.check(inputs._fields, inputs)  # what follows may copy
         inputs = inputs.resolved()
     if inputs.sinks is not None:
         inputs = inputs._replace(sinks=inputs.sinks.float().contiguous())

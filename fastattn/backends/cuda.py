@@ -47,9 +47,9 @@ def why_not(spec: AttnSpec) -> str | None:
     return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.why_not()
 
 
-def prepare(spec: AttnSpec) -> str | None:
+def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
-    return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.prepare()
+    return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.prepare(by_name=by_name)
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:

@@ -1,11 +1,13 @@
 """For the tests of the CPU room: the library, built once, and every instruction set that the machine has."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastattn import compiler, process
 from fastattn.native_cpu import LIBRARY
 
 TILES = "-DFASTATTN_EMULATE_AMX" in os.environ.get("CXXFLAGS", "") or (
@@ -41,3 +43,58 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+FAKE = """#!/bin/sh
+case "$*" in *--version*) echo "{version}"; exit 0;; esac
+echo "$*" >> "{log}"
+sleep {seconds}
+for last; do :; done
+echo half > "$last"
+case "$*" in *{fails}*) echo "In file included from x.h:"; echo "x.cpp:3:1: error: no such thing"; exit 1;; esac
+exit 0
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Put a made-up compiler in CXX and an empty cache beside it; the log has a line a command."""
+
+    def make(version="made-up 1.0", fails="nothing-at-all", seconds=0):
+        script = tmp_path / "c++"
+        script.write_text(FAKE.format(version=version, log=tmp_path / "log", fails=fails, seconds=seconds))
+        script.chmod(0o755)
+        compiler._find_compiler.cache_clear()
+        return lambda: (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTATTN_BUILD", raising=False)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for name in ("unusable", "damaged"):
+        monkeypatch.setattr(LIBRARY, name, {})
+    yield make
+    compiler._find_compiler.cache_clear()
+
+
+@pytest.fixture(params=["ninja", "by itself"])
+def way(request, monkeypatch):
+    """With ninja, and with the compiler called directly."""
+    real = compiler.shutil.which
+    if request.param == "ninja" and real("ninja") is None:
+        pytest.skip("needs ninja")
+    if request.param == "by itself":
+        monkeypatch.setattr(
+            compiler.shutil, "which", lambda name, **named: None if name == "ninja" else real(name, **named)
+        )
+    return request.param
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """As if nothing had been loaded in this process."""
+    for name, value in (("loaded", None), ("failure", None), ("retry_at", float("inf")), ("warned", False)):
+        monkeypatch.setattr(LIBRARY, name, value)
+    monkeypatch.setattr(process, "kept", lambda name: None)
+    monkeypatch.setattr(process, "keep", lambda name, value: None)

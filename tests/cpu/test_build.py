@@ -12,63 +12,15 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import fastattn
-from fastattn import compiler, native
+from fastattn import build_cache, compiler, library_files
 from fastattn.cli import main
 from fastattn.native_cpu import LIBRARY
 
 QUERY = torch.randn(1, 2, 5, 8)
 
-FAKE = """#!/bin/sh
-case "$*" in *--version*) echo "{version}"; exit 0;; esac
-echo "$*" >> "{log}"
-sleep {seconds}
-for last; do :; done
-echo half > "$last"
-case "$*" in *{fails}*) echo "In file included from x.h:"; echo "x.cpp:3:1: error: no such thing"; exit 1;; esac
-exit 0
-"""
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """Put a made-up compiler in CXX and an empty cache beside it; the log has a line a command."""
-
-    def make(version="made-up 1.0", fails="nothing-at-all", seconds=0):
-        script = tmp_path / "c++"
-        script.write_text(FAKE.format(version=version, log=tmp_path / "log", fails=fails, seconds=seconds))
-        script.chmod(0o755)
-        compiler._find_compiler.cache_clear()
-        return lambda: (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
-
-    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
-    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("FASTATTN_BUILD", raising=False)
-    yield make
-    compiler._find_compiler.cache_clear()
-
-
-@pytest.fixture(params=["ninja", "by itself"])
-def way(request, monkeypatch):
-    """With ninja, and with the compiler called directly."""
-    real = compiler.shutil.which
-    if request.param == "ninja" and real("ninja") is None:
-        pytest.skip("needs ninja")
-    if request.param == "by itself":
-        monkeypatch.setattr(
-            compiler.shutil, "which", lambda name, **named: None if name == "ninja" else real(name, **named)
-        )
-    return request.param
-
-
-@pytest.fixture
-def unloaded(monkeypatch):
-    """As if nothing had been loaded in this process."""
-    for name, value in (("loaded", None), ("failure", None), ("warned", False)):
-        monkeypatch.setattr(LIBRARY, name, value)
-
 
 def left_in(folder):
-    return sorted(path.suffix for path in folder.iterdir())
+    return sorted(path.suffix for path in folder.iterdir() if not path.name.startswith("build-"))
 
 
 def test_it_is_built_once_and_says_so_on_one_line(fake, way, tmp_path, capsys):
@@ -80,7 +32,7 @@ def test_it_is_built_once_and_says_so_on_one_line(fake, way, tmp_path, capsys):
     assert capsys.readouterr().err == f"fastattn: building the CPU library, {units} files with made-up 1.0 ... 0 s\n"
     assert LIBRARY.build() == path and len(log()) == units + 1
     assert LIBRARY.build(force=True) == path and len(log()) == 2 * units + 2
-    assert left_in(path.parent) == [".lock", native.SUFFIX]
+    assert left_in(path.parent) == [".json", ".lock", library_files.SUFFIX]
 
 
 @pytest.mark.parametrize("fails", ["room.cpp", "ops.cpp", "-shared"])
@@ -101,14 +53,14 @@ def test_a_failed_build_says_why_and_is_remembered(fails, fake, way, tmp_path, c
     assert len(log()) > calls
     fake()
     assert LIBRARY.build(retry=True).exists()
-    assert left_in(tmp_path / "cache") == [".lock", native.SUFFIX]
+    assert left_in(tmp_path / "cache") == [".json", ".lock", library_files.SUFFIX]
 
 
 def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
     keys = []
 
     def note():
-        keys.append(LIBRARY.cached())
+        keys.append(LIBRARY.files.cached_name())
 
     fake()
     note()
@@ -136,7 +88,7 @@ def test_processes_that_want_it_at_once_build_it_once(fake):
         for _ in range(3)
     ]
     said = [process.communicate(timeout=120) for process in started]
-    assert len({out for out, _ in said}) == 1 and said[0][0].strip().endswith(native.SUFFIX)
+    assert len({out for out, _ in said}) == 1 and said[0][0].strip().endswith(library_files.SUFFIX)
     assert sum("building" in err for _, err in said) == 1
     assert sum("-shared" in line for line in log()) == 1
 
@@ -250,24 +202,33 @@ def test_a_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FASTATTN_CACHE_DIR", "~/somewhere")
-    assert native.cache_folder() == native.Path.home() / "somewhere"
+    assert build_cache.asked_folder() == tmp_path / "home" / "somewhere"
     monkeypatch.delenv("FASTATTN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.cache_folder() == tmp_path / "fastattn"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert native.cache_folder() == native.Path.home() / ".cache" / "fastattn"
+    assert build_cache.asked_folder() == tmp_path / "fastattn"
+    for relative in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", relative)
+        assert build_cache.asked_folder() == tmp_path / "home" / ".cache" / "fastattn"
 
 
 def test_a_library_within_the_package_comes_first_where_its_sources_are_the_ones_beside_it(fake, tmp_path, monkeypatch):
     fake()
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "package" / "native.py"))
+    monkeypatch.setattr(library_files, "__file__", str(tmp_path / "package" / "library_files.py"))
     folder = tmp_path / "package" / "lib"
     folder.mkdir(parents=True)
-    (folder / f"fastattn_cpu_of-other-sources{native.SUFFIX}").touch()
+    (folder / f"fastattn_cpu_of-other-sources{library_files.SUFFIX}").touch()
     assert LIBRARY.find() is None
-    (folder / LIBRARY.shipped_name()).touch()
-    assert LIBRARY.find() == folder / LIBRARY.shipped_name()
+    assert LIBRARY.ship(folder, build=True)
+    shipped = folder / LIBRARY.shipped_name()
+    assert LIBRARY.find() == shipped
+    shipped.write_text("hald\n")
+    assert LIBRARY.find() is None and any("is damaged" in each for each in LIBRARY.damaged)
+    shipped.write_text("half\n")
+    assert LIBRARY.find() == shipped
+    shipped.with_suffix(".json").unlink()
+    assert LIBRARY.find() is None
 
 
 NO_COMPILER = """

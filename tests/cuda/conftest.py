@@ -45,7 +45,7 @@ class Room(NamedTuple):
 def take_cpu_tensors(put, library):
     """The CUDA backend takes tensors on the CPU, and its library is this one. `put` is setattr, or a patch's."""
     for name, answer in {"get": library, "available": library, "prepare": None, "why_not": None}.items():
-        put(native_cuda.LIBRARY, name, lambda answer=answer: answer)
+        put(native_cuda.LIBRARY, name, lambda answer=answer, **asked: answer)
     put(cuda, "_spec_reason", cuda.feature_reason)
     put(cuda, "_device_reason", lambda device: None)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from fastattn import BackendUnavailable, attention, compiler, dispatch, explain, native_cuda, nvcc
+from fastattn import BackendUnavailable, attention, commands, compiler, dispatch, explain, native_cuda, nvcc
 from fastattn.backends import cuda, triton
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
 from fastattn.native_cuda import LIBRARY
@@ -225,6 +225,8 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTATTN_BUILD", raising=False)
     monkeypatch.setattr(LIBRARY, "loaded", None)
     monkeypatch.setattr(LIBRARY, "failure", None)
+    for name in ("unusable", "damaged"):
+        monkeypatch.setattr(LIBRARY, name, {})
     yield put
     nvcc._find_nvcc.cache_clear()
 
@@ -239,6 +241,35 @@ def test_the_library_is_built_once_and_named_by_its_key(fake):
     assert LIBRARY.find() == path
     fake("13.1", WRITES)
     assert LIBRARY.find() is None
+
+
+def test_the_library_is_found_without_nvcc_unless_another_toolkit_is_named(fake, monkeypatch, tmp_path):
+    fake("13.0", WRITES)
+    path = LIBRARY.build()
+    nvcc._find_nvcc.cache_clear()
+    monkeypatch.setattr(commands, "call", None)  # nothing is asked
+    assert LIBRARY.find() == path
+    monkeypatch.setattr(nvcc.shutil, "which", lambda name, path=None: None)
+    assert LIBRARY.find() == path
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "another"))
+    assert LIBRARY.find() is None
+
+
+@pytest.mark.parametrize("harm", ["cut off", "all can write to it", "a link"])
+def test_a_library_that_is_damaged_or_anybodys_is_not_taken(fake, harm):
+    fake("13.0", WRITES)
+    path = LIBRARY.build()
+    assert LIBRARY.find() == path
+    if harm == "cut off":
+        path.write_text("mad")
+    elif harm == "a link":
+        path.rename(path.with_suffix(".moved"))
+        path.symlink_to(path.with_suffix(".moved"))
+    else:
+        path.chmod(0o666)
+    assert LIBRARY.find() is None
+    (said,) = [*LIBRARY.damaged, *LIBRARY.unusable]
+    assert {"cut off": "has 3 bytes", "a link": "is a link"}.get(harm, "can be written by others") in said
 
 
 def test_a_failed_build_is_remembered_and_repeated(fake):

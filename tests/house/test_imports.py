@@ -49,6 +49,8 @@ DOORS = (
     "fastattn._C",
 )
 
+BUILDING = tuple(f"fastattn.{name}" for name in ("commands", "compiler", "build_cache", "manifest", "library_files"))
+
 # The row with the longest name that a module lies under is its row.
 ROOMS = (
     Room("fastattn", may=("torch", "fastattn"), never=DOORS),
@@ -87,14 +89,25 @@ ROOMS = (
     ),
     Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
     Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
-    Room("fastattn.native", may=("torch", "fastattn.compiler", "fastattn.tracing")),
-    Room("fastattn.compiler", may=(), inside=("torch",)),
-    Room("fastattn.nvcc", may=("fastattn.compiler",), inside=("torch",)),
-    Room("fastattn.native_cpu", may=("torch", "fastattn.compiler", "fastattn.native")),
-    Room("fastattn.native_cuda", may=("torch", "fastattn.native", "fastattn.nvcc")),
-    Room("fastattn.simulator", may=("torch", "fastattn.compiler", "fastattn.native")),
+    Room("fastattn.callers", may=()),
+    Room("fastattn.process", may=("torch",)),
+    Room("fastattn.storage", may=("torch",)),
+    # The libraries: how they are made, where they are kept, which files they are, one library's way through all that.
+    Room("fastattn.commands", may=()),
+    Room("fastattn.compiler", may=("fastattn.commands",), inside=("torch",)),
+    Room("fastattn.nvcc", may=("fastattn.commands", "fastattn.compiler"), inside=("torch",)),
+    Room("fastattn.build_cache", may=("fastattn.commands",)),
+    Room("fastattn.manifest", may=("fastattn.compiler",)),
+    Room("fastattn.library_files", may=("fastattn.build_cache", "fastattn.compiler", "fastattn.manifest")),
+    Room("fastattn.native", may=("torch", "fastattn.callers", "fastattn.process", "fastattn.tracing", *BUILDING)),
+    Room("fastattn.native_cpu", may=("torch", "fastattn.native", *BUILDING)),
+    Room("fastattn.native_cuda", may=("torch", "fastattn.native", "fastattn.nvcc", *BUILDING)),
+    Room("fastattn.simulator", may=("torch", *BUILDING)),
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
-    Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cpu")),
+    Room(
+        "fastattn.backends.cpu",
+        may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.storage", "fastattn.native_cpu"),
+    ),
     Room("fastattn.backends.cuda", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cuda")),
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),

@@ -94,4 +94,19 @@ def test_what_several_want_at_once_is_made_by_one_and_seen_whole(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(lambda: simulator.once(path, make).read_text()) for _ in range(4)]
         assert [len(each.result()) for each in found] == [2000] * 4
-    assert len(made) == 1 and [each.name for each in tmp_path.iterdir() if each.suffix != ".lock"] == ["library.so"]
+    assert len(made) == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["library.json", "library.lock", "library.so"]
+
+
+def test_a_file_that_is_another_than_was_made_is_made_again(tmp_path):
+    def make(folder):
+        (folder / "part").write_text("whole")
+        return folder / "part"
+
+    path = simulator.once(tmp_path / "library.so", make)
+    path.write_text("whol")
+    assert simulator.once(path, make).read_text() == "whole"
+    path.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BuildError, match="is a link"):
+        simulator.once(path, make)

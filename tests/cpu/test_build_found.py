@@ -1,0 +1,153 @@
+"""Which library is taken from the cache: without a compiler, whole, and made for what is asked for."""
+
+import os
+
+import pytest
+
+from fastattn import build_cache, commands, compiler
+from fastattn.cli import main
+from fastattn.manifest import Manifest
+from fastattn.native_cpu import LIBRARY
+
+pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)
+
+
+# ---- damage
+
+
+DAMAGE = {
+    "cut off": (lambda path: os.truncate(path, 3), "has 3 bytes, and 5 were made"),
+    "empty": (lambda path: os.truncate(path, 0), "has 0 bytes"),
+    "another of that size": (lambda path: path.write_bytes(b"hale\n"), "not those that were made"),
+    "longer": (lambda path: path.write_bytes(b"half\n" * 9), "has 45 bytes"),
+    "gone": (lambda path: path.unlink(), "is missing, and its record is there"),
+}
+RECORDS = {
+    "no JSON": b"\x7fELF\xff\xfe",
+    "a list": b"[1, 2]",
+    "no keys": b"{}",
+    "other kinds": b'{"made_for": 1, "version": 1, "command": 1, "program": 1, "named": 1, "size": "5", "sha256": 1}',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_library_is_named_and_built_again(fake, damage, capsys):
+    log = fake()
+    path = LIBRARY.build()
+    calls = len(log())
+    do, says = DAMAGE[damage]
+    do(path)
+    assert LIBRARY.find() is None
+    (sentence,) = LIBRARY.damaged
+    assert says in sentence and str(path) in sentence
+    assert LIBRARY.build() == path == LIBRARY.find() and path.read_text() == "half\n"
+    assert len(log()) == 2 * calls
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_library_with_an_odd_record_is_built_again(fake, record):
+    log = fake()
+    path = LIBRARY.build()
+    calls = len(log())
+    path.with_suffix(".json").write_bytes(RECORDS[record])
+    assert LIBRARY.find() is None
+    assert LIBRARY.build() == path == LIBRARY.find() and len(log()) == 2 * calls
+
+
+OTHERS = {
+    "machine": "another architecture",
+    "sources": "other sources",
+    "torch": "0.0",
+    "platform": "another system",
+    "commands": "other flags",
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_library_under_this_name_that_was_made_for_another_is_not_taken(fake, what):
+    """With its own record beside it, as a copied folder has."""
+    fake()
+    path = LIBRARY.build()
+    record = Manifest.read(path.with_suffix(".json").read_bytes())
+    record.made_for[what] = OTHERS[what]
+    path.with_suffix(".json").write_bytes(record.to_bytes())
+    assert LIBRARY.find() is None and LIBRARY.build() == path == LIBRARY.find()
+
+
+def test_fastattn_build_builds_again_what_cannot_be_loaded(fake, unloaded, capsys):
+    log = fake()
+    LIBRARY.build()
+    calls = len(log())
+    assert main(["build"]) == 1
+    assert len(log()) == 2 * calls and "cannot be loaded" in capsys.readouterr().err
+
+
+# ---- which library
+
+
+@pytest.fixture
+def without_compiler(monkeypatch, tmp_path):
+    """No compiler from now on, and whoever runs one is found out."""
+
+    def take_away():
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path / "no-such-folder"))
+        monkeypatch.setattr(commands, "call", None)
+
+    return take_away
+
+
+def test_a_library_is_found_without_a_compiler(fake, without_compiler):
+    fake()
+    path = LIBRARY.build()
+    without_compiler()
+    assert LIBRARY.find() == path
+
+
+def test_a_library_is_found_where_its_compiler_is_named_and_gone(fake, tmp_path):
+    fake()
+    path = LIBRARY.build()
+    (tmp_path / "c++").unlink()
+    compiler._find_compiler.cache_clear()
+    assert LIBRARY.find() == path
+
+
+def test_the_compiler_is_not_asked_where_the_library_is_there(fake, monkeypatch):
+    fake()
+    path = LIBRARY.build()
+    compiler._find_compiler.cache_clear()
+    monkeypatch.setattr(commands, "call", None)
+    assert LIBRARY.find() == path
+
+
+def test_other_flags_are_another_library(fake, monkeypatch, without_compiler):
+    fake()
+    plain = LIBRARY.build()
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    assert LIBRARY.find() is None
+    flagged = LIBRARY.build()
+    assert LIBRARY.find() == flagged != plain
+    without_compiler()
+    assert LIBRARY.find() == flagged
+    monkeypatch.delenv("CXXFLAGS")
+    assert LIBRARY.find() == plain
+
+
+def test_a_compiler_that_is_named_must_have_made_it(fake, monkeypatch, tmp_path):
+    fake()
+    path = LIBRARY.build()
+    other = tmp_path / "other" / "c++"
+    other.parent.mkdir()
+    other.write_bytes((tmp_path / "c++").read_bytes().replace(b"made-up 1.0", b"another 2.0"))
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    assert LIBRARY.find() is None
+    own = LIBRARY.build()
+    assert LIBRARY.find() == own != path
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")  # the first one is this machine's
+    assert LIBRARY.find() == path
+    monkeypatch.setenv("CXX", str(tmp_path / "c++") + " -pipe")
+    assert LIBRARY.find() is None
