@@ -55,7 +55,7 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     if not _watched(inputs):
         forward, backward = dispatch.choose(spec, backend, to_run=True)
         if backward is None:
-            return dispatch.room(forward).forward(spec, inputs)
+            return _run_forward(spec, inputs, forward)[:2]
         return _Eager.apply(*inputs, spec, forward, backward)
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec)
