@@ -94,7 +94,10 @@ ROOMS = (
     Room("fastattn.native_cuda", may=("torch", "fastattn.native", "fastattn.nvcc")),
     Room("fastattn.simulator", may=("torch", "fastattn.compiler", "fastattn.native")),
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
-    Room("fastattn.backends.cpu", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cpu")),
+    Room(
+        "fastattn.backends.cpu",
+        may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.low_parts", "fastattn.native_cpu"),
+    ),
     Room("fastattn.backends.cuda", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cuda")),
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),
