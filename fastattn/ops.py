@@ -18,7 +18,6 @@ import functools
 import importlib.machinery
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
     if not _watched(inputs):
         forward, backward = dispatch.choose(spec, backend, to_run=True)
         if backward is None:
-            return _ready(forward, inputs).forward(spec, inputs)
+            return _run_forward(spec, inputs, forward)[:2]
         return _Eager.apply(*inputs, spec, forward, backward)
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec)
@@ -112,16 +111,10 @@ def _watched(inputs: AttnInputs) -> bool:
     )
 
 
-def _ready(backend: str, inputs: AttnInputs) -> ModuleType:
-    """A backend's module, when it is known, by it or from here, that the memory of its inputs is there."""
+def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
     module = dispatch.room(backend)
     if not getattr(module, "LOOKS_AT_STORAGE", False):
         storage.check(inputs._fields, inputs)
-    return module
-
-
-def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
-    module = _ready(backend, inputs)
     if hasattr(module, "forward_with_low"):
         return module.forward_with_low(spec, inputs)
     out, lse = module.forward(spec, inputs)

@@ -106,7 +106,14 @@ ROOMS = (
     Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
     Room(
         "fastattn.backends.cpu",
-        may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.storage", "fastattn.native_cpu"),
+        may=(
+            "torch",
+            "fastattn.spec",
+            "fastattn.leaves",
+            "fastattn.low_parts",
+            "fastattn.storage",
+            "fastattn.native_cpu",
+        ),
     ),
     Room("fastattn.backends.cuda", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cuda")),
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
