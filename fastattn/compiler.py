@@ -145,8 +145,8 @@ def version_of(command: tuple[str, ...]) -> str:
     return done.said.strip() if done.code == 0 else ""
 
 
-def made_for(room: str, steps: list[Step]) -> dict[str, str]:
-    """What decides whether a library serves here, whichever compiler is called in `steps`: a room's sources, the
+def made_for(backend: str, steps: list[Step]) -> dict[str, str]:
+    """What decides whether a library serves here, whichever compiler is called in `steps`: a backend's sources, the
     machine, torch's headers, what the compiler is told.
     """
     import torch
@@ -157,17 +157,12 @@ def made_for(room: str, steps: list[Step]) -> dict[str, str]:
         for part in step.command:
             said.update(part.replace(code, "").replace(headers, "").encode(errors="surrogateescape") + b"\0")
     return {
-        "sources": source_digest(room),
+        "sources": source_digest(backend),
         "machine": platform.machine(),
         "platform": sys.platform,
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "commands": said.hexdigest()[:16],
     }
-
-
-def key(room: str, version: str, steps: list[Step]) -> str:
-    """One name for equal libraries of a room: what they are made for, and the compiler's version."""
-    return digest_of(version, *made_for(room, steps).values())
 
 
 def digest_of(*parts: str) -> str:

@@ -32,7 +32,7 @@ class Toolchain(NamedTuple):
 class LibraryFiles(NamedTuple):
     """A library's files, in a package and in the places of build_cache.py."""
 
-    room: str
+    backend: str
     tools: Toolchain
 
     def shipped(self) -> Path:
@@ -41,7 +41,7 @@ class LibraryFiles(NamedTuple):
 
     def shipped_name(self) -> str:
         """Its name there."""
-        return f"fastattn_{self.room}_{compiler.source_digest(self.room)}{SUFFIX}"
+        return f"fastattn_{self.backend}_{compiler.source_digest(self.backend)}{SUFFIX}"
 
     def cached_name(self) -> str:
         """Its name in a place, by this machine's compiler. BuildError where there is none to ask."""
@@ -51,10 +51,10 @@ class LibraryFiles(NamedTuple):
 
     def made_for(self) -> dict[str, str]:
         """What it must have been made for to serve here."""
-        return compiler.made_for(self.room, self.tools.plan(Compiler(("c++",)), "library"))
+        return compiler.made_for(self.backend, self.tools.plan(Compiler(("c++",)), "library"))
 
     def _prefix(self, made_for: dict[str, str]) -> str:
-        return f"fastattn_{self.room}_{compiler.digest_of(*made_for.values())}_"
+        return f"fastattn_{self.backend}_{compiler.digest_of(*made_for.values())}_"
 
     def damage_of_shipped(self) -> str | None:
         """What is wrong with the file in the package. OSError where there is none."""

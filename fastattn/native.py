@@ -65,7 +65,12 @@ class Native(Generic[Loaded]):
         self.unusable: dict[str, None] = {}  # places that are passed over, and why, in the order they were met
         self.damaged: dict[str, None] = {}  # libraries, likewise
         self._building = threading.Lock()
+        if hasattr(os, "register_at_fork"):  # a child of a process that builds has no thread that would let it go
+            os.register_at_fork(after_in_child=self._let_go)
         self._hint, self._again = f"{command} builds it", f"{command} tries again"
+
+    def _let_go(self) -> None:
+        self._building = threading.Lock()
 
     def why_not(self) -> str | None:
         """Why there is no library and none could be built; None where there is one or could be. Builds nothing."""
@@ -302,12 +307,12 @@ class Native(Generic[Loaded]):
             except BuildError as refusal:
                 again = f"{self._again}, FASTATTN_BUILD=force too"
                 raise NotLoaded(f"the {self.name} library {refusal}; {again}") from refusal
-            process.keep(self._kept_name(), (compiler.source_digest(self.files.room), path, handle))
+            process.keep(self._kept_name(), (compiler.source_digest(self.files.backend), path, handle))
         return self.operators(path, handle)
 
     def _again_of(self, sources: str, path: Path, handle: ctypes.CDLL) -> Loaded:
         """What this process has loaded before: a library's operators have names, and these are taken."""
-        if sources != compiler.source_digest(self.files.room):
+        if sources != compiler.source_digest(self.files.backend):
             raise BuildError(
                 f"this process has loaded {path}, which was made from other sources, and it can load one {self.name} "
                 "library; restart it"

@@ -296,7 +296,7 @@ def test_the_rooms_do_not_share_a_key():
     assert compiler.source_digest("cpu") != compiler.source_digest("cuda")
     root = compiler.sources()
     assert any(path.suffix == ".cu" for path in (root / "cuda").iterdir())
-    assert compiler.key("cpu", "x", []) != compiler.key("cuda", "x", [])
+    assert compiler.made_for("cpu", []) != compiler.made_for("cuda", [])
 
 
 def test_widths_are_those_of_the_tile_table():
