@@ -13,26 +13,21 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattn import dispatch, functional
+from fastattn import functional
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations import transformers_arguments as arguments
-from fastattn.integrations.classes import InTurn, assign, exchange
-from fastattn.integrations.report import ALREADY, Replacement
 from fastattn.integrations.transformers_mask import ModelMask, padding
 from fastattn.integrations.transformers_masks import Call, Unreadable, read
-from fastattn.integrations.transformers_own import hiding, own_class
+from fastattn.integrations.transformers_own import hiding
+from fastattn.integrations.transformers_replace import NAME, remember, replace
 from fastattn.masks import Causal, Dense, Full, Mask, Window
 
 __all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]
-
-NAME = "fastattn"
-"""What `attn_implementation` calls it."""
 
 TESTED = ((5, 20), (5, 23))
 """The first and the last version of transformers that the tests have run with."""
@@ -78,12 +73,13 @@ def attention_forward(
     """transformers' attention interface.
 
     Args:
-        module: who calls; its `is_causal` counts where there is no mask and `is_causal` is None.
+        module: who calls. Its `is_causal`, or `is_causal` where that is given, takes the causal mask away where it is
+            False and torch's SDPA would have been left to it: without padding, windows, caches that hold tokens.
         query [batch, num_heads, q_len, head_dim], key [batch, num_kv_heads, kv_len, head_dim],
         value [batch, num_kv_heads, kv_len, head_dim_v]: grouped heads stay as they are.
         attention_mask: what `attention_mask` below made; a bool tensor (True = attend) or a float one (added), both
-            broadcastable to [batch, num_heads, q_len, kv_len], differentiable where it is float; None: causal from the
-            first key where the module is, and everything else.
+            broadcastable to [batch, num_heads, q_len, kv_len], differentiable where it is float; None: everything is
+            visible, as in eager attention, but where the caller passes is_causal=True: then causal from the first key.
         dropout, scaling, softcap, s_aux (sinks [num_heads]), position_bias (added, differentiable): as their names say.
         sliding_window: not looked at, the mask holds it.
         kwargs: cu_seq_lens_q and cu_seq_lens_k, where packed sequences begin; sinks [batch, num_heads, q_len, 1], a
@@ -135,17 +131,23 @@ def attention_mask(
     kv_offset: int | Tensor = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> ModelMask | Tensor | None:
-    """transformers' mask interface: a mask object in place of a bool tensor; None where nothing is hidden.
+    """transformers' mask interface: a mask object in place of a tensor; None where nothing is hidden.
 
     Args:
         q_offset, kv_offset: positions of the first query and of the first key.
         mask_function: (batch_idx, head_idx, q_idx, kv_idx) -> bool; causal when None.
         attention_mask: 2-D, [batch, tokens] from position 0, nonzero = real; missing columns are not real.
+        local_size: the window or chunk of a function that has one.
+        dtype: of eager attention's mask, which the model's own code gets.
+        allow_is_causal_skip: the mask is causal alone but for local_size and padding.
         use_vmap: a part of the function is somebody's own. It, too, is read where it compares; else drawn as a table.
     """
     from transformers import masking_utils
@@ -153,73 +155,34 @@ def attention_mask(
     sdpa_mask: Any = masking_utils.sdpa_mask
     function = masking_utils.causal_mask_function if mask_function is None else mask_function
     device = torch.device(device)
+    model = getattr(kwargs.get("config"), "model_type", None)
+    dtype = torch.bool if model in TAKE_SDPAS else dtype
     call = Call(q_length, kv_length, q_offset, kv_offset, device)
     try:
         mask: Mask = read(function, call, packed=not use_vmap)
     except Unreadable:
-        whole = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}  # not None for a rule
         table = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-            mask_function=function, attention_mask=attention_mask, use_vmap=use_vmap, device=device, **whole,
+            mask_function=function, attention_mask=attention_mask, use_vmap=use_vmap, device=device,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False,  # a rule is not None here
         )  # fmt: skip
-        return _handed_out(Dense(table), batch_size, q_length, kv_length, device, kwargs)
-    if attention_mask is not None:
-        hidden = padding(_real(attention_mask, call), q_length)
-        if hidden is not None:
-            mask = hidden if isinstance(mask, Full) else mask & hidden
+        made = ModelMask(Dense(table), batch_size, q_length, kv_length, device, dtype)
+        return made.tensor() if model in LOOK_AT_MASKS else made
+    hidden = None if attention_mask is None else padding(_real(attention_mask, call), q_length)
+    if hidden is not None:
+        mask = hidden if isinstance(mask, Full) else mask & hidden
     if isinstance(mask, Full) and allow_is_bidirectional_skip:
         return None
-    return _handed_out(mask, batch_size, q_length, kv_length, device, kwargs)
+    alone = allow_is_causal_skip and hidden is None and q_length == kv_length
+    alone = alone and (local_size is None or kv_length < local_size)
+    made = ModelMask(mask, batch_size, q_length, kv_length, device, dtype, causal_alone=alone)
+    return made.tensor() if model in LOOK_AT_MASKS else made
 
 
-def _handed_out(
-    mask: Mask, batch: int, q_len: int, kv_len: int, device: torch.device, arguments: dict[str, Any]
-) -> ModelMask | Tensor:
-    """The mask as the model at hand understands it."""
-    made = ModelMask(mask, batch, q_len, kv_len, device)
-    return made.table() if getattr(arguments.get("config"), "model_type", None) in LOOKS_AT_MASKS else made
-
-
-LOOKS_AT_MASKS = frozenset({"doge"})
+LOOK_AT_MASKS = frozenset({"doge"})
 """Model types whose attention computes with the mask and takes any BlockMask, which a ModelMask is, for none."""
-
-
-def replace(model: nn.Module, *, backend: str | None = None) -> tuple[list[Replacement], list[Callable[[], None]]]:
-    """Let every transformers model in `model` compute its attention with fastattn, in place.
-
-    A model with transformers' interface gets `set_attn_implementation("fastattn")`; attention modules with code of
-    their own, where it is known here, get a subclass. Parameters, state_dict and hooks stay.
-
-    Args:
-        model: any module with transformers models inside.
-        backend: the room that runs them, by name; None takes the first that can.
-
-    Returns:
-        A row for each model and for each such module, and functions that undo it, to be called last first.
-
-    Raises:
-        ValueError: an unknown backend.
-    """
-    from transformers import PreTrainedModel
-
-    dispatch.requested(backend)
-    rows: list[Replacement] = []
-    undo: list[Callable[[], None]] = []
-    outer: str | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and (outer is None or not f"{path}.".startswith(outer)):
-            outer = f"{path}." if path else ""
-            rows.append(_set_implementation(path, module, backend, undo))
-        kind = own_class(module)
-        if kind is type(module):
-            rows.append(_already(path, kind.__name__, module, backend))
-        elif kind is not None:
-            what = f"{kind.__name__}, the same around fastattn.attention"
-            rows.append(Replacement(path, type(module).__name__, True, what))
-            undo.append(exchange(module, kind))
-    if backend is not None and any(row.changed for row in rows):
-        undo.append(_remember(model, "fastattn_backend", backend))
-    return rows, undo
+TAKE_SDPAS = frozenset({"nemotron_asr_streaming_encoder"})
+"""Model types whose code takes what eager attention's mask shows for hidden: right with SDPA's bool masks alone."""
 
 
 def truncate(model: nn.Module, left: int | None, right: int | None) -> Callable[[], None]:
@@ -236,48 +199,7 @@ def truncate(model: nn.Module, left: int | None, right: int | None) -> Callable[
     Raises:
         ValueError: sizes that a window cannot have.
     """
-    return _remember(model, "fastattn_window", Window(left, right, align="top-left"))
-
-
-def _remember(model: nn.Module, name: str, value: object) -> Callable[[], None]:
-    """Set an attribute on every module, for the attention among them to read; returns what takes it away again."""
-    return InTurn([assign(module, name, value) for module in model.modules()])
-
-
-def _already(path: str, name: str, module: Any, backend: str | None) -> Replacement:
-    """The row for what is on fastattn; exchanged where another room is asked for."""
-    moved = backend is not None and module.__dict__.get("fastattn_backend") != backend
-    return Replacement(path, name, moved, f"{ALREADY}, now in the room {backend!r}" if moved else ALREADY)
-
-
-def _set_implementation(path: str, model: Any, backend: str | None, undo: list[Callable[[], None]]) -> Replacement:
-    name = type(model).__name__
-    before, others = model.config._attn_implementation, _implementations(model)
-    if not model._can_set_attn_implementation():
-        return Replacement(path, name, False, "its attention is code of its own, not behind transformers' interface")
-    if before == NAME:
-        return _already(path, name, model, backend)
-    model.set_attn_implementation(NAME)
-    undo.append(partial(_set_back, others))
-    return Replacement(path, name, True, f"attn_implementation {NAME!r} in place of {before!r}")
-
-
-def _implementations(model: nn.Module) -> list[tuple[Any, str | None]]:
-    """Each configuration inside a model, and the attention implementation that it names."""
-    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    found: dict[int, tuple[Any, str | None]] = {}
-    while waiting:
-        config = waiting.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = config, config._attn_implementation_internal
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-    return list(found.values())
-
-
-def _set_back(implementations: list[tuple[Any, str | None]]) -> None:
-    for config, name in implementations:
-        config._attn_implementation_internal = name
+    return remember(model, "fastattn_window", Window(left, right, align="top-left"))
 
 
 def _real(attention_mask: Tensor, call: Call) -> Tensor:
@@ -299,15 +221,18 @@ def _visibility(
     """Mask and bias of one call."""
     q_len, kv_len = query.shape[2], key.shape[2]
     if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         # One query alone is decoding; otherwise the first key belongs to the first query, in an empty cache too.
-        return (Causal(align="top-left") if causal and q_len > 1 else None), None
+        return (Causal(align="top-left") if is_causal and q_len > 1 else None), None
     if isinstance(attention_mask, ModelMask):
+        if attention_mask.shape[2] == 1 < q_len and attention_mask.shape[3] == kv_len:
+            return attention_mask.table(), None  # made for one query, meant for all: [batch, 1, 1, kv_len]
         if attention_mask.shape[2:] != (q_len, kv_len):
             raise ValueError(
                 f"{type(module).__name__}: its mask was made for {attention_mask.shape[2]} queries and "
                 f"{attention_mask.shape[3]} keys, and it attends with {q_len} and {kv_len}"
             )
+        if attention_mask.causal_alone and not arguments.is_causal(module, is_causal):
+            return None, None
         return attention_mask.mask, None
     if attention_mask.dtype == torch.bool:
         return attention_mask, None

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+import textwrap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastattn.integrations.caught import names_in
 from fastattn.masks import Dense, Mask, Segments
 
-__all__ = ["absorbed", "check", "packed", "sinks_of"]
+__all__ = ["absorbed", "check", "is_causal", "packed", "sinks_of"]
 
 NOT_DONE = frozenset({"indices", "block_indices", "head_mask"})
 """Arguments that change the attention and that have no place in `fastattn.attention`."""
 
 _OWN: dict[type, frozenset[str]] = {}
+_CAUSAL: dict[type, tuple[bool, bool]] = {}
 
 
 def check(module: nn.Module, arguments: dict[str, Any], known: frozenset[str]) -> None:
@@ -50,8 +54,54 @@ def own_names(kind: type) -> frozenset[str]:
     return _OWN[kind]
 
 
-# Compilers take the answer for a constant, and need not look into inspect.
+def is_causal(module: nn.Module, given: bool | None) -> bool:
+    """What a module says of a causal mask that torch's SDPA would leave to it: False takes the mask away.
+
+    Somebody makes a decoder an encoder so: by the module's `is_causal`, or by the model's argument of that name. False
+    says nothing of the mask where the module was made with it and the model asks for a causal mask all the same: where
+    the class says so always (Aimv2), the configuration does (PaliGemma), or the model cannot run on SDPA (PegasusX).
+    Neither does an argument that the module's own code computed (Moonshine's: "causal, and there is no mask").
+
+    Args:
+        given: `is_causal` as the attention got it.
+    """
+    reads, born_false = _causal_words(type(module))
+    causal = getattr(module, "is_causal", True) if given is None or reads else given
+    if causal or born_false:
+        return True
+    return bool(getattr(getattr(module, "config", None), "use_bidirectional_attention", False))
+
+
+def _causal_words(kind: type) -> tuple[bool, bool]:
+    """Whether a class's forward reads `is_causal`; and whether False in it is how the class was written."""
+    if kind not in _CAUSAL:
+        forward = getattr(kind, "forward", None)
+        reads = callable(forward) and "is_causal" in names_in(inspect.unwrap(forward))
+        beside = vars(sys.modules[kind.__module__]).values() if kind.__module__ in sys.modules else ()
+        supports = [
+            each._supports_sdpa for each in beside if isinstance(each, type) and hasattr(each, "_supports_sdpa")
+        ]
+        _CAUSAL[kind] = reads, _always_false(kind) or (bool(supports) and not any(supports))
+    return _CAUSAL[kind]
+
+
+def _always_false(kind: Any) -> bool:
+    """Whether a class's own __init__ sets `is_causal` to False whatever it is given."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.__init__)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    set_to = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and any(getattr(each, "attr", None) == "is_causal" for each in node.targets)
+    ]
+    return bool(set_to) and all(isinstance(each, ast.Constant) and each.value is False for each in set_to)
+
+
+# Compilers take the answers for constants, and need not look into inspect.
 own_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_causal_words._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def packed(mask: Mask | Tensor | None, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> Mask | Tensor | None:

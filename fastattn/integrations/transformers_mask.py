@@ -12,49 +12,72 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from fastattn import tracing
-from fastattn.masks import Lengths, Mask, Segments
+from fastattn.masks import Dense, Lengths, Mask, Segments
 
 __all__ = ["ModelMask", "padding"]
 
 
 class ModelMask(BlockMask):
-    """A `Mask` that says of itself what a bool tensor [batch, 1, q_len, kv_len] (True = attend) would.
+    """A `Mask` that says of itself what eager attention's mask would: floats [batch, 1, q_len, kv_len], 0 where a query
+    attends and the least number of their dtype where it does not.
 
     Models hand their mask from layer to layer, and transformers lets a 4-D tensor or a BlockMask pass as finished: this
-    is one by name alone, and holds a `Mask` in `.mask`. A model that computes with its mask gets the bool table, which
-    is made then and there, and pays what it would pay with torch's own attention.
+    is one by name alone, and holds a `Mask` in `.mask`. Code of a model's own that computes with it (GIT's attention,
+    NLLB-MoE's router) gets eager's floats, which are made then and there, and so computes what it does with eager
+    attention. A part of it stays a ModelMask.
+
+    Args:
+        dtype: of the floats; torch.bool for a model whose code takes SDPA's masks alone, True = attend.
+        causal_alone: torch's SDPA would get no mask, and the module's `is_causal`, in its place.
     """
 
-    def __init__(self, mask: Mask, batch: int, q_len: int, kv_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        mask: Mask,
+        batch: int,
+        q_len: int,
+        kv_len: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        causal_alone: bool = False,
+    ) -> None:
         # BlockMask's own fields are left out on purpose: nobody runs FlexAttention on this.
-        self.mask, self.sizes, self.device = mask, (batch, 1, q_len, kv_len), device
+        self.mask, self.sizes, self.device, self.dtype = mask, (batch, 1, q_len, kv_len), device, dtype
+        self.causal_alone = causal_alone
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.sizes
+    def shape(self) -> torch.Size:
+        return torch.Size(self.sizes)
 
     @property
     def ndim(self) -> int:
         return 4
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bool
-
     def dim(self) -> int:
         return 4
 
     def size(self, dim: int | None = None) -> Any:
-        return self.sizes if dim is None else self.sizes[dim]
+        return self.shape if dim is None else self.sizes[dim]
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
 
     def table(self) -> Tensor:
-        """The bool tensor [batch, 1, q_len, kv_len]."""
+        """Bool [batch, 1, q_len, kv_len], True = attend."""
         batch, _, q_len, kv_len = self.sizes
         return self.mask.dense(q_len, kv_len, device=self.device).expand(batch, 1, q_len, kv_len)
 
+    def tensor(self) -> Tensor:
+        """What a model's own code gets, [batch, 1, q_len, kv_len] in `dtype`: eager attention's mask."""
+        if self.dtype == torch.bool:
+            return self.table()
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        return torch.where(self.table(), zero, torch.finfo(self.dtype).min)
+
     def to_dense(self) -> Tensor:
-        """The bool tensor [batch, 1, q_len, kv_len]."""
-        return self.table()
+        """As `tensor`."""
+        return self.tensor()
 
     def contiguous(self, *args: Any, **kwargs: Any) -> ModelMask:
         return self
@@ -65,17 +88,14 @@ class ModelMask(BlockMask):
     def detach(self) -> ModelMask:
         return self
 
-    def bool(self) -> ModelMask:
-        return self
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself where nothing changes; else as a tensor would."""
         targets = [*args, *kwargs.values()]
-        same = (self.device, str(self.device), torch.bool, False, True, None)
+        same = (self.device, str(self.device), self.dtype, False, True, None)
         return (
             self
             if all(any(each is one or each == one for one in same) for each in targets)
-            else self.table().to(*args, **kwargs)
+            else self.tensor().to(*args, **kwargs)
         )
 
     def numel(self) -> int:
@@ -90,47 +110,46 @@ class ModelMask(BlockMask):
         parts = list(index) if isinstance(index, tuple) else [index]
         if parts[:1] == [Ellipsis]:
             parts = [slice(None)] * (5 - len(parts)) + parts[1:]
-        if len(parts) <= 4 and all(_takes_all(part, size) for part, size in zip(parts, self.sizes, strict=False)):
-            return self
-        return self.table()[index]
+        if len(parts) <= 4 and all(isinstance(part, slice) for part in parts):
+            if all(_takes_all(part, size) for part, size in zip(parts, self.sizes, strict=False)):
+                return self
+            part = self.table()[tuple(parts)]
+            if part.shape[1] == 1:
+                return ModelMask(Dense(part), part.shape[0], part.shape[2], part.shape[3], self.device, self.dtype)
+        return self.tensor()[index]
 
     def __repr__(self) -> str:
         return f"ModelMask({self.mask}, shape={list(self.sizes)})"
 
     __str__ = __repr__
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str) -> Any:
         """What else a tensor has."""
-        if name in ("mask", "sizes", "device") or name.startswith("__"):
+        if name in ("mask", "sizes", "device", "dtype") or name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.table(), name)
+        return getattr(self.tensor(), name)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """torch's functions take it for the table."""
-        return func(*map(_table, args), **{name: _table(each) for name, each in (kwargs or {}).items()})
+        """torch's functions take it for the tensor."""
+        return func(*map(_as_tensor, args), **{name: _as_tensor(each) for name, each in (kwargs or {}).items()})
 
-    def __invert__(self) -> Tensor:
-        return ~self.table()
 
-    def __and__(self, other: Any) -> Tensor:
-        return self.table() & _table(other)
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: ModelMask, *others: Any) -> Any:
+        return getattr(self.tensor(), name)(*map(_as_tensor, others))
 
-    def __rand__(self, other: Any) -> Tensor:
-        return _table(other) & self.table()
+    operate.__name__ = name
+    return operate
 
-    def __or__(self, other: Any) -> Tensor:
-        return self.table() | _table(other)
 
-    def __ror__(self, other: Any) -> Tensor:
-        return _table(other) | self.table()
-
-    def __mul__(self, other: Any) -> Tensor:
-        return self.table() * _table(other)
-
-    __rmul__ = __mul__
+OPERATORS = "neg invert abs eq ne lt le gt ge add radd sub rsub mul rmul truediv rtruediv and rand or ror xor rxor"
+"""Which Python looks up in the class, past __getattr__."""
+for _name in OPERATORS.split():
+    setattr(ModelMask, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def padding(real: Tensor, q_len: int) -> Mask | None:
@@ -165,7 +184,7 @@ def _takes_all(part: Any, size: int) -> bool:
     )
 
 
-def _table(value: Any) -> Any:
+def _as_tensor(value: Any) -> Any:
     if isinstance(value, ModelMask):
-        return value.table()
-    return type(value)(map(_table, value)) if type(value) in (list, tuple) else value
+        return value.tensor()
+    return type(value)(map(_as_tensor, value)) if type(value) in (list, tuple) else value

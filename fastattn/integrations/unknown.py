@@ -36,12 +36,12 @@ def rows(modules: Iterable[tuple[str, nn.Module]], told: set[str]) -> Iterator[R
         if called:
             what = f"{where} is not known here; it calls {called[0]}, which fastattn.patch() catches"
             yield Replacement(path, kind.__name__, False, what)
-        elif _seems_to_attend(module, names) and not _above_another(path, told):
+        elif seems_to_attend(module, names) and not _above_another(path, told):
             what = f"{where} is not known here, and its forward calls none of torch's attention functions"
             yield Replacement(path, kind.__name__, False, what)
 
 
-def _seems_to_attend(module: nn.Module, names: frozenset[str]) -> bool:
+def seems_to_attend(module: nn.Module, names: frozenset[str]) -> bool:
     """By the name of its class; or as it has heads and takes a softmax."""
     if any(_looks_like_attention(base.__name__.lower()) for base in type(module).__mro__):
         return True

@@ -184,19 +184,38 @@ def test_padding_says_lengths_where_it_can():
     assert isinstance(padding(PADDINGS["holes"], 3), masks.Segments)
 
 
-def test_a_model_that_computes_with_its_mask_gets_the_table():
-    mask, table = made(FUNCTIONS["causal"], PADDINGS["left"], PLACES["prefill"])
-    assert mask.dim() == mask.ndim == 4 and mask.dtype == torch.bool and mask.size(2) == LENGTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_code_that_computes_with_its_mask_gets_eagers(dtype):
+    mask, _ = made(FUNCTIONS["causal"], PADDINGS["left"], PLACES["prefill"], dtype=dtype)
+    call = {"mask_function": FUNCTIONS["causal"], "attention_mask": PADDINGS["left"], "dtype": dtype}
+    table = given.eager_mask(BATCH, LENGTH, LENGTH, **call)
+    assert mask.dim() == mask.ndim == 4 and mask.dtype == dtype and mask.size(2) == LENGTH
     assert mask[:, :, :, :LENGTH] is mask and mask.contiguous() is mask and mask.to("cpu") is mask
+    scores = torch.randn(BATCH, 3, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)).to(dtype)
     same = {
-        "slice": (mask[..., :5], table[..., :5]),
-        "cast": (mask.to(torch.float32), table.float()),
-        "not": (~mask, ~table),
-        "and": (mask & table, table),
+        "row": (mask[:, :, -1], table[:, :, -1]),
+        "first": (mask[0], table[0]),
+        "added": (scores + mask, scores + table),
+        "added to": (mask + scores, table + scores),
+        "less": (mask < 0, table < 0),
+        "equal": (mask == 0, table == 0),
+        "twice": (mask * 2, table * 2),
+        "bool": (mask.bool(), table.bool()),
+        "cast": (mask.to(torch.float64), table.to(torch.float64)),
         "method": (mask.expand(2, 3, -1, -1), table.expand(2, 3, -1, -1)),
-        "where": (torch.where(mask, 1.0, 0.0), table.float()),
+        "where": (torch.where(mask == 0, 1.0, 0.0), torch.where(table == 0, 1.0, 0.0)),
         "cat": (torch.cat([mask, mask], -1), torch.cat([table, table], -1)),
-        "fill": (torch.zeros(table.shape).masked_fill(mask, 1.0), table.float()),
+        "fill": (scores.masked_fill(mask != 0, 1.0), scores.masked_fill(table != 0, 1.0)),
     }
     for name, (got, want) in same.items():
-        assert torch.equal(got, want), name
+        assert got.dtype == want.dtype and torch.equal(got, want), name
+    for index in (
+        (..., slice(5)),
+        (slice(None), slice(None), slice(2, 7)),
+        (slice(1), slice(None), slice(3), slice(4)),
+    ):
+        part = mask[index]
+        assert isinstance(part, ModelMask) and part.shape == table[index].shape
+        assert torch.equal(part.tensor(), table[index])
+    with pytest.raises(TypeError):
+        mask.__invert__()  # floats have none

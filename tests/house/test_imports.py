@@ -119,6 +119,9 @@ ROOMS = (
     Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),
     Room("fastattn.integrations.transformers", may=("torch", "fastattn"), inside=("transformers",), never=DOORS),
+    Room(
+        "fastattn.integrations.transformers_replace", may=("torch", "fastattn"), inside=("transformers",), never=DOORS
+    ),
     Room("fastattn.integrations.transformers_own", may=("torch", "fastattn"), inside=(AT_RUN_TIME,), never=DOORS),
     Room(
         "fastattn.models",
@@ -126,6 +129,7 @@ ROOMS = (
         inside=("transformers", "diffusers", "fastattn.bench"),
         never=DOORS,
     ),
+    Room("fastattn.models.families", may=("torch", "fastattn"), inside=("transformers", AT_RUN_TIME), never=DOORS),
     Room("fastattn.integrations.timm", may=("torch", "fastattn"), inside=("timm",), never=DOORS),
     Room("fastattn.integrations.diffusers", may=("torch", "fastattn"), inside=("diffusers",), never=DOORS),
     Room("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
