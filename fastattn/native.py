@@ -186,8 +186,10 @@ class Native(Generic[Loaded]):
         """
         if not build_cache.SUPPORTED:
             raise BuildError(build_cache.NOT_HERE)
+        name = self.files.cached_name()  # without a compiler no folder is made
         with self._building, build_cache.made(build_cache.asked_folder()) as folder:
-            return folder.path / self._build_in(folder, force, retry)
+            self._build_in(folder, name, force, retry)
+            return folder.path / name
 
     def _why_no_build(self) -> str | None:
         if mode() == "never":
@@ -208,25 +210,24 @@ class Native(Generic[Loaded]):
         """Build in the first place that can be used, and load what was built."""
         if mode() == "never":
             raise self._never()
-        refusals = []
+        name, refusals = self.files.cached_name(), []
         for place in build_cache.places():
             try:
                 with build_cache.made(place()) as folder:
-                    name = self._build_in(folder, force=mode() == "force", retry=False)
+                    self._build_in(folder, name, force=mode() == "force", retry=False)
                     return self._load(folder.path / name, folder)
             except Untrusted as refusal:
                 refusals.append(str(refusal))
                 self.unusable[str(refusal)] = None
         raise BuildError("; ".join(refusals) or build_cache.NOT_HERE)
 
-    def _build_in(self, folder: Folder, force: bool, retry: bool) -> str:
-        """Build it in a place, unless it is there, and return its name."""
-        name = self.files.cached_name()
+    def _build_in(self, folder: Folder, name: str, force: bool, retry: bool) -> None:
+        """Build it in a place under its name, unless it is there."""
         stem = name.removesuffix(SUFFIX)
         with folder.locked(stem + LOCK, f"the {self.name} library"):
             if not force:
                 if self.files.is_whole(folder, name) and not (retry and self._refused(folder, name)):
-                    return name
+                    return
                 failed = None if retry else self.files.failure(folder, name)
                 if failed is not None:
                     raise BuildError(failed)
@@ -243,7 +244,6 @@ class Native(Generic[Loaded]):
                 with contextlib.suppress(OSError):
                     folder.write(stem + MARK, self._failed(refusal).encode(errors="replace"))
                 raise BuildError(self._failed(refusal)) from refusal
-        return name
 
     def _failed(self, refusal: BuildError) -> str:
         return f"the {self.name} library could not be built; {self._again}\n{refusal}"

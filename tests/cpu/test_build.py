@@ -258,6 +258,7 @@ def test_without_a_compiler_the_reference_serves_and_a_warning_says_it_once(tmp_
     first, *rest = done.stdout.splitlines()
     assert first.startswith("1 fastattn computes with its plain reference on the CPU, slowly: no C++ compiler is found")
     assert "runs this call: plain PyTorch" in "\n".join(rest)
+    assert not (tmp_path / "cache").exists()
     told = run("-m", "fastattn.cli", "info")
     assert "no C++ compiler is found" in " ".join(told.stdout.split()), told.stderr
     built = run("-m", "fastattn.cli", "build")
