@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, reference, sharding, tracing
-from fastattn.low_parts import LowParts
+from fastattn.low_parts import NONE, LowParts
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -109,6 +109,8 @@ def _watched(inputs: AttnInputs) -> bool:
 
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
     room = dispatch.room(backend)
+    if not spec.needs_grad:
+        return *room.forward(spec, inputs), NONE
     if hasattr(room, "forward_with_low"):
         return room.forward_with_low(spec, inputs)
     out, lse = room.forward(spec, inputs)
