@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, process, reference, sharding, storage, tracing
-from fastattn.low_parts import LowParts
+from fastattn.low_parts import NONE, LowParts
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -115,6 +115,8 @@ def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tens
     module = dispatch.room(backend)
     if not getattr(module, "LOOKS_AT_STORAGE", False):
         storage.check(inputs._fields, inputs)
+    if not spec.needs_grad:
+        return *module.forward(spec, inputs), NONE
     if hasattr(module, "forward_with_low"):
         return module.forward_with_low(spec, inputs)
     out, lse = module.forward(spec, inputs)

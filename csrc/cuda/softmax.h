@@ -7,6 +7,7 @@ namespace fastattn::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLargest = 3.4028234e38f;  // of float
 
 // Element n of a thread's scores: which of its two rows, and which key, counted from the thread's own first one.
 __host__ __device__ constexpr int row_of(int n) { return n / 2 % 2; }
@@ -49,13 +50,13 @@ struct Softmax {
     for (int r = 0; r < 2; ++r) {
       const bool rises = !((top[r] - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
       const float reference = rises ? fmaxf(top[r], most[r]) : most[r];
-      const float peak = score_of<NATURAL>(reference, factor);
-      const float base = peak == -INFINITY ? 0.0f : reference;
+      const float base = reference == -INFINITY ? 0.0f : reference;
       rescale[r] = arch::exp2_approx((most[r] - base) * factor);
       grows |= rises;
       most[r] = reference;
       // A multiply-add of scores of any size would leave the product's rounding error: those are subtracted first.
-      const float shift = NATURAL ? 0.0f : base * factor;
+      // Where the largest overflows to -inf, what is subtracted stays finite, and leaves weights of 0.
+      const float shift = NATURAL ? 0.0f : fmaxf(base * factor, -kLargest);
       float added = 0.0f;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
