@@ -82,13 +82,17 @@ struct Shape {
 // Where a tensor's numbers begin. Its memory may have been cut off since it was made (a storage's resize_), and then
 // nothing of it is read.
 template <typename T>
-T* pointer(const Tensor& tensor, const Shape& shape) {
-  int64_t bytes = 0, last = 0, count = 1;
+T* pointer(const Tensor& tensor) {
+  int64_t bytes = 0, last = 0, count = 1, dims = 0;
+  int64_t *sizes = nullptr, *strides = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
-  for (int axis = 0; axis < 4; ++axis) {
-    last += (shape.size[axis] - 1) * shape.stride[axis];
-    count *= shape.size[axis];
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dims));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  for (int64_t axis = 0; axis < dims; ++axis) {
+    last += (sizes[axis] - 1) * strides[axis];
+    count *= sizes[axis];
   }
   const int64_t needed = count == 0 ? 0 : (last + 1) * static_cast<int64_t>(tensor.element_size());
   if (needed > bytes) throw std::runtime_error("a tensor's storage was resized after it was made, and lacks its numbers");
@@ -97,14 +101,9 @@ T* pointer(const Tensor& tensor, const Shape& shape) {
   return static_cast<T*>(data);
 }
 
-template <typename T>
-T* pointer(const Tensor& tensor) {
-  return pointer<T>(tensor, Shape(tensor));
-}
-
 Table table(const Tensor& tensor, const Shape& shape) {
   Table t;
-  t.data = pointer<void>(tensor, shape);
+  t.data = pointer<void>(tensor);
   t.dtype = dtype_of(tensor);
   for (int axis = 0; axis < 4; ++axis) t.stride[axis] = shape.stride[axis];
   return t;

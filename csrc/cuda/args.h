@@ -61,6 +61,7 @@ struct ForwardArgs {
   int32_t* taken;    // how many have been taken beyond each block's first; null: none, or in turn
 
   float factor;  // turns scores into powers of two; includes the scale where scores are raw products
+  float lowest;  // no score below it is seen: times the factor it is finite
   float scale, softcap;  // kEverything, whose scores are natural
   bool hides;    // keys may be hidden from every query, and their values then be anything
 

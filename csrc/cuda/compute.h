@@ -209,7 +209,7 @@ struct Computer {
     const int32_t first = tile_of(note) * F::BLOCK_N + key_of_thread;
     if constexpr (NATURAL) finish_scores(x, a, Rows(a, place, first_row()), first);
     if (checks(note)) hide(place, first, x);
-    return softmax.template step<F::TILE.poly_every, NATURAL>(x, a.factor, rescale);
+    return softmax.template step<F::TILE.poly_every, NATURAL>(x, a.factor, a.lowest, rescale);
   }
 
   DEVICE void hide(const Place& place, int32_t first, float (&x)[F::SCORES]) {

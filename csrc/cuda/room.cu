@@ -162,6 +162,7 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   const bool natural = request.kind == kEverything;
   a.scale = p.scale;
   a.factor = natural ? kLog2e : p.scale * kLog2e;
+  a.lowest = natural ? -kLargest : fmaxf(-kLargest, -kLargestPower / a.factor);
   a.softcap = p.softcap > kWideCap ? 0.0f : p.softcap;
   if (!natural && (!(p.scale > 0.0f) || a.softcap != 0.0f || p.bias.data || p.drop_below))
     return "bias, soft cap, dropout or such a scale have another kind of kernel";

@@ -8,6 +8,7 @@ namespace fastattn::cuda {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLargest = 3.4028234e38f;  // of float
+constexpr float kLargestPower = 3e38f;     // of two, that a score may be: what rounds it leaves it finite
 
 // Element n of a thread's scores: which of its two rows, and which key, counted from the thread's own first one.
 __host__ __device__ constexpr int row_of(int n) { return n / 2 % 2; }
@@ -38,11 +39,11 @@ struct Softmax {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. `rescale` gets what was
-  // accumulated before has to be multiplied by; false: by 1, in every row of the warp. The maximum stays behind while it
-  // rises by little: that saves the multiplication.
+  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. Those below `lowest` weigh
+  // 0. `rescale` gets what was accumulated before has to be multiplied by; false: by 1, in every row of the warp. The
+  // maximum stays behind while it rises by little: that saves the multiplication.
   template <int POLY_EVERY, bool NATURAL, int N>
-  DEVICE bool step(float (&x)[N], float factor, float (&rescale)[2]) {
+  DEVICE bool step(float (&x)[N], float factor, float lowest, float (&rescale)[2]) {
     float top[2];
     find_tops(x, top);
     bool grows = false;
@@ -50,13 +51,12 @@ struct Softmax {
     for (int r = 0; r < 2; ++r) {
       const bool rises = !((top[r] - most[r]) * factor <= kSlack);  // true where nothing has been seen yet
       const float reference = rises ? fmaxf(top[r], most[r]) : most[r];
-      const float base = reference == -INFINITY ? 0.0f : reference;
+      const float base = fmaxf(reference, lowest);
       rescale[r] = arch::exp2_approx((most[r] - base) * factor);
       grows |= rises;
       most[r] = reference;
       // A multiply-add of scores of any size would leave the product's rounding error: those are subtracted first.
-      // Where the largest overflows to -inf, what is subtracted stays finite, and leaves weights of 0.
-      const float shift = NATURAL ? 0.0f : fmaxf(base * factor, -kLargest);
+      const float shift = NATURAL ? 0.0f : base * factor;
       float added = 0.0f;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -99,17 +99,17 @@ struct Softmax {
     }
   }
 
-  // A maximum as a score, in the unit in which it may overflow: below the range nobody is seen, above it weights are NaN.
+  // Whether a row's largest score is above the range: its weights are NaN, and its lse inf.
   template <bool NATURAL>
-  static DEVICE float score_of(float number, float factor) {
-    return NATURAL ? number : number * factor;
+  DEVICE bool overflows(int r, float factor) const {
+    return (NATURAL ? most[r] : most[r] * factor) == INFINITY;
   }
 
-  // The natural logarithm of what a row sees; -inf where that is nothing, inf where a score overflows.
+  // The natural logarithm of what a row sees; -inf where that is nothing.
   template <bool NATURAL>
   DEVICE float lse(int r, float factor) const {
-    const float peak = score_of<NATURAL>(most[r], factor);
-    if (fabsf(peak) == INFINITY) return peak;
+    if (overflows<NATURAL>(r, factor)) return INFINITY;
+    if (sum[r] == 0.0f) return -INFINITY;
     const float log2_sum = arch::log2_approx(sum[r]);
     return NATURAL ? most[r] + log2_sum * kLn2 : fmaf(most[r], factor, log2_sum) * kLn2;
   }
@@ -117,9 +117,8 @@ struct Softmax {
   // What a row's accumulated values are multiplied by; a sink is one more logit in the denominator.
   template <bool NATURAL>
   DEVICE float weight(int r, float factor, const float* sink) const {
-    const float peak = score_of<NATURAL>(most[r], factor);
-    if (peak == INFINITY) return NAN;
-    if (peak == -INFINITY) return sum[r] == sum[r] ? 0.0f : sum[r];
+    if (overflows<NATURAL>(r, factor)) return NAN;
+    if (sum[r] == 0.0f) return 0.0f;
     float total = sum[r];
     if (sink) total += arch::exp2_approx(NATURAL ? (*sink - most[r]) * kLog2e : fmaf(-most[r], factor, *sink * kLog2e));
     return 1.0f / total;
