@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from fastattn import BackendUnavailable, attention, commands, compiler, dispatch, explain, native_cuda, nvcc
+from fastattn import BackendUnavailable, attention, commands, compiler, dispatch, explain, native_cuda, nvcc, process
 from fastattn.backends import cuda, triton
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
 from fastattn.native_cuda import LIBRARY
@@ -193,11 +193,20 @@ def test_what_it_cannot_do_it_says(chip, name):
     assert words in cuda.why_not(dataclasses.replace(spec, device=torch.device("cuda:0")))
 
 
-def test_without_nvcc_the_reason_names_it(monkeypatch, tmp_path):
+@pytest.fixture
+def nothing_built(tmp_path, monkeypatch):
+    """A cache folder of one's own, and nothing that this process has loaded or found out."""
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTATTN_BUILD", raising=False)
+    monkeypatch.setattr(process, "kept", lambda name: None)
+    for name, value in {"loaded": None, "failure": None, "unusable": {}, "damaged": {}}.items():
+        monkeypatch.setattr(LIBRARY, name, value)
+
+
+def test_without_nvcc_the_reason_names_it(nothing_built, monkeypatch, tmp_path):
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(LIBRARY, "loaded", None)
     monkeypatch.setattr(nvcc.shutil, "which", lambda name, path=None: None)
     nvcc._find_nvcc.cache_clear()
     try:
@@ -210,8 +219,8 @@ def test_without_nvcc_the_reason_names_it(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """An nvcc that writes what it is told to, and a cache folder of one's own; `fake("11.8")` is another version."""
+def fake(nothing_built, tmp_path, monkeypatch):
+    """An nvcc that writes what it is told to; `fake("11.8")` is another version."""
 
     def put(version, script="exit 0"):
         tool = tmp_path / "bin" / "nvcc"
@@ -221,12 +230,6 @@ def fake(tmp_path, monkeypatch):
         nvcc._find_nvcc.cache_clear()
 
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("FASTATTN_BUILD", raising=False)
-    monkeypatch.setattr(LIBRARY, "loaded", None)
-    monkeypatch.setattr(LIBRARY, "failure", None)
-    for name in ("unusable", "damaged"):
-        monkeypatch.setattr(LIBRARY, name, {})
     yield put
     nvcc._find_nvcc.cache_clear()
 
