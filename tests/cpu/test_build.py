@@ -165,13 +165,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("broken", "says"), BROKEN.values(), ids=BROKEN)
-def test_whatever_is_wrong_with_the_compiler_the_reference_serves(fake, tmp_path, monkeypatch, broken, says):
+def test_whatever_is_wrong_with_the_compiler_the_reference_serves(fake, unloaded, tmp_path, monkeypatch, broken, says):
     fake()
     for name, value in broken(tmp_path).items():
         monkeypatch.setenv(name, value)
     compiler._find_compiler.cache_clear()
-    monkeypatch.setattr(LIBRARY, "loaded", None)
-    monkeypatch.setattr(LIBRARY, "failure", None)
     with pytest.raises(compiler.BuildError) as refusal:
         LIBRARY.build()
     assert says in str(refusal.value)

@@ -101,7 +101,7 @@ def of_a_backend(module):
             begins(f"smoke {module.__name__}")
         return reference.forward(spec, inputs)
 
-    def why_not(spec):
+    def why_not(spec, *, by_name=False):
         return None if hasattr(module, "backward") or not spec.needs_grad else "its backward does not exist yet"
 
     module.why_not = module.prepare = why_not
