@@ -32,6 +32,7 @@ ANOTHER_FOLDER = "name another in FASTATTN_CACHE_DIR"
 NOT_HERE = "a library is built on Linux and macOS; elsewhere a wheel must bring it"
 SUPPORTED = fcntl is not None and hasattr(os, "getuid") and hasattr(os, "O_NOFOLLOW")
 MOST_LINKS = 40
+MOST_BYTES = 1 << 20  # of a record or mark: a longer one is damaged
 SAYS_WAITING = 1.0  # seconds
 LEFT_FOR_GOOD = 86400.0  # seconds: a build's folder that is older, and under no lock that we know
 ROOT = 0
@@ -185,10 +186,11 @@ class Folder:
             os.close(descriptor)
 
     def read(self, name: str) -> bytes | None:
-        """What a small file holds; None where there is none."""
+        """What a small file holds; None where there is none; nothing where it is longer than MOST_BYTES."""
         try:
             with self.opened(name) as descriptor, open(descriptor, "rb", closefd=False) as file:
-                return file.read()
+                content = file.read(MOST_BYTES + 1)
+                return content if len(content) <= MOST_BYTES else b""
         except FileNotFoundError:
             return None
 

@@ -42,7 +42,7 @@ class Manifest:
         """None where there is none, or what is there is none."""
         try:
             found = cls(**json.loads(content or b"null"))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):  # the last: lists in lists in lists
             return None
         kinds = (dict, str, list, list, str, int, str)
         fits = all(isinstance(value, kind) for value, kind in zip(vars(found).values(), kinds, strict=True))

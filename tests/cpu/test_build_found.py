@@ -3,13 +3,16 @@
 import os
 
 import pytest
+import torch
 
+import fastattn
 from fastattn import build_cache, commands, compiler
 from fastattn.cli import main
 from fastattn.manifest import Manifest
 from fastattn.native_cpu import LIBRARY
 
 pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)
+QUERY = torch.randn(1, 2, 5, 8)
 
 
 # ---- damage
@@ -28,6 +31,9 @@ RECORDS = {
     "no keys": b"{}",
     "other kinds": b'{"made_for": 1, "version": 1, "command": 1, "program": 1, "named": 1, "size": "5", "sha256": 1}',
     "nothing": b"",
+    "lists in lists": b"[" * 200_000,
+    "keys in keys": b'{"made_for":' * 200_000,
+    "a right one, and spaces without end": None,
 }
 
 
@@ -51,9 +57,17 @@ def test_a_library_with_an_odd_record_is_built_again(fake, record):
     log = fake()
     path = LIBRARY.build()
     calls = len(log())
-    path.with_suffix(".json").write_bytes(RECORDS[record])
+    kept = path.with_suffix(".json")
+    kept.write_bytes(kept.read_bytes() + b" " * (1 << 20) if RECORDS[record] is None else RECORDS[record])
     assert LIBRARY.find() is None
     assert LIBRARY.build() == path == LIBRARY.find() and len(log()) == 2 * calls
+
+
+def test_a_record_of_lists_in_lists_raises_nothing_out_of_a_call(fake, unloaded):
+    fake()
+    LIBRARY.build().with_suffix(".json").write_bytes(RECORDS["lists in lists"])
+    with pytest.warns(RuntimeWarning, match="cannot be loaded"):  # it has been built again
+        assert fastattn.attention(QUERY, QUERY, QUERY).isfinite().all()
 
 
 OTHERS = {
