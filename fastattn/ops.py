@@ -84,6 +84,7 @@ def attention_weights(
         return part.gathered(weights * (part.spec.num_heads / max(spec.num_heads, 1)), summed=True)
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
     if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
+        _check_mask(spec)
         compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
         if compute is not None:
             return compute(spec, inputs, lse, rows, mean=mean)
@@ -111,8 +112,16 @@ def _watched(inputs: AttnInputs) -> bool:
     )
 
 
+def _check_mask(spec: AttnSpec) -> None:
+    """What a mask's tensors say is read before a kernel looks at anything."""
+    tensors = spec.mask.tensors
+    if tensors:
+        storage.check([f"a tensor of mask={type(spec.mask).__name__}(...)"] * len(tensors), tensors)
+
+
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
     module = dispatch.room(backend)
+    _check_mask(spec)
     if not getattr(module, "LOOKS_AT_STORAGE", False):
         storage.check(inputs._fields, inputs)
     if not spec.needs_grad:
@@ -138,6 +147,7 @@ def _run_backward(
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
     module = dispatch.room(backend)
+    _check_mask(spec)
     if not (getattr(module, "LOOKS_AT_STORAGE", False) or tracing.functorch_active() or tracing.holds_many(d_out)):
         storage.check((*inputs._fields, *_BACKWARD), (*inputs, out, lse, d_out, d_lse))
     low_parts = {"low": low} if hasattr(module, "forward_with_low") else {}

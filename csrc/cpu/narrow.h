@@ -6,9 +6,11 @@
 
 namespace fastattn::FASTATTN_ISA {
 
+// Not where a backward follows, which has lse_low: it sums scores as tiles do, and beside large ones another order of the
+// sums would be seen in its weights.
 INLINE bool is_narrow(const Params& p) {
   const bool in_one_block = !p.key.blocks || p.key.block_size % BLOCK_N == 0;
-  return Unit::rows(p) <= MOST_ROWS && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
+  return Unit::rows(p) <= MOST_ROWS && !p.lse_low && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
          p.head_dim_v % VL == 0 && in_one_block;
 }
 

@@ -162,7 +162,7 @@ INLINE vf logarithm(vf x, vf* rest) {
   return x < kInfinity ? n * 0.69313812256f : vf{};
 }
 
-// tanh by Eigen's rational approximation, a few ulp.
+// tanh by Eigen's rational approximation, a few ulp; exactly 1 where a float has nothing between it and 1.
 INLINE vf hyperbolic_tangent(vf given) {
   const float edge = 7.90531110763549805f;
   const vf x = given > edge ? splat(edge) : given < -edge ? splat(-edge) : given;
@@ -178,7 +178,8 @@ INLINE vf hyperbolic_tangent(vf given) {
   q = q * x2 + 1.18534705686654e-04f;
   q = q * x2 + 2.26843463243900e-03f;
   q = q * x2 + 4.89352518554385e-03f;
-  return x * p / q;
+  const float whole = 9.010913f;
+  return given > whole ? splat(1.0f) : given < -whole ? splat(-1.0f) : x * p / q;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

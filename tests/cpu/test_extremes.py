@@ -106,6 +106,16 @@ def test_every_byte_of_a_bool_table_but_zero_is_true(byte, step, isa):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("q_len", [70, 1])
+def test_a_score_at_its_cap_has_no_slope(q_len, isa):
+    """Scores of 25,600 and a cap of 5: tanh is 1, and its derivative 0."""
+    query, key, value = tensors(q_len)
+    leaves = [(query.detach() * 0 + 100).requires_grad_(), (key.detach().sign() * 0 + 8).requires_grad_(), value]
+    out = attention(*leaves, softcap=5.0, scale=1.0, backend="cpu")
+    dq, dk, _ = torch.autograd.grad(out.square().sum(), leaves)
+    assert (dq == 0).all() and (dk == 0).all()
+
+
 @pytest.mark.parametrize("softcap", [1e31, 1e37, 3e38])
 def test_a_softcap_above_every_score_changes_nothing(softcap, isa):
     leaves = tensors()

@@ -57,6 +57,20 @@ def test_a_value_that_one_query_alone_sees_gets_its_gradient(dtype, feature, isa
         assert torch.equal(dv, d_out)
 
 
+@pytest.mark.parametrize("q_len", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_len", [65, 257, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_weights_of_few_queries_add_up_to_one(dtype, kv_len, q_len, isa):
+    """Beside values of 1, a value's gradient is its weight."""
+    torch.manual_seed(7)
+    lengths = {"query": q_len, "key": kv_len}
+    query, key = ((torch.randn(1, 2, n, 64) * 60).to(dtype).requires_grad_() for n in lengths.values())
+    value = torch.ones(1, 2, kv_len, 64, dtype=dtype, requires_grad=True)
+    out = attention(query, key, value, scale=1.0, backend="cpu")
+    dv = torch.autograd.grad(out[:, :, 0].sum(), value)[0].double().sum(2)
+    torch.testing.assert_close(dv, torch.ones(1, 2, 64, dtype=torch.float64), rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
 def test_the_weight_of_an_only_key_is_one(isa):
     query, key, _ = (each.detach() for each in tensors(100))
     lse = attention(query, key, key, mask=Window(0, 0), scale=0.3, return_lse=True, backend="cpu")[1]
