@@ -63,10 +63,14 @@ _splits_lengths._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_lengths(**tensors: Any) -> None:
-    """Refuse DTensors that are sharded over the length, whatever else they are sharded over."""
+    """Refuse DTensors whose ranks hold parts of the length; where a mesh dimension has one rank, that holds it all."""
     for name, tensor in tensors.items():
-        places = tensor.placements if is_sharded(tensor) else ()
-        if any(getattr(place, "dim", None) in (LENGTH, LENGTH - 4) for place in places):
+        if not is_sharded(tensor):
+            continue
+        places = tensor.placements
+        over = [getattr(place, "dim", None) for size, place in zip(tensor.device_mesh.shape, places, strict=True)
+                if size > 1]  # fmt: skip
+        if LENGTH in over or LENGTH - 4 in over:
             raise ValueError(
                 f"{name}: a DTensor sharded over the length (dimension {LENGTH}) is refused, as fastattn has no "
                 f"context parallelism yet, got placements {tuple(places)}; shard the batch (Shard(0)) or the heads "

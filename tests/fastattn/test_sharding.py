@@ -252,6 +252,27 @@ def test_a_sharded_length_is_refused(name, which):
     on_ranks(test)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_length_sharded_over_one_rank_is_whole(name, shape):
+    """Where a dimension of the mesh has one rank, that one holds the whole length."""
+    call, order = CALLS[name]
+    q, k, v = (torch.randn(1, 4, 6, 8).permute(order).contiguous().requires_grad_() for _ in range(3))
+    want = call(q, k, v)
+    grads = torch.autograd.grad(want.square().sum(), (q, k))
+
+    def test(_):
+        mesh = init_device_mesh("cpu", shape)
+        places = [Shard(order.index(2)) if size == 1 else Shard(order.index(1)) for size in shape]
+        given = [spread(each, mesh, places) for each in (q, k, v)]
+        have = call(*given)
+        close(have, want)
+        for mine, need in zip(torch.autograd.grad((have * have).sum(), given[:2]), grads, strict=True):
+            close(mine, need)
+
+    spawn_threads_and_init_comms(test, world_size=2)(None)
+
+
 def test_a_module_on_a_sharded_length_is_refused():
     module, x = MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)
 
