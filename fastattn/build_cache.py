@@ -161,6 +161,11 @@ class Folder:
         named = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
         return named if not self._fixed and named.is_dir() else self.path
 
+    def check_writable(self) -> None:
+        """Untrusted where no build can go into it: on a disk that is only read, say."""
+        if not os.access(self.here, os.W_OK):
+            raise Untrusted(f"the cache folder {self.path} cannot be written; {ANOTHER_FOLDER}")
+
     def names(self) -> list[str]:
         """Of everything in it."""
         return os.listdir(self._descriptor)

@@ -1,11 +1,12 @@
 """Compiled libraries: found, built where they are missing, loaded once. native_cpu.py and native_cuda.py each have one.
 
 A library is looked for in the installed package (a wheel that was built with it), then in the places of build_cache.py:
-without a compiler, by what it was made for, and held against the manifest beside it (library_files.py). Where there is
-none, the first call that needs it builds it, unless FASTATTN_BUILD=never says otherwise, somebody is tracing or a CUDA
-graph is captured; FASTATTN_BUILD=force builds it once more. Processes that want it at the same time wait for the one
-that builds. What is built becomes visible whole, under its name, or not at all; a build that failed is remembered under
-its key until `fastattn build` or a change of anything in the key, unless the reason may be over soon.
+without a compiler, by what it was made for, and held against the manifest beside it (library_files.py). The first place
+that is there and can be written decides: where it has no whole library, none is looked for elsewhere. The first call
+that needs one then builds it, unless FASTATTN_BUILD=never says otherwise, somebody is tracing or a CUDA graph is
+captured; FASTATTN_BUILD=force builds it once more. Processes that want it at the same time wait for the one that
+builds. What is built becomes visible whole, under its name, or not at all; a build that failed is remembered under its
+key until `fastattn build` or a change of anything in the key, unless the reason may be over soon.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -35,6 +36,7 @@ TRIES_AGAIN = 60.0  # seconds after which a process tries once more what failed 
 _LOADING = threading.Lock()
 
 Loaded = TypeVar("Loaded")
+Found = TypeVar("Found")
 
 
 class NotLoaded(BuildError):
@@ -127,7 +129,7 @@ class Native(Generic[Loaded]):
 
     def find(self) -> Path | None:
         """Where the library lies, whole and trusted; None where it must be built."""
-        return next((path for path, _ in self._candidates()), None)
+        return self._first(lambda path, folder: path)
 
     def _here(self) -> Loaded | None:
         """The library, loaded from where it is, or before; None where it must be built."""
@@ -138,36 +140,52 @@ class Native(Generic[Loaded]):
 
     def _look(self) -> Loaded | None:
         """The first library that can be loaded."""
-        if mode() == "force":
-            return None
-        for path, folder in self._candidates():
+        return None if mode() == "force" else self._first(self._load)
+
+    def _first(self, use: Callable[[Path, Folder | None], Found]) -> Found | None:
+        """What `use` makes of the first library that would serve here, given with its place: whole ones, the best
+        first; the next one where `use` raises NotLoaded. One in the package is as trusted as the code beside it. Places
+        after one that a build can go into are not looked at: they would hide that it lacks a whole library.
+        """
+        if self._is_shipped() and (found := self._tried(use, self.files.shipped(), None)) is not None:
+            return found
+        for place in build_cache.places():
             try:
-                return self._load(path, folder)
-            except NotLoaded as refusal:
-                self.damaged[str(refusal)] = None
+                with build_cache.opened(place()) as folder:
+                    if folder is None:
+                        continue
+                    names, damaged = self.files.whole(folder)
+                    self.damaged |= dict.fromkeys(damaged)
+                    for name in names:
+                        if (found := self._tried(use, folder.path / name, folder)) is not None:
+                            return found
+                    folder.check_writable()
+                    return None
             except Untrusted as refusal:
                 self.unusable[str(refusal)] = None
         return None
 
-    def _candidates(self) -> Iterator[tuple[Path, Folder | None]]:
-        """Libraries that would serve here, whole ones, the best first; each with its place. One in the package is as
-        trusted as the code beside it.
-        """
-        with contextlib.suppress(OSError):
+    def _is_shipped(self) -> bool:
+        """Whether the package has a whole library."""
+        try:
             damage = self.files.damage_of_shipped()
-            if damage is None:
-                yield self.files.shipped(), None
-            else:
-                self.damaged[f"{self.files.shipped()} {damage}"] = None
-        for place in build_cache.places():
-            try:
-                with build_cache.opened(place()) as folder:
-                    names, damaged = self.files.whole(folder) if folder is not None else ([], [])
-                    self.damaged |= dict.fromkeys(damaged)
-                    for name in names:
-                        yield folder.path / name, folder  # type: ignore[union-attr]
-            except Untrusted as refusal:
-                self.unusable[str(refusal)] = None
+        except OSError:
+            return False
+        if damage is not None:
+            self.damaged[f"{self.files.shipped()} {damage}"] = None
+        return damage is None
+
+    def _tried(self, use: Callable[[Path, Folder | None], Found], path: Path, folder: Folder | None) -> Found | None:
+        """What `use` makes of a library; None where the loader refuses it."""
+        try:
+            return use(path, folder)
+        except NotLoaded as refusal:
+            self.damaged[str(refusal)] = None
+        except Untrusted as refusal:  # no code runs from where it lies
+            self.unusable[str(refusal)] = None
+            if folder is not None:
+                raise
+        return None
 
     # ---- building
 
@@ -198,7 +216,10 @@ class Native(Generic[Loaded]):
         for place in build_cache.places():
             try:
                 with build_cache.opened(place()) as folder:
-                    return None if folder is None or mode() == "force" else self.files.failure(folder, name)
+                    if folder is None:
+                        return None
+                    folder.check_writable()
+                    return None if mode() == "force" else self.files.failure(folder, name)
             except Untrusted as refusal:
                 refusals.append(str(refusal))
         return "; ".join(refusals) or build_cache.NOT_HERE
@@ -214,6 +235,7 @@ class Native(Generic[Loaded]):
         for place in build_cache.places():
             try:
                 with build_cache.made(place()) as folder:
+                    folder.check_writable()
                     self._build_in(folder, name, force=mode() == "force", retry=False)
                     return self._load(folder.path / name, folder)
             except Untrusted as refusal:

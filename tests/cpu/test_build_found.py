@@ -1,12 +1,13 @@
 """Which library is taken from the cache: without a compiler, whole, and made for what is asked for."""
 
 import os
+import shutil
 
 import pytest
 import torch
 
 import fastattn
-from fastattn import build_cache, commands, compiler
+from fastattn import build_cache, commands, compiler, library_files
 from fastattn.cli import main
 from fastattn.manifest import Manifest
 from fastattn.native_cpu import LIBRARY
@@ -165,3 +166,79 @@ def test_a_compiler_that_is_named_must_have_made_it(fake, monkeypatch, tmp_path)
     assert LIBRARY.find() == path
     monkeypatch.setenv("CXX", str(tmp_path / "c++") + " -pipe")
     assert LIBRARY.find() is None
+
+
+# ---- which place
+
+
+@pytest.fixture
+def both(fake, tmp_path, monkeypatch):
+    """A whole library in the folder that is asked for, and the same among temporary files; each could be loaded."""
+    log = fake()
+    path = LIBRARY.build()
+    second = tmp_path / "temporary" / f"fastattn-{os.getuid()}"
+    shutil.copytree(path.parent, second)
+    before = len(log())
+    monkeypatch.setattr(LIBRARY, "_load", lambda path, folder: path)
+    return path, second / path.name, lambda: len(log()) - before
+
+
+LACKS = {
+    **{name: do for name, (do, _) in DAMAGE.items()},
+    "no record": lambda path: path.with_suffix(".json").unlink(),
+    "an odd record": lambda path: path.with_suffix(".json").write_bytes(b"[" * 200_000),
+    "nothing at all": lambda path: (path.with_suffix(".json").unlink(), path.unlink()),
+}
+
+
+@pytest.mark.parametrize("lacks", LACKS)
+def test_what_the_asked_folder_lacks_is_built_there_whatever_lies_among_temporary_files(both, unloaded, lacks, capsys):
+    path, _, commands_run = both
+    LACKS[lacks](path)
+    assert LIBRARY.get() == path and commands_run() > 0
+    assert LIBRARY.find() == path and path.read_text() == "half\n"
+    if lacks in DAMAGE:
+        said = capsys.readouterr().err
+        assert str(path) in said and DAMAGE[lacks][1] in said
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_in_the_asked_folder_is_one_warning_where_there_is_no_compiler(both, unloaded, damage, without_compiler):
+    path, _, _ = both
+    DAMAGE[damage][0](path)
+    without_compiler()
+    with pytest.warns(RuntimeWarning) as caught:
+        for _ in range(2):
+            assert fastattn.attention(QUERY, QUERY, QUERY).isfinite().all()
+    (said,) = [str(each.message) for each in caught]
+    assert "no C++ compiler is found" in said and DAMAGE[damage][1] in said and str(path) in said
+    LIBRARY.failure = None
+    assert DAMAGE[damage][1] in LIBRARY.why_not()
+
+
+@pytest.mark.parametrize("there", ["a whole library", "none", "a failed build"])
+def test_a_folder_that_is_only_read_serves_and_what_it_lacks_is_found_elsewhere(
+    both, unloaded, there, tmp_path, monkeypatch
+):
+    path, second, commands_run = both
+    mark = path.with_suffix(library_files.MARK)
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda at, *how, **named: at != path.parent and real(at, *how, **named))
+    if there == "a whole library":
+        assert LIBRARY.find() == path and not LIBRARY.unusable
+        return
+    LACKS["nothing at all"](path)
+    if there == "a failed build":
+        mark.write_text("x")
+    assert LIBRARY.find() == second
+    (sentence,) = LIBRARY.unusable
+    assert f"{path.parent} cannot be written; name another in FASTATTN_CACHE_DIR" in sentence
+    LACKS["nothing at all"](second)
+    assert LIBRARY.why_not() is None
+    assert LIBRARY.get() == second and commands_run() and not path.exists()
+
+
+def test_a_library_among_temporary_files_serves_where_the_asked_folder_is_not_there(both):
+    path, second, _ = both
+    shutil.rmtree(path.parent)
+    assert LIBRARY.find() == second
