@@ -354,3 +354,5 @@ def _make(path: Path) -> None:
     for each in (*reversed([each for each in path.parents if above in each.parents]), path):
         with contextlib.suppress(FileExistsError):
             os.mkdir(each, 0o700)
+            if os.lstat(each).st_mode & 0o777 != 0o700:  # a umask that takes from its owner
+                os.chmod(each, 0o700)

@@ -166,6 +166,22 @@ def test_what_is_made_is_this_users_alone(fake, tmp_path, monkeypatch, umask, la
     assert not [each for each in path.parent.iterdir() if each.stat().st_mode & 0o022]
 
 
+@pytest.mark.parametrize("lacks", [0o777, 0o700, 0o177, 0o277], ids=oct)
+def test_folders_that_are_made_have_their_mode_whatever_the_umask(tmp_path, umask, lacks):
+    """And those that were there keep theirs."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old").chmod(0o751)
+    umask(lacks)
+    for _ in range(2):
+        with build_cache.made(tmp_path / "old" / "new" / "below" / "it"):
+            pass
+    made = [tmp_path / "old" / below for below in ("new", "new/below", "new/below/it")]
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (tmp_path / "old", *made)] == [0o751, *[0o700] * 3]
+    made[-1].chmod(0o500)
+    with build_cache.made(made[-1]):
+        assert stat.S_IMODE(made[-1].stat().st_mode) == 0o500
+
+
 def test_a_folder_where_all_can_put_another_in_the_caches_place_is_not_trusted(fake, tmp_path, monkeypatch):
     fake()
     shared = tmp_path / "shared"
