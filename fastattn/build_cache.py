@@ -29,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 ANOTHER_FOLDER = "name another in FASTATTN_CACHE_DIR"
+CANNOT_BE_USED = "the cache folder {0} cannot be used"
 NOT_HERE = "a library is built on Linux and macOS; elsewhere a wheel must bring it"
 SUPPORTED = fcntl is not None and hasattr(os, "getuid") and hasattr(os, "O_NOFOLLOW")
 MOST_LINKS = 40
@@ -103,13 +104,13 @@ def refusals(what: str) -> Iterator[None]:
         raise Untrusted(f"{what} ({refusal}); {ANOTHER_FOLDER}") from refusal
 
 
-def _of_others(status: os.stat_result) -> str | None:
-    """Why a folder or file is not this user's alone; None where it is."""
+def _check_own(what: str, status: os.stat_result, remedy: str) -> None:
+    """Untrusted where a folder or file is not this user's alone."""
     if status.st_uid not in (os.getuid(), ROOT):
-        return f"belongs to user {status.st_uid}, and this process is user {os.getuid()}'s"
+        raise Untrusted(f"{what} belongs to user {status.st_uid}, and this process is user {os.getuid()}'s; {remedy}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"can be written by others (mode {stat.S_IMODE(status.st_mode):o}); `chmod go-w` mends it"
-    return None
+        mode = f"{stat.S_IMODE(status.st_mode):o}"
+        raise Untrusted(f"{what} can be written by others (mode {mode}); `chmod go-w` mends it, or {remedy}")
 
 
 def _resolved(path: Path) -> tuple[Path, bool]:
@@ -179,13 +180,11 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             status = os.lstat(name, dir_fd=self._descriptor)
             if not stat.S_ISREG(status.st_mode):
-                what = "a link" if stat.S_ISLNK(status.st_mode) else "no file"
+                what = "a link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
                 raise Untrusted(f"{path} is {what}; remove it, or {ANOTHER_FOLDER}")
         descriptor = os.open(name, flags, 0o600, dir_fd=self._descriptor)
         try:
-            reason = _of_others(os.fstat(descriptor))
-            if reason is not None:
-                raise Untrusted(f"{path} {reason}; remove it, or {ANOTHER_FOLDER}")
+            _check_own(str(path), os.fstat(descriptor), f"remove it, or {ANOTHER_FOLDER}")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -211,7 +210,11 @@ class Folder:
             raise
 
     def take(self, made: Path, name: str) -> None:
-        """Put a file that was made in a folder of this one's under its name; what was there is replaced."""
+        """Put a file that was made in a folder of this one's under its name; what was there is replaced. BuildError
+        where the compiler has left something else: the mode of what a link leads to is not ours to change.
+        """
+        if not stat.S_ISREG(os.lstat(made).st_mode):
+            raise BuildError(f"the compiler left {made.name}, which is not a regular file")
         os.chmod(made, stat.S_IMODE(os.stat(made).st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(made, name, dst_dir_fd=self._descriptor)
 
@@ -298,7 +301,7 @@ def opened(path: Path) -> Iterator[Folder | None]:
         Untrusted: it is another's, others can write to it, or the system refuses.
         PassingError: the system refuses for now.
     """
-    with refusals(f"the cache folder {path} cannot be read"):
+    with refusals(CANNOT_BE_USED.format(path)):
         real, fixed = _resolved(path)
         try:
             descriptor = _open_folder(real)
@@ -314,7 +317,7 @@ def opened(path: Path) -> Iterator[Folder | None]:
 @contextlib.contextmanager
 def made(path: Path) -> Iterator[Folder]:
     """The same, made for this user alone where there is none."""
-    with refusals(f"the cache folder {path} cannot be written"):
+    with refusals(CANNOT_BE_USED.format(path)):
         real, fixed = _resolved(path)
         _make(real)
         with _closing(_open_folder(real)) as descriptor:
@@ -323,10 +326,11 @@ def made(path: Path) -> Iterator[Folder]:
 
 def _open_folder(real: Path) -> int:
     descriptor = os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    reason = _of_others(os.fstat(descriptor))
-    if reason is not None:
+    try:
+        _check_own(f"the cache folder {real}", os.fstat(descriptor), ANOTHER_FOLDER)
+    except Untrusted:
         os.close(descriptor)
-        raise Untrusted(f"the cache folder {real} {reason}, or {ANOTHER_FOLDER}")
+        raise
     return descriptor
 
 

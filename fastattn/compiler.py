@@ -211,7 +211,8 @@ def run(steps: list[Step], folder: Path) -> None:
     """Run the steps in a folder, all but the last at once: with ninja where there is one.
 
     Raises:
-        BuildError: a step failed, made nothing, or the time limit is over. PassingError if it may work soon.
+        BuildError: a step failed, made nothing, or the time limit is over; or the library is not a regular file.
+            PassingError if it may work soon.
     """
     ninja = shutil.which("ninja")
     if ninja:
@@ -223,11 +224,14 @@ def run(steps: list[Step], folder: Path) -> None:
                 _check(step, each)
         _check(steps[-1], _call(steps[-1].command, folder))
     for step in steps:
-        made = folder / step.output
-        if not made.is_file() or made.stat().st_size == 0:
+        made, wrong = folder / step.output, None
+        if step is steps[-1] and (made.is_symlink() or (made.exists() and not made.is_file())):
+            wrong = f"left {step.output}, which is not a regular file"
+        elif not made.is_file() or made.stat().st_size == 0:
+            wrong = f"made no {step.output}"
+        if wrong is not None:
             raise BuildError(
-                f"the compiler ended without an error and made no {step.output}\n"
-                f"the command was: {shlex.join(step.command)}"
+                f"the compiler ended without an error and {wrong}\nthe command was: {shlex.join(step.command)}"
             )
 
 

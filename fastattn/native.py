@@ -219,7 +219,7 @@ class Native(Generic[Loaded]):
                     if folder is None:
                         return None
                     folder.check_writable()
-                    return None if mode() == "force" else self.files.failure(folder, name)
+                    return None if mode() == "force" else self._remembered(folder, name)
             except Untrusted as refusal:
                 refusals.append(str(refusal))
         return "; ".join(refusals) or build_cache.NOT_HERE
@@ -250,7 +250,7 @@ class Native(Generic[Loaded]):
             if not force:
                 if self.files.is_whole(folder, name) and not (retry and self._refused(folder, name)):
                     return
-                failed = None if retry else self.files.failure(folder, name)
+                failed = None if retry else self._remembered(folder, name)
                 if failed is not None:
                     raise BuildError(failed)
             folder.remove(stem + MARK)
@@ -264,8 +264,14 @@ class Native(Generic[Loaded]):
                 raise type(refusal)(self._failed(refusal)) from refusal
             except BuildError as refusal:
                 with contextlib.suppress(OSError):
-                    folder.write(stem + MARK, self._failed(refusal).encode(errors="replace"))
+                    folder.write(stem + MARK, str(refusal).encode(errors="replace"))
                 raise BuildError(self._failed(refusal)) from refusal
+
+    def _remembered(self, folder: Folder, name: str) -> str | None:
+        """A failed build that nothing has been changed about since; None where there is none."""
+        mark = folder.path / (name.removesuffix(SUFFIX) + MARK)
+        failure = self.files.failure(folder, name)
+        return failure and f"the {self.name} library could not be built before, says {mark}; {self._again}\n{failure}"
 
     def _failed(self, refusal: BuildError) -> str:
         return f"the {self.name} library could not be built; {self._again}\n{refusal}"

@@ -46,9 +46,12 @@ def test_a_failed_build_says_why_and_is_remembered(fails, fake, way, tmp_path, c
     assert "... failed after 0 s\n" in capsys.readouterr().err
     assert left_in(tmp_path / "cache") == [".failed", ".lock"]  # and nothing half-written
     calls = len(log())
-    with pytest.raises(compiler.BuildError, match="no such thing"):
+    with pytest.raises(compiler.BuildError, match="no such thing") as again:
         LIBRARY.build()
-    assert len(log()) == calls
+    (mark,) = (tmp_path / "cache").glob("*.failed")
+    first, *rest = str(again.value).splitlines()
+    assert first == f"the CPU library could not be built before, says {mark}; `fastattn build` tries again"
+    assert rest == said.splitlines()[1:] and len(log()) == calls
     assert main(["build"]) == 1
     assert len(log()) > calls
     fake()
@@ -187,7 +190,7 @@ def test_a_file_lock_that_is_refused_is_a_sentence(fake, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(compiler.BuildError, match=r"cannot be written \(.*No locks available.*name another"):
+    with pytest.raises(compiler.BuildError, match=r"cannot be used \(.*No locks available.*name another"):
         LIBRARY.build()
 
 
@@ -195,7 +198,7 @@ def test_a_cache_folder_that_cannot_be_written(fake, tmp_path, monkeypatch):
     fake()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTATTN_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(compiler.BuildError, match=r"cannot be written .*name another in FASTATTN_CACHE_DIR"):
+    with pytest.raises(compiler.BuildError, match=r"cannot be used .*name another in FASTATTN_CACHE_DIR"):
         LIBRARY.build()
 
 

@@ -134,6 +134,27 @@ def test_where_no_place_is_left_the_sentence_names_each(fake, unloaded, tmp_path
         fastattn.attention(QUERY, QUERY, QUERY, backend="cpu")
 
 
+@pytest.mark.parametrize("odd", ["a file in the way", "too long a name", "too long a path"])
+def test_a_bad_folder_is_named_once_in_one_warning(fake, unloaded, tmp_path, monkeypatch, odd):
+    fake()
+    ODD[odd](tmp_path, monkeypatch.setenv)
+    (tmp_path / "temporary" / f"fastattn-{os.getuid()}").write_text("in the way too")
+    said = call_and_see_one_warning()
+    assert said.count("name another in FASTATTN_CACHE_DIR") == said.count("the cache folder ") == 2
+    assert said.count("cannot be used (") == 2
+
+
+def test_a_mark_is_named_as_a_remembered_failure(fake, unloaded):
+    fake()
+    LIBRARY.build()
+    mark = LIBRARY.find().with_suffix(library_files.MARK)
+    LIBRARY.find().unlink()
+    mark.write_text("x")
+    says = f"the CPU library could not be built before, says {mark}; `fastattn build` tries again\nx"
+    assert LIBRARY.why_not().startswith(says)
+    assert f"slowly: {says}" in call_and_see_one_warning()
+
+
 def test_the_home_that_the_system_knows_serves_where_HOME_is_empty(monkeypatch):
     pwd = pytest.importorskip("pwd")
     for name in ("HOME", "XDG_CACHE_HOME", "FASTATTN_CACHE_DIR"):

@@ -47,8 +47,24 @@ ATTACKS = {
     "another's record": ("record", to_somebody, f"belongs to user {SOMEBODY}"),
     "a record that all can write to": ("record", lambda path: path.chmod(0o646), "can be written by others"),
     "a link in the record's place": ("record", replaced_by_link, "is a link"),
-    "a folder in the library's place": ("library", lambda path: (path.unlink(), path.mkdir()), "is no file"),
-    "a pipe in the record's place": ("record", lambda path: (path.unlink(), os.mkfifo(path)), "is no file"),
+    "a folder in the library's place": (
+        "library",
+        lambda path: (path.unlink(), path.mkdir()),
+        "is not a regular file; remove it, or name another",
+    ),
+    "a pipe in the record's place": (
+        "record",
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        "is not a regular file; remove it, or name another",
+    ),
+}
+
+
+REMEDY = {  # by whether it is a folder, and whether its mode is the trouble
+    (True, True): r"\(mode \d+\); `chmod go-w` mends it, or name another in FASTATTN_CACHE_DIR$",
+    (True, False): "this process is user 0's; name another in FASTATTN_CACHE_DIR$",
+    (False, True): r"\(mode \d+\); `chmod go-w` mends it, or remove it, or name another in FASTATTN_CACHE_DIR$",
+    (False, False): "(user 0's|a link|a regular file); remove it, or name another in FASTATTN_CACHE_DIR$",
 }
 
 
@@ -65,7 +81,7 @@ def test_a_library_that_others_may_have_put_there_is_not_found(fake, attack):
     assert LIBRARY.find() is None
     (sentence,) = LIBRARY.unusable
     assert re.search(says, sentence) and str(parts[part]) in sentence
-    assert "FASTATTN_CACHE_DIR" in sentence
+    assert re.search(REMEDY[part == "folder", "can be written" in says], sentence)
 
 
 @pytest.mark.parametrize("suffix", [library_files.LOCK, library_files.MARK])
@@ -92,6 +108,48 @@ def test_a_failed_build_writes_through_no_link(fake, tmp_path):
     with pytest.raises(compiler.BuildError, match="no such thing"):
         LIBRARY.build(retry=True)
     assert victim.read_text() == "what its owner wrote" and not mark.is_symlink()
+
+
+LEAVES = {
+    "a link": 'echo half > "$last.x"; rm -f "$last"; ln -s "$PWD/$last.x" "$last"',
+    "a link to somebody's file": 'rm -f "$last"; ln -s "$VICTIM" "$last"',
+    "a link to nothing": 'rm -f "$last"; ln -s nothing "$last"',
+    "a pipe": 'rm -f "$last"; mkfifo "$last"',
+    "a folder": 'rm -f "$last"; mkdir "$last"',
+}
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_a_compiler_that_leaves_no_regular_file_is_named(fake, way, tmp_path, monkeypatch, leaves):
+    fake()
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's")
+    victim.chmod(0o666)
+    monkeypatch.setenv("VICTIM", str(victim))
+    text = (
+        (tmp_path / "c++").read_text().replace("exit 0\n", f'case "$*" in *-shared*) {LEAVES[leaves]};; esac\nexit 0\n')
+    )
+    (tmp_path / "c++").write_text(text)
+    with pytest.raises(compiler.BuildError) as refusal:
+        LIBRARY.build()
+    output = f"library{library_files.SUFFIX}"
+    assert f"the compiler ended without an error and left {output}, which is not a regular file" in str(refusal.value)
+    assert "-shared" in str(refusal.value).splitlines()[-1]
+    assert victim.stat().st_mode & 0o777 == 0o666
+    assert sorted(each.suffix for each in (tmp_path / "cache").iterdir()) == [".failed", ".lock"]
+
+
+@pytest.mark.parametrize("put", ["symlink_to", "mkdir", "mkfifo"])
+def test_only_a_regular_file_is_put_under_a_name(tmp_path, put):
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's")
+    victim.chmod(0o666)
+    made = tmp_path / "cache" / "build-x"
+    with build_cache.made(tmp_path / "cache") as folder:
+        {"symlink_to": lambda: made.symlink_to(victim), "mkdir": made.mkdir, "mkfifo": lambda: os.mkfifo(made)}[put]()
+        with pytest.raises(compiler.BuildError, match="the compiler left build-x, which is not a regular file"):
+            folder.take(made, "x")
+        assert folder.names() == ["build-x"] and victim.stat().st_mode & 0o777 == 0o666
 
 
 PLANTED = """
