@@ -1,13 +1,17 @@
-"""What a process can have once, however often fastattn is imported: operators under its names, and loaded libraries.
+"""What a process can have once, however often fastattn is imported: operators under its names, loaded libraries, and
+what stands in torch's place.
 
 torch keeps the namespace of a library's operators for as long as the process lives; what is kept, is kept there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def _all() -> dict[str, Any]:
@@ -22,3 +26,12 @@ def kept(name: str) -> Any:
 def keep(name: str, value: Any) -> None:
     """Keep something."""
     _all()[name] = value
+
+
+def once(made: Made) -> Made:
+    """A class or function as the process's first import made it, by its module and name; also a decorator.
+
+    For what torch holds on to, so that every import knows it as its own.
+    """
+    found: Made = _all().setdefault(f"{made.__module__}.{made.__qualname__}", made)
+    return found

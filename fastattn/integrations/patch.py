@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastattn import dispatch, mha, sdpa
+from fastattn import dispatch, mha, process, sdpa
 from fastattn.integrations.recording import Choice, Everywhere, follow, unchecked
 from fastattn.integrations.steps import decorated
 
 __all__ = ["patch"]
+
+# Under the same name an earlier import may have put ours in its place, before this one looked.
+mha.TORCH_MHA = process.once(mha.TORCH_MHA)
 
 RUNS_YOURS = frozenset(
     {Tensor.backward, torch.autograd.backward, torch.autograd.grad, F.triplet_margin_with_distance_loss}
@@ -66,7 +69,17 @@ class patch(ContextDecorator, Choice):
         return _called(self, func, types, args, kwargs)
 
     def __call__(self, function: Any) -> Any:
-        """The function, with everything in it within the patch."""
+        """The function, with everything in it within the patch.
+
+        Raises:
+            TypeError: a class, a static or class method, or what cannot be called.
+        """
+        if isinstance(function, (type, staticmethod, classmethod)) or not callable(function):
+            what = f"the class {function.__qualname__}" if isinstance(function, type) else f"{type(function).__name__}"
+            raise TypeError(
+                f"patch: as a decorator it takes functions, as what it gives back is one, got {what}; decorate the "
+                "methods that compute attention (below @staticmethod and @classmethod), or use `with fastattn.patch():`"
+            )
         return decorated(self, function) or super().__call__(function)
 
     @staticmethod
@@ -77,7 +90,8 @@ class patch(ContextDecorator, Choice):
         wherever a loaded module holds them by a name of its own; torch's C++ path of `nn.MultiheadAttention` and the
         Transformer layers is switched off. A torch function kept elsewhere (in a default argument, a closure, an
         object's attribute) stays torch's: a `with patch():` around reaches it. Within a `with patch(...)` that one
-        counts. Nothing is added to other torch calls. A second call changes the backend.
+        counts. Nothing is added to other torch calls. A second call changes the backend, also one of another import of
+        fastattn in this process, whose code then computes.
 
         Args:
             backend: the backend that runs them, by name; None takes the first that can.
@@ -105,13 +119,27 @@ class patch(ContextDecorator, Choice):
 
     @staticmethod
     def uninstall() -> None:
-        """Undo `install`. What was recorded meanwhile is computed again with fastattn. A second call does nothing."""
+        """Undo `install`, whichever import of fastattn called it. A second call does nothing.
+
+        What was recorded meanwhile is computed again with fastattn. torch's C++ path is as it was before, or stays on
+        where `torch.backends.mha.set_fastpath_enabled(True)` was called meanwhile.
+        """
         if Everywhere.choice is None:
             return
         Everywhere.choice = None
         _rename(scaled_dot_product_attention, sdpa.TORCH_SDPA)
         _rename(multi_head_attention_forward, mha.TORCH_MHA)
-        torch.backends.mha.set_fastpath_enabled(Everywhere.fastpath)
+        if not torch.backends.mha.get_fastpath_enabled():  # as `install` left it
+            torch.backends.mha.set_fastpath_enabled(Everywhere.fastpath)
+
+    def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        return sdpa.route(*args, **kwargs, backend=self.backend, name=scaled_dot_product_attention)
+
+    def _mha(self, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if torch.overrides.has_torch_function(given):
+            return sdpa.overridden(multi_head_attention_forward, mha.TORCH_MHA, given, args, kwargs)
+        return mha.forward(*args, **kwargs, backend=self.backend)
 
 
 class Torchs(Choice):
@@ -134,8 +162,11 @@ class Torchs(Choice):
 
 def _called(mode: Choice, func: Any, kinds: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A torch function that is not attention, with its caller's code under the mode."""
-    if func in RUNS_YOURS and all(kind is Tensor for kind in kinds) and not torch.compiler.is_compiling():
+    if func in RUNS_YOURS and not any(map(_overrides, kinds)) and not torch.compiler.is_compiling():
+        subclasses = [kind for kind in kinds if kind is not Tensor]
         with mode:
+            if subclasses:  # torch's rule for subclasses that override nothing
+                return subclasses[0].__torch_function__(unchecked(func), kinds, args, kwargs)
             return unchecked(func)(*args, **kwargs)
     if func is checkpoint:  # compilers take it for a torch function
 
@@ -147,23 +178,27 @@ def _called(mode: Choice, func: Any, kinds: Any, args: tuple[Any, ...], kwargs: 
     return func(*args, **kwargs)
 
 
-def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Tensor:
+def _overrides(kind: type) -> bool:
+    """Whether a class has a __torch_function__ of its own."""
+    return not issubclass(kind, Tensor) or sdpa._overrides_itself(kind)
+
+
+@process.once
+def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
     """What stands in torch's place while `patch.install` holds; torch's own once it does not."""
-    choice: Any = Everywhere.choice
+    choice = Everywhere.choice
     if choice is None:
         return sdpa.TORCH_SDPA(*args, **kwargs)
-    return sdpa.route(*args, **kwargs, backend=choice.backend, name=scaled_dot_product_attention)
+    return choice._sdpa(*args, **kwargs)
 
 
+@process.once
 def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
     """What stands in torch's place while `patch.install` holds; torch's own once it does not."""
-    choice: Any = Everywhere.choice
+    choice = Everywhere.choice
     if choice is None:
         return mha.TORCH_MHA(*args, **kwargs)
-    given = (*args, *kwargs.values())
-    if torch.overrides.has_torch_function(given):
-        return sdpa.overridden(multi_head_attention_forward, mha.TORCH_MHA, given, args, kwargs)
-    return mha.forward(*args, **kwargs, backend=choice.backend)
+    return choice._mha(*args, **kwargs)
 
 
 for _ours in (scaled_dot_product_attention, multi_head_attention_forward):

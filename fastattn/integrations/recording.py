@@ -3,6 +3,8 @@
 A checkpoint and a custom autograd function compute in their backward, which torch may run on a thread of its own, after
 a `patch` has ended or within one that came later. So each keeps what was in force when it was recorded: a `patch`, or
 None for torch's own attention. What was recorded before there was any patch holds nothing, which says the same.
+
+Where fastattn is imported again, the first import's classes and hooks serve every import.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import torch
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from fastattn import process
+
 HELD = "_fastattn_recorded_with"
 """The attribute of an autograd function's context or a checkpoint's frame: what was in force."""
 _modes = torch._C._len_torch_function_stack
 
 
+@process.once
 class Choice(TorchFunctionMode):
     """A mode that decides who computes attention; the innermost one counts."""
 
@@ -30,9 +35,18 @@ class Choice(TorchFunctionMode):
         """What is in force within: itself, or None for torch's own."""
         return self
 
+    def _sdpa(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's scaled_dot_product_attention as this choice computes it, where it holds everywhere."""
+        raise NotImplementedError
 
+    def _mha(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's multi_head_attention_forward, likewise."""
+        raise NotImplementedError
+
+
+@process.once
 class Everywhere:
-    """What is so in every thread."""
+    """What is so in every thread, and for every import of fastattn."""
 
     choice: Choice | None = None
     """What is in force where no mode decides."""

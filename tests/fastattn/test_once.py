@@ -81,6 +81,106 @@ def test_fastattn_can_be_imported_again(library):
     assert fresh(AGAIN).split() == ["cpu"] * 4 + ["refused"]
 
 
+PATCHED_AGAIN = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+fast = torch.backends.mha.get_fastpath_enabled
+now = lambda: (F.scaled_dot_product_attention, F.multi_head_attention_forward, fast())
+own = now()
+query = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+nodes, frames = torch.autograd.function.BackwardCFunction, torch.utils.checkpoint._CheckpointFrame
+hooks = lambda: (nodes.__init__, nodes.apply, frames.__init__, torch.utils.checkpoint._recomputation_hook.__enter__)
+calls = []
+
+def imported(name):
+    for each in [each for each in sys.modules if each.split(".")[0] == "fastattn"]:
+        del sys.modules[each]
+    import fastattn
+    from fastattn import mha, sdpa
+    for module in (mha, sdpa):
+        def noted(*args, run=module.attention, **kwargs):
+            calls.append(name)
+            return run(*args, **kwargs)
+        module.attention = noted
+    return fastattn
+
+def attend(q):
+    return F.scaled_dot_product_attention(q, q, q)
+
+def routed(run, *wants):
+    del calls[:]
+    found = run()
+    assert calls == list(wants), calls
+    return found
+
+def again(reentrant):
+    return torch.autograd.backward(checkpoint(attend, query, use_reentrant=reentrant).sum())
+
+module, x = torch.nn.MultiheadAttention(8, 2), torch.randn(5, 2, 8)
+want, of_module = attend(query), module(x, x, x)[0]
+first = imported("first")
+if sys.argv[1] == "installed before":
+    first.patch.install("reference")
+    routed(lambda: attend(query), "first")
+else:
+    with first.patch("reference"):
+        routed(lambda: again(True), "first", "first")
+followed = hooks()
+second = imported("second")
+assert second is not first
+if sys.argv[1] == "installed before":
+    routed(lambda: attend(query), "first")  # until the second takes over
+    if sys.argv[2] == "second, uninstall alone":
+        second.patch.uninstall()
+        assert now() == own
+        routed(lambda: attend(query))
+second.patch.install("reference")
+assert sys.modules["fastattn.mha"].TORCH_MHA is own[1]
+torch.testing.assert_close(routed(lambda: attend(query), "second"), want)
+torch.testing.assert_close(routed(lambda: module(x, x, x)[0], "second"), of_module)
+for reentrant in (True, False):
+    routed(lambda: again(reentrant), "second", "second")
+    with first.patch():
+        routed(lambda: attend(query), "first")
+        routed(lambda: again(reentrant), "first", "first")
+        with second.patch():
+            routed(lambda: again(reentrant), "second", "second")
+recorded = checkpoint(attend, query, use_reentrant=False)
+assert hooks() == followed
+(first if sys.argv[2] == "first" else second).patch.uninstall()
+assert now() == own
+torch.testing.assert_close(routed(lambda: attend(query)), want)
+for reentrant in (True, False):
+    routed(lambda: again(reentrant))
+with second.patch("reference"):
+    routed(lambda: module(x, x, x), "second")
+    plain = imported("third").patch
+    assert plain is not second.patch
+routed(lambda: recorded.sum().backward(), "second")
+for each in (first, second):
+    each.patch.install()
+    each.patch.uninstall()
+    assert now() == own
+print("restored")
+"""
+
+
+@pytest.mark.parametrize(
+    ("order", "ends"),
+    [
+        ("installed before", "first"),
+        ("installed before", "second"),
+        ("installed before", "second, uninstall alone"),
+        ("within before", "second"),
+    ],
+)
+def test_what_is_installed_is_so_for_every_import(library, order, ends):
+    """A second import takes over what a first has installed, and torch gets its own back from either."""
+    assert fresh(PATCHED_AGAIN, order, ends) == "restored\n"
+
+
 OTHER_SOURCES = """
 import sys
 import torch

@@ -212,6 +212,71 @@ def test_hooks_of_a_backward_within(kind, how, calls):
     del calls[:]
 
 
+class Plain(torch.Tensor):
+    """A subclass that overrides nothing."""
+
+
+class Own(torch.Tensor):
+    """One with a __torch_function__ of its own, whose business its backward is."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("kind", "want"), [(Plain, OURS), (type("Below", (Plain,), {}), OURS), (Own, TORCHS)],
+                         ids=["plain", "of a plain one", "with its own"])  # fmt: skip
+def test_hooks_where_the_loss_is_of_a_subclass(kind, want, how, calls):
+    def run():
+        q = Q.clone().requires_grad_()
+        middle = q * 2
+        middle.register_hook(lambda _: (fired.append(by_name(Q, Q, Q)), None)[1])
+        return backward(how, middle.as_subclass(kind), q)
+
+    fired = []
+    torchs = run()
+    with patch("reference"):
+        ours = run()
+    assert len(fired) == 2 and calls == want
+    assert type(ours) is type(torchs) and torch.equal(ours, torchs)
+
+
+def test_a_distance_function_runs_within_for_a_subclass(calls):
+    one, other, third = (torch.randn(2, 3).as_subclass(Plain) for _ in range(3))
+
+    def distance(one, other):
+        by_name(Q, Q, Q)
+        return (one - other).norm(dim=-1)
+
+    def run():
+        return F.triplet_margin_with_distance_loss(one, other, third, distance_function=distance)
+
+    want = run()
+    with patch("reference"):
+        have = run()
+    assert set(calls) == {"reference"} and type(have) is type(want) is Plain and torch.equal(have, want)
+
+
+def test_saved_tensors_hooks(calls):
+    """What docs/torch.md says: packing runs where torch records, within the handling of a call; unpacking does not."""
+    seen = []
+
+    def hook(name):
+        def run(tensor):
+            before = len(calls)
+            by_name(Q, Q, Q)
+            seen.append((name, len(calls) - before))
+            return tensor
+
+        return run
+
+    q = Q.clone().requires_grad_()
+    with patch("reference"), torch.autograd.graph.saved_tensors_hooks(hook("pack"), hook("unpack")):
+        q.exp().sum().backward()
+    assert seen == [("pack", 0), ("unpack", 1)]
+
+
 def test_a_distance_function_runs_within(calls):
     def distance(one, other):
         by_name(Q, Q, Q)
@@ -454,6 +519,40 @@ def test_a_decorated_asynchronous_generator(calls):
     assert set(calls) == {"reference"} and not modes()
 
 
+def test_what_cannot_be_decorated_is_refused():
+    with pytest.raises(TypeError, match=r"takes functions, .* got the class Block; decorate the methods"):
+        patch()(Block)
+    for given, name in ((staticmethod(attend), "staticmethod"), (classmethod(attend), "classmethod"), (3, "int"),
+                        (None, "NoneType")):  # fmt: skip
+        with pytest.raises(TypeError, match=f"takes functions, .* got {name}; decorate the methods"):
+            patch()(given)
+
+
+def test_decorated_methods(calls):
+    """What the sentence says would work."""
+
+    class Model(nn.Module):
+        @patch("reference")
+        def forward(self, q):
+            return self.static(q) + self.whole(q)
+
+        @staticmethod
+        @patch("reference")
+        def static(q):
+            return by_name(q, q, q)
+
+        @classmethod
+        @patch("reference")
+        def whole(cls, q):
+            return by_name(q, q, q)
+
+    want = 2 * by_name(Q, Q, Q)
+    torch.testing.assert_close(Model()(Q), want)
+    torch.testing.assert_close(Model.static(Q) + Model.whole(Q), want)
+    torch.testing.assert_close(patch("reference")(Block())(Q).shape, Q.shape)  # an object that is called
+    assert calls == OURS * 5
+
+
 def test_failures_leave_nothing_behind(calls):
     q = Q.clone().requires_grad_()
 
@@ -549,6 +648,22 @@ def test_installed_reaches_the_modules(mode, calls):
         patch.uninstall()
         assert torch.equal(layer(x), want) and len(calls) == 3 and q.ndim == 0
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize("meanwhile", [None, True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_uninstall_keeps_the_fast_path_that_was_asked_for(before, meanwhile):
+    found = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(before)
+        patch.install()
+        assert not torch.backends.mha.get_fastpath_enabled()
+        if meanwhile is not None:
+            torch.backends.mha.set_fastpath_enabled(meanwhile)
+        patch.uninstall()
+        assert torch.backends.mha.get_fastpath_enabled() is (before or meanwhile is True)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(found)
 
 
 def test_torchs_modules_recorded_before_are_computed_again_by_torch(calls):
