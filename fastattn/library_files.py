@@ -89,8 +89,13 @@ class LibraryFiles(NamedTuple):
         return manifest is not None and damage is None
 
     def _manifest(self, folder: Folder, name: str, made_for: dict[str, str]) -> tuple[Manifest | None, str | None]:
-        """A library's record, and what is wrong with its bytes; None where the record is none, or another's."""
-        manifest = Manifest.read(folder.read(name.removesuffix(SUFFIX) + RECORD))
+        """A library's record, and what is wrong with it or the library's bytes; None where there is no record, or
+        another's.
+        """
+        record = folder.read(name.removesuffix(SUFFIX) + RECORD)
+        manifest = Manifest.read(record)
+        if manifest is None and record is not None:
+            return None, "has a record that is damaged"
         if manifest is None or manifest.made_for != made_for:
             return None, None
         try:

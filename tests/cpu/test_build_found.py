@@ -54,14 +54,16 @@ def test_a_damaged_library_is_named_and_built_again(fake, damage, capsys):
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_a_library_with_an_odd_record_is_built_again(fake, record):
+def test_a_library_with_an_odd_record_is_named_and_built_again(fake, record, capsys):
     log = fake()
     path = LIBRARY.build()
     calls = len(log())
     kept = path.with_suffix(".json")
     kept.write_bytes(kept.read_bytes() + b" " * (1 << 20) if RECORDS[record] is None else RECORDS[record])
     assert LIBRARY.find() is None
+    assert list(LIBRARY.damaged) == [f"{path} has a record that is damaged"]
     assert LIBRARY.build() == path == LIBRARY.find() and len(log()) == 2 * calls
+    assert f"fastattn: {path} has a record that is damaged\n" in capsys.readouterr().err
 
 
 def test_a_record_of_lists_in_lists_raises_nothing_out_of_a_call(fake, unloaded):
