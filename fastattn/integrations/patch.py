@@ -90,8 +90,8 @@ class patch(ContextDecorator, Choice):
         wherever a loaded module holds them by a name of its own; torch's C++ path of `nn.MultiheadAttention` and the
         Transformer layers is switched off. A torch function kept elsewhere (in a default argument, a closure, an
         object's attribute) stays torch's: a `with patch():` around reaches it. Within a `with patch(...)` that one
-        counts. Nothing is added to other torch calls. A second call changes the backend, also one of another import of
-        fastattn in this process, whose code then computes.
+        counts. Other torch calls do not see it. A second call changes the backend; from another import of fastattn in
+        this process it takes over, and that import's code computes.
 
         Args:
             backend: the backend that runs them, by name; None takes the first that can.
