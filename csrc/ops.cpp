@@ -59,52 +59,66 @@ DType dtype_of(const Tensor& tensor) {
   return fastattn::kFloat32;
 }
 
+// Of a tensor, as it keeps them.
+struct Sizes {
+  int64_t dims = 0, *size = nullptr, *stride = nullptr;
+
+  explicit Sizes(const Tensor& tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dims));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &size));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &stride));
+  }
+
+  // Where the last number lies, counted from the first; -1 where there is none.
+  int64_t last() const {
+    int64_t found = 0;
+    for (int64_t axis = 0; axis < dims; ++axis) {
+      if (size[axis] == 0) return -1;
+      found += (size[axis] - 1) * stride[axis];
+    }
+    return found;
+  }
+};
+
 // Sizes and strides aligned at the last of four axes; an axis of size 1 repeats.
 struct Shape {
   int64_t size[4] = {1, 1, 1, 1};
   int64_t stride[4] = {0, 0, 0, 0};
+  int64_t last;
 
   explicit Shape(const Tensor& tensor) {
-    int64_t dims = 0;
-    int64_t* sizes = nullptr;
-    int64_t* strides = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dims));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-    STD_TORCH_CHECK(dims <= 4, "a tensor of at most 4 dimensions is needed, got ", dims);
-    for (int64_t axis = 0; axis < dims; ++axis) {
-      size[4 - dims + axis] = sizes[axis];
-      stride[4 - dims + axis] = sizes[axis] == 1 ? 0 : strides[axis];
+    const Sizes of(tensor);
+    STD_TORCH_CHECK(of.dims <= 4, "a tensor of at most 4 dimensions is needed, got ", of.dims);
+    for (int64_t axis = 0; axis < of.dims; ++axis) {
+      size[4 - of.dims + axis] = of.size[axis];
+      stride[4 - of.dims + axis] = of.size[axis] == 1 ? 0 : of.stride[axis];
     }
+    last = of.last();
   }
 };
 
-// Where a tensor's numbers begin. Its memory may have been cut off since it was made (a storage's resize_), and then
-// nothing of it is read.
-template <typename T>
-T* pointer(const Tensor& tensor) {
-  int64_t bytes = 0, last = 0, count = 1, dims = 0;
-  int64_t *sizes = nullptr, *strides = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dims));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
-  for (int64_t axis = 0; axis < dims; ++axis) {
-    last += (sizes[axis] - 1) * strides[axis];
-    count *= sizes[axis];
-  }
-  const int64_t needed = count == 0 ? 0 : (last + 1) * static_cast<int64_t>(tensor.element_size());
-  if (needed > bytes) throw std::runtime_error("a tensor's storage was resized after it was made, and lacks its numbers");
+// Where a tensor's numbers begin, of `bytes` each. Its memory may have been cut off since it was made (a storage's
+// resize_), and then nothing of it is read.
+void* begin(const Tensor& tensor, int64_t last, int64_t bytes) {
+  int64_t held = 0, offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  if (last >= 0 && (offset + last + 1) * bytes > held)
+    throw std::runtime_error("a tensor's storage was resized after it was made, and lacks its numbers");
   void* data = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor.get(), &data));
-  return static_cast<T*>(data);
+  return data;
+}
+
+template <typename T>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(begin(tensor, Sizes(tensor).last(), sizeof(T)));
 }
 
 Table table(const Tensor& tensor, const Shape& shape) {
   Table t;
-  t.data = pointer<void>(tensor);
   t.dtype = dtype_of(tensor);
+  t.data = begin(tensor, shape.last, t.dtype == fastattn::kFloat32 ? 4 : 2);
   for (int axis = 0; axis < 4; ++axis) t.stride[axis] = shape.stride[axis];
   return t;
 }
@@ -136,7 +150,8 @@ Column column(const Tensor& tensor) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   const Shape shape(tensor);
-  return {pointer<void>(tensor), dtype == aoti_torch_dtype_int64(), shape.stride[3]};
+  const bool wide = dtype == aoti_torch_dtype_int64();
+  return {begin(tensor, shape.last, wide ? 8 : 4), wide, shape.stride[3]};
 }
 
 void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<Tensor>& tensors, int64_t pool_blocks) {
@@ -386,8 +401,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {
 #else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
-  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low, "
-        "Tensor(d!)? out_low) -> ()");
+  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low=None, "
+        "Tensor(d!)? out_low=None) -> ()");
   m.def("cpu_backward(" FASTATTN_PROBLEM
         "Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
         "Tensor(d!)? dbias, Tensor(e!)? dsinks, Tensor(f!) row_terms) -> ()");

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastattn import dispatch, process, reference, sharding, storage, tracing
 from fastattn.low_parts import NONE, LowParts
+from fastattn.masks import Full
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
@@ -113,9 +114,8 @@ def _watched(inputs: AttnInputs) -> bool:
 
 
 def _check_mask(spec: AttnSpec) -> None:
-    """What a mask's tensors say is read before a kernel looks at anything."""
-    tensors = spec.mask.tensors
-    if tensors:
+    """A mask's tensors are read before a kernel looks at anything."""
+    if type(spec.mask) is not Full and (tensors := spec.mask.tensors):
         storage.check([f"a tensor of mask={type(spec.mask).__name__}(...)"] * len(tensors), tensors)
 
 

@@ -57,7 +57,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     inputs = _readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
-    _run(LIBRARY.get().forward, inputs, spec, out, lse, *NONE)
+    _run(LIBRARY.get().forward, inputs, spec, out, lse)
     return out, lse
 
 
