@@ -39,7 +39,9 @@ def test_a_mask_without_its_memory_is_refused(name, call):
     for tensor in mask.tensors:
         tensor.untyped_storage().resize_(0)
     # Packed looks at its numbers by itself, where PyTorch refuses in its own words.
-    with pytest.raises((ValueError, RuntimeError), match=r"storage (holds 0 bytes|of size 0)|out of bounds for storage"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"storage (holds 0 bytes|of size 0)|out of bounds for storage"
+    ):
         call(mask)
 
 
