@@ -10,8 +10,8 @@ namespace fastattn::FASTATTN_ISA {
 // sums would be seen in its weights.
 INLINE bool is_narrow(const Params& p) {
   const bool in_one_block = !p.key.blocks || p.key.block_size % BLOCK_N == 0;
-  return Unit::rows(p) <= MOST_ROWS && !p.lse_low && p.key.stride[3] == 1 && p.value.stride[3] == 1 && p.head_dim % VL == 0 &&
-         p.head_dim_v % VL == 0 && in_one_block;
+  return Unit::rows(p) <= MOST_ROWS && !p.lse_low && p.key.stride[3] == 1 && p.value.stride[3] == 1 &&
+         p.head_dim % VL == 0 && p.head_dim_v % VL == 0 && in_one_block;
 }
 
 // sum[j][r] = sum over d of key[j][d] * query[r][d], lanes not added up.
@@ -199,7 +199,6 @@ static void finish_rows(const Params& p, const QueryTile& tile, const RowState& 
   for (int lane = 0; lane < tile.count; ++lane, row += width) {
     state.scale(lane, factor[lane], width);
     write_row(p.out, tile.b, tile.head[lane], tile.q_idx[lane], 0, p.head_dim_v, row);
-    write_low(p.out_low, p.out, tile.b, tile.head[lane], tile.q_idx[lane], 0, p.head_dim_v, row);
   }
 }
 
