@@ -28,7 +28,7 @@ RUN := .venv/bin/python $(AS_MODULE)
 BEGAN := $(shell date +%s)
 # A machine with a GPU may have no network: an environment of its own, of PYTHON's torch and what lies beside it.
 GPU_VENV := $(if $(filter cpu,$(DEVICE)),.venv,.venv-offline)
-GPU_RUN := $(GPU_VENV)/bin/python $(AS_MODULE) fastattn.bench.pipeline --device '$(DEVICE)' --budget '$(BUDGET)' \
+GPU_RUN := $(GPU_VENV)/bin/python $(AS_MODULE) fastattn.bench.gpu.pipeline --device '$(DEVICE)' --budget '$(BUDGET)' \
 	--began '$(BEGAN)' --out '$(OUT)' $(if $(PEERS),--peers '$(PEERS)') $(if $(RESUME),--resume '$(RESUME)')
 OWN_TORCH := $(if $(filter file,$(origin TORCH)),,--own-torch)
 TOO_OLD := fastattn needs Python 3.10 to 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12

@@ -56,9 +56,9 @@ class BuildWithLibraries(build_py):
             # The package itself cannot be imported before it is installed.
             sys.modules["fastattn"] = package = types.ModuleType("fastattn")
             package.__path__ = [str(HERE / "fastattn")]  # type: ignore[attr-defined]
-            from fastattn.commands import BuildError
-            from fastattn.native_cpu import LIBRARY as CPU
-            from fastattn.native_cuda import LIBRARY as CUDA
+            from fastattn.building.commands import BuildError
+            from fastattn.building.cpu_library import LIBRARY as CPU
+            from fastattn.building.cuda_library import LIBRARY as CUDA
 
             target = Path(self.build_lib).absolute() / "fastattn" / "lib"
             target.mkdir(parents=True, exist_ok=True)

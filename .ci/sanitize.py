@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastattn import compiler, simulator
+from fastattn.building import compiler
+from fastattn.testing import simulator
 
 ROOT = Path(__file__).resolve().parent.parent
 WATCH = ("-O1", "-g", "-fno-omit-frame-pointer")

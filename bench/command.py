@@ -11,18 +11,23 @@ from typing import Any
 
 import torch
 
-from fastattn.bench import env, estimate, files, model, peers, report, store
-from fastattn.bench.brgemm import brgemm_tflops
-from fastattn.bench.clock import clock_for
+from fastattn.bench.cases.operations import OPS
+from fastattn.bench.cases.presets import PRESETS
+from fastattn.bench.cases.suites import SUITES
+from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import estimate, peers
+from fastattn.bench.measure.brgemm import brgemm_tflops
+from fastattn.bench.measure.clock import clock_for
+from fastattn.bench.measure.progress import progress_on
+from fastattn.bench.measure.providers import known_providers
+from fastattn.bench.measure.roofline import ceilings
+from fastattn.bench.measure.run import budget_for, pick_device, plan, run, too_large
+from fastattn.bench.models import minilm as model
 from fastattn.bench.options import Options
-from fastattn.bench.presets import PRESETS
-from fastattn.bench.progress import progress_on
-from fastattn.bench.providers import known_providers
-from fastattn.bench.roofline import ceilings
-from fastattn.bench.rows import Row, say_bytes
-from fastattn.bench.run import budget_for, pick_device, plan, run, too_large
-from fastattn.bench.suite import SUITES
-from fastattn.bench_cases import OPS
+from fastattn.bench.report import store
+from fastattn.bench.report import terminal as report
+from fastattn.bench.report import writers as files
+from fastattn.bench.report.rows import Row, say_bytes
 
 OK, WRONG, USAGE, NOTHING_RAN, STOPPED = 0, 1, 2, 3, 130
 
@@ -160,7 +165,7 @@ def _write_named(
         if importlib.util.find_spec("matplotlib") is None:
             console.print(NO_PLOT, style="yellow", soft_wrap=True)
         else:
-            from fastattn.bench.plot import draw
+            from fastattn.bench.report.plot import draw
 
             draw(plots, rows, environment)
             written += plots

@@ -321,7 +321,7 @@ void* current_stream(int32_t device) {
 #endif
 }
 
-// Block lists (fastattn/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1, heads or 1,
+// Block lists (fastattn/masks/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1, heads or 1,
 // tiles, key tiles].
 fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
   const Shape count(counts), tile(tiles);

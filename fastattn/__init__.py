@@ -13,8 +13,8 @@ from fastattn.cache import KVCache
 from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
 from fastattn.integrations.torch import patch, replace_attention
-from fastattn.mha import multi_head_attention_forward
-from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.torch_api.mha import multi_head_attention_forward
+from fastattn.torch_api.sdpa import scaled_dot_product_attention
 from fastattn.varlen import varlen_attention
 
 __version__ = "0.1.0"

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, ops, reference, sharding, tracing
-from fastattn.cache import CacheView, placed
+from fastattn.cache import CacheView
+from fastattn.cache.base import placed
 from fastattn.dispatch import Verdict
 from fastattn.dropout import dropout_mask, new_dropout_seed
-from fastattn.mask import holds_ints
 from fastattn.masks import Mask
+from fastattn.masks.base import holds_ints
 from fastattn.spec import AttnInputs, AttnSpec
 
 __all__ = ["attention", "attention_weights", "dropout_mask", "explain", "new_dropout_seed"]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastattn.dropout import dropout_mask
+from fastattn.masked_matmul import visible_sum
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.tracing import autograd_inside_operator, holds_many, without_autocast
-from fastattn.visible import visible_sum
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 READS_BLOCKS = READS_BLOCKS_BACKWARD = True

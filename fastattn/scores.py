@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn.visible import visible_scores
+from fastattn.masked_matmul import visible_scores
 
 LARGE_LSE = 1024.0
 """From here on a float32 lse is too coarse for exp(score - lse) to be the weight."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn import flat
 from fastattn.masks import Dense, Mask, Packed
+from fastattn.masks import serialize as flat
 from fastattn.spec import AttnInputs, AttnSpec
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn import flat
-from fastattn.blocks import BlockList, Grid, block_list
 from fastattn.dropout import check_dropout, check_number
-from fastattn.foreign import as_mask
-from fastattn.leaves import Leaves, make_leaves
 from fastattn.masks import Mask, visible_pairs
-from fastattn.paged import Paged
+from fastattn.masks import serialize as flat
+from fastattn.masks.blocks import BlockList, Grid, block_list
+from fastattn.masks.flex import as_mask
+from fastattn.masks.paged import Paged
+from fastattn.masks.program import Leaves, make_leaves
 from fastattn.scores import DotProduct, Softmax
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,6 +1,6 @@
 """What tests on a GPU are watched for: a kernel that never ends, and one that spoils the CUDA context, after which
 every later test of the process would fail. Either ends the process, which names the test; pytest-xdist then starts
-another. `make gpu` watches every test so by itself (bench/pytest_lines.py), and this then only lets it.
+another. `make gpu` watches every test so by itself (bench/gpu/pytest_lines.py), and this then only lets it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ FAILED = 3
 @contextlib.contextmanager
 def watched(node, synchronize, within):
     """Around one test of at most `within` seconds; `synchronize` raises a RuntimeError where the context is spoilt."""
-    if node.config.pluginmanager.hasplugin("fastattn.bench.pytest_lines"):
+    if node.config.pluginmanager.hasplugin("fastattn.bench.gpu.pytest_lines"):
         yield
         return
     capture = node.config.pluginmanager.getplugin("capturemanager")

@@ -18,8 +18,8 @@ import torch.nn.modules.transformer
 from torch import Tensor
 
 import fastattn.nn
-from fastattn import sdpa
-from fastattn.mha import TORCH_MHA, multi_head_attention_forward
+from fastattn.torch_api import sdpa
+from fastattn.torch_api.mha import TORCH_MHA, multi_head_attention_forward
 
 NAN_ROWS = "a query that sees no key gives 0 where torch gives NaN"
 FAST_PATH = "mocks torch's C++ fast path and demands that it is taken; fastattn never takes it"

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import leaves, storage
+from fastattn import storage
+from fastattn.building.cpu_library import LIBRARY
 from fastattn.low_parts import NONE, LowParts
-from fastattn.native_cpu import LIBRARY
+from fastattn.masks import program as leaves
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from fastattn import leaves
-from fastattn.leaves import Leaves
-from fastattn.native_cuda import LIBRARY, Operators
+from fastattn.building.cuda_library import LIBRARY, Operators
+from fastattn.masks import program as leaves
+from fastattn.masks.program import Leaves
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)

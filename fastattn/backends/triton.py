@@ -113,7 +113,7 @@ def backward(
 @functools.cache
 def _kernels() -> tuple[ModuleType, ModuleType]:
     """kernels.launch and kernels.run, which import triton."""
-    from fastattn.kernels import launch, run
+    from fastattn.kernels.host import launch, run
 
     return launch, run
 
@@ -149,7 +149,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _device_reason(spec: AttnSpec) -> str | None:
-    launch = sys.modules.get("fastattn.kernels.launch")
+    launch = sys.modules.get("fastattn.kernels.host.launch")
     if launch is not None and _interpreting() != launch.INTERPRETED:
         return "TRITON_INTERPRET has changed since the kernels were loaded; set it before the first call"
     if spec.device.type == "cpu":

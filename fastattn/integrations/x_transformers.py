@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fastattn.integrations import caught
-from fastattn.integrations.classes import exchange
+from fastattn.integrations import sdpa_redirect as caught
+from fastattn.integrations.exchange import exchange
 from fastattn.integrations.report import Replacement
 
 KIND = "x_transformers.attend.Attend"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter, init
 
-from fastattn import masks, mha
-from fastattn.nn.twin import DropIn, torchs
+from fastattn import masks
+from fastattn.nn.drop_in import DropIn, torchs
+from fastattn.torch_api import mha
 
 Window = int | tuple[int | None, int | None] | None
 

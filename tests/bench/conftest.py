@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
-from fastattn.bench import run
-from fastattn.bench.clock import Budget, CpuClock, CudaClock
-from fastattn.bench.progress import Progress
-from fastattn.bench_cases import BenchCase, bench_cases
+from fastattn.bench.cases.operations import BenchCase, bench_cases
+from fastattn.bench.measure import run
+from fastattn.bench.measure.clock import Budget, CpuClock, CudaClock
+from fastattn.bench.measure.progress import Progress
 from fastattn.cli import main
 
 SMALL = ["-N", "32", "-H", "2", "-D", "16", "-B", "2", "--device", "cpu"]
@@ -74,7 +74,7 @@ def bench(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("fastattn.bench.command.ceilings", lambda dtypes, device: {"tflops": {}, "gb_per_s": 1.0})
         if not plot:
             # matplotlib takes a second; the tests that look at pictures ask for them.
-            monkeypatch.setattr("fastattn.bench.plot.draw", lambda paths, rows, environment: None)
+            monkeypatch.setattr("fastattn.bench.report.plot.draw", lambda paths, rows, environment: None)
         code = main(["bench", *SMALL, *SHORT, "--out", "out", *flags])
         path = tmp_path / "out" / "bench.json"
         return code, capsys.readouterr(), json.loads(path.read_text()) if path.is_file() else None

@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass, field
 
-from fastattn.bench import earlier, gpu_cells, steps
-from fastattn.bench.child import Ending
-from fastattn.bench.pipeline import Run, Settings
-from fastattn.bench.rows import Row
-from fastattn.bench.suite import Cell
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.cases.suites import Cell
+from fastattn.bench.gpu import cells as gpu_cells
+from fastattn.bench.gpu import resume as earlier
+from fastattn.bench.gpu import steps
+from fastattn.bench.gpu.child import Ending
+from fastattn.bench.gpu.pipeline import Run, Settings
+from fastattn.bench.report.rows import Row
 
 
 @dataclass
@@ -91,7 +93,7 @@ SMOKE = Script([{"difference": 0.01, "ok": True}])
 GOOD = {
     "fastattn.cli build": Script([]),
     "fastattn.cli info": Script(["machine"]),
-    "fastattn.bench.smoke": SMOKE,
+    "fastattn.bench.gpu.smoke": SMOKE,
     "pytest": PYTEST,
     "fastattn.cli check --device cpu --rooms cpu": check_lines("cpu", True, None),
     "fastattn.cli check --device cpu --rooms reference": check_lines("reference", True, True),
@@ -116,7 +118,7 @@ class Machine:
 
 def workers(headline, sweep, flex=None):
     """The workers of the three steps that time cells; flex times the first cell."""
-    return {"fastattn.bench.worker": [*headline, *sweep, *(flex or [worker("self")])]}
+    return {"fastattn.bench.gpu.worker": [*headline, *sweep, *(flex or [worker("self")])]}
 
 
 FAILING = Script(

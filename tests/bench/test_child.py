@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fastattn.bench.child import Child
+from fastattn.bench.gpu.child import Child
 
 
 def python(code, seconds=1e3, silence=1e3, now=time.monotonic, **variables):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.bench import options, providers
-from fastattn.bench.providers import Fastattn, Sdpa
-from fastattn.bench.run import plan
+from fastattn.bench import options
+from fastattn.bench.measure import providers
+from fastattn.bench.measure.providers import Fastattn, Sdpa
+from fastattn.bench.measure.run import plan
 from fastattn.cli import main
 from fastattn.dispatch import BACKENDS
 from fastattn.testing import CASES

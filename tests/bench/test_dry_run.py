@@ -34,7 +34,17 @@ def start(folder, log, *flags):
         "PYTHONPATH": str(STUB), "PATH": f"{STUB}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1",
         "STUB_GPU_FEW": "1", "STUB_GPU_LOG": str(log), "STUB_GPU_HANGS": ",".join([CUT, *HANGS]),
     }  # fmt: skip
-    command = [sys.executable, "-m", "fastattn.bench.pipeline", "--jobs", "1", "--budget", str(WITHIN), "--out", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "fastattn.bench.gpu.pipeline",
+        "--jobs",
+        "1",
+        "--budget",
+        str(WITHIN),
+        "--out",
+        "out",
+    ]
     return subprocess.Popen(
         [*command, *flags], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

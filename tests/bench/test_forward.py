@@ -5,10 +5,10 @@ import torch
 
 import fastattn
 from fastattn import dispatch
-from fastattn.bench.module import problem_of
-from fastattn.bench.problem import Problem
-from fastattn.bench.providers import Flex, provider
-from fastattn.bench_cases import bench_cases
+from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.operations import bench_cases
+from fastattn.bench.cases.workload import Problem
+from fastattn.bench.measure.providers import Flex, provider
 
 NO_BACKWARD = "this backend's backward does not exist yet"
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fastattn.bench import run
-from fastattn.bench.against import markdown as ratios
-from fastattn.bench.clock import LEAST_SAMPLES, SUSTAINED, Budget, CudaClock, SustainedClock, Timing, measure
-from fastattn.bench.files import markdown, write_json
-from fastattn.bench.files import read_json as read
-from fastattn.bench.report import print_case, print_legend
-from fastattn.bench.rows import Row
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.measure import run
+from fastattn.bench.measure.clock import LEAST_SAMPLES, SUSTAINED, Budget, CudaClock, SustainedClock, Timing, measure
+from fastattn.bench.report.ratio_tables import markdown as ratios
+from fastattn.bench.report.rows import Row
+from fastattn.bench.report.terminal import print_case, print_legend
+from fastattn.bench.report.writers import markdown, write_json
+from fastattn.bench.report.writers import read_json as read
 
 LAUNCH_MS = 0.01
 """What a launch costs the host."""

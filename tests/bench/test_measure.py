@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from fastattn.bench import model
-from fastattn.bench.clock import Budget, CpuClock, Timing, measure, quartiles
-from fastattn.bench.env import environment
-from fastattn.bench.memory import peak_bytes
-from fastattn.bench.problem import Problem
-from fastattn.bench.providers import provider
-from fastattn.bench_cases import OPS, bench_cases
+from fastattn.bench.cases.operations import OPS, bench_cases
+from fastattn.bench.cases.workload import Problem
+from fastattn.bench.measure.clock import Budget, CpuClock, Timing, measure, quartiles
+from fastattn.bench.measure.environment import environment
+from fastattn.bench.measure.memory import peak_bytes
+from fastattn.bench.measure.providers import provider
+from fastattn.bench.models import minilm as model
 
 
 class Recorder:
@@ -101,7 +101,7 @@ def test_large_cases_are_checked_head_by_head_with_the_same_verdict(op, cpu, mon
     [case] = bench_cases("cpu", ops=[op], q_len=[24], num_heads=[8], head_dim=[8], batch=[2])
     whole = Problem(case, cpu)
     results = whole.results("fwd+bwd", provider("sdpa-math").make(whole, "fwd+bwd"))
-    monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
+    monkeypatch.setattr("fastattn.bench.cases.workload.SLICE_PAIRS", {"cpu": 1})
     by_head = Problem(case, cpu)
     everything, parts = whole.check(results), by_head.check(results)
     assert everything.ok and parts.ok

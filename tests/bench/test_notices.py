@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 
-from fastattn.bench import run
-from fastattn.bench.clock import Budget, CpuClock, measure
-from fastattn.bench.notices import LONGEST, Notices, sentence
-from fastattn.bench.providers import Sdpa
-from fastattn.bench.rows import Row, say_warnings
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.measure import run
+from fastattn.bench.measure.clock import Budget, CpuClock, measure
+from fastattn.bench.measure.provider_warnings import LONGEST, Notices, sentence
+from fastattn.bench.measure.providers import Sdpa
+from fastattn.bench.report.rows import Row, say_warnings
 
 
 @pytest.mark.parametrize(

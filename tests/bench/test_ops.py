@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn.bench.module import problem_of
-from fastattn.bench.problem import Problem, slices
-from fastattn.bench.providers import Sdpa, known_providers, provider
-from fastattn.bench_cases import OPS, BenchCase, bench_cases
+from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.operations import OPS, BenchCase, bench_cases
+from fastattn.bench.cases.workload import Problem, slices
+from fastattn.bench.measure.providers import Sdpa, known_providers, provider
 
 SMALL = {"q_len": [40], "num_heads": [4], "head_dim": [16]}
 IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") and not op.dropout_p]
@@ -47,7 +47,7 @@ def test_a_wrong_result_of_an_operation_is_found(op, cpu):
 @pytest.mark.parametrize("op", IN_PARTS)
 def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monkeypatch):
     case = small(op, q_len=[64])
-    monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1024})
+    monkeypatch.setattr("fastattn.bench.cases.workload.SLICE_PAIRS", {"cpu": 1024})
     problem = Problem(case, cpu)
     plan = slices(case, "cpu", forward_alone=True)
     if case.q_len > 1:
@@ -59,7 +59,7 @@ def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monk
 
 
 def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch, timed):
-    monkeypatch.setattr("fastattn.bench.problem.SLICE_PAIRS", {"cpu": 1})
+    monkeypatch.setattr("fastattn.bench.cases.workload.SLICE_PAIRS", {"cpu": 1})
     case = small("dropout")
     assert slices(case, "cpu", True) is None
     ours, other = timed(case, "fwd", ["fastattn", "sdpa"])
@@ -95,7 +95,7 @@ def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cp
     ],
 )
 def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch, timed):
-    monkeypatch.setattr("fastattn.bench.providers.cxx", lambda: "/usr/bin/c++")
+    monkeypatch.setattr("fastattn.bench.measure.providers.cxx", lambda: "/usr/bin/c++")
     [row] = timed(small(op), "fwd", [name])
     assert row.reason == reason and not row.crashed
 

@@ -3,8 +3,8 @@
 import pytest
 
 from fastattn.bench import options
-from fastattn.bench.run import plan
-from fastattn.bench_cases import OPS, bench_cases
+from fastattn.bench.cases.operations import OPS, bench_cases
+from fastattn.bench.measure.run import plan
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from fastattn.bench import peers
-from fastattn.bench.peers import PEERS
-from fastattn.bench.problem import Problem
-from fastattn.bench_cases import bench_cases
+from fastattn.bench.cases.operations import bench_cases
+from fastattn.bench.cases.workload import Problem
+from fastattn.bench.measure import peers
+from fastattn.bench.measure.peers import PEERS
 from fastattn.cli import main
 
 # Their masks, by their own conventions: bottom-right, both ends of a window included, -1 or None without an end.

@@ -11,13 +11,16 @@ pytest.importorskip("rich", reason="make gpu needs rich")
 
 from rich.console import Console
 
-from fastattn.bench import earlier, gpu_cells, gpu_tests, pipeline, steps, summary
-from fastattn.bench.gpu_children import AFTER_THE_END
-from fastattn.bench.pipeline import LAST_WORDS, Run, Settings
-from fastattn.bench.rows import Row
-from fastattn.bench.suite import Cell, suite
-from fastattn.bench.summary import best_two, failures, print_summary
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.cases.suites import Cell, suite
+from fastattn.bench.gpu import cells as gpu_cells
+from fastattn.bench.gpu import pipeline, steps, summary
+from fastattn.bench.gpu import resume as earlier
+from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu.children import AFTER_THE_END
+from fastattn.bench.gpu.pipeline import LAST_WORDS, Run, Settings
+from fastattn.bench.gpu.summary import best_two, failures, print_summary
+from fastattn.bench.report.rows import Row
 
 SCRIPTED = runpy.run_path(str(Path(__file__).with_name("scripted.py")))
 CELLS, FAILING, GOOD, SMOKE = (SCRIPTED[name] for name in ("CELLS", "FAILING", "GOOD", "SMOKE"))
@@ -48,7 +51,7 @@ def test_all_is_well_and_in_one_file(go, whole):
     assert len(record["rows"]) == 12 and len(record["flex"]) == 3 and not any(record["left"].values())
     assert any(words.startswith("[2/2] gqa/fp32/B1-H1-N8-D8/fwd: fastattn 1 ms, sdpa 2 ms") for words in said)
     assert record["environment"]["device"] == "cpu" and record["schema"] == pipeline.SCHEMA
-    assert [command.split()[0] for command, _ in machine.asked][-1] == "fastattn.bench.worker"
+    assert [command.split()[0] for command, _ in machine.asked][-1] == "fastattn.bench.gpu.worker"
 
 
 def test_a_worker_that_dies_costs_its_cell_alone_and_a_hang_says_where(go):
@@ -69,15 +72,17 @@ def test_a_worker_whose_device_broke_costs_no_cell_that_it_did_not_begin(go):
 
 
 def test_a_worker_that_dies_before_it_begins_is_not_asked_for_ever(go):
-    run, _, machine = go({"fastattn.bench.worker": Script([], 1, words="ended with 1")}, steps=("headline", "sweep"))
+    run, _, machine = go(
+        {"fastattn.bench.gpu.worker": Script([], 1, words="ended with 1")}, steps=("headline", "sweep")
+    )
     assert sum(map(len, run.record["crashed"].values())) == len(CELLS)
-    assert sum("bench.worker" in command for command, _ in machine.asked) == len(CELLS)
+    assert sum("gpu.worker" in command for command, _ in machine.asked) == len(CELLS)
 
 
 def test_a_provider_that_hung_twice_is_left_out(go, monkeypatch):
     monkeypatch.setattr(gpu_cells, "headline", lambda device: CELLS[:4])
     hung = [worker(dies_in=op, code=1, words="hung", stack=("x.py:1 in f",)) for op in ("self", "causal")]
-    run, _, machine = go({"fastattn.bench.worker": [*hung, worker("cross", "gqa")]}, steps=("headline",))
+    run, _, machine = go({"fastattn.bench.gpu.worker": [*hung, worker("cross", "gqa")]}, steps=("headline",))
     providers = [json.loads(command.split(" ", 1)[1])["providers"] for command, _ in machine.asked]
     assert providers == [["fastattn", "sdpa"], ["fastattn", "sdpa"], ["sdpa"]]
     assert "without fastattn, which hung 2 times" in run.record["steps"]["headline"]["words"]
@@ -85,11 +90,11 @@ def test_a_provider_that_hung_twice_is_left_out(go, monkeypatch):
 
 def test_a_backend_whose_smallest_call_fails_is_noted_first_and_left_out(go, capsys, whole):
     bad = Script(["Traceback"], 1, words="hung", stack=("synchronize.py:1083 in synchronize",))
-    run, _, machine = go({**whole, "fastattn.bench.smoke": [bad, SMOKE]})
+    run, _, machine = go({**whole, "fastattn.bench.gpu.smoke": [bad, SMOKE]})
     assert run.record["smoke"]["cpu"]["words"] == "hung: synchronize.py:1083 in synchronize"
     asked = [command for command, _ in machine.asked]
     assert not any("--rooms cpu" in command for command in asked) and not any("pytest" in command for command in asked)
-    tasks = [json.loads(command.split(" ", 1)[1]) for command in asked if "bench.worker" in command]
+    tasks = [json.loads(command.split(" ", 1)[1]) for command in asked if "gpu.worker" in command]
     assert all("fastattn" not in task["providers"] for task in tasks)
     print_summary(Console(width=110, highlight=False, markup=False), run.record)
     said = capsys.readouterr().out.splitlines()
@@ -101,7 +106,7 @@ def test_memcheck_looks_at_a_smallest_call_of_cuda_that_fails(go, monkeypatch, t
     gpu = {"device": "cuda", "gpu": "H200", "commit": None, "dirty": None, "date": "2030-01-01"}
     monkeypatch.setattr(pipeline.env, "environment", lambda device: gpu)
     monkeypatch.setattr(steps.shutil, "which", lambda name, path: tool)
-    scripts = {"fastattn.bench.smoke": [Script([], 1, words="hung"), SMOKE]}
+    scripts = {"fastattn.bench.gpu.smoke": [Script([], 1, words="hung"), SMOKE]}
     scripts["compute-sanitizer"] = Script(["========= Invalid __global__ read of size 16 bytes"])
     run, _, machine = go(scripts, device="cuda", steps=("smoke",))
     found = run.record["smoke"]
@@ -111,12 +116,12 @@ def test_memcheck_looks_at_a_smallest_call_of_cuda_that_fails(go, monkeypatch, t
     else:
         assert found["cuda"]["memcheck"] == scripts[tool].lines
         command, seconds = machine.asked[1]
-        assert command.startswith("compute-sanitizer --tool memcheck --print-limit 8 fastattn.bench.smoke cuda")
+        assert command.startswith("compute-sanitizer --tool memcheck --print-limit 8 fastattn.bench.gpu.smoke cuda")
         assert seconds == 60
 
 
 def test_a_smallest_call_that_is_wrong_says_by_how_much(go):
-    run, *_ = go({"fastattn.bench.smoke": [SMOKE, Script([{"difference": 2.0, "ok": False}], 1)]}, steps=("smoke",))
+    run, *_ = go({"fastattn.bench.gpu.smoke": [SMOKE, Script([{"difference": 2.0, "ok": False}], 1)]}, steps=("smoke",))
     assert run.record["smoke"]["reference"]["words"] == "off by 2"
     assert run.record["steps"]["smoke"] == {"ok": False, "seconds": 2.0} | {
         "words": "cpu off by 0.01, reference fails and is left out"
@@ -134,7 +139,7 @@ def test_a_check_that_hangs_costs_its_case_alone(go):
 
 
 def test_a_budget_that_ends_keeps_what_there_is_and_is_no_failure(go):
-    slow = {"fastattn.bench.worker": worker("self", "causal", "cross", "gqa", each=8.0)}
+    slow = {"fastattn.bench.gpu.worker": worker("self", "causal", "cross", "gqa", each=8.0)}
     run, _, machine = go(slow, budget=120.0, steps=("headline", "sweep"))
     assert 0 < len(run.record["rows"]) < 12 and run.record["left"]["sweep"]
     assert run.record["steps"]["sweep"]["ok"] is None
@@ -143,8 +148,8 @@ def test_a_budget_that_ends_keeps_what_there_is_and_is_no_failure(go):
 
 def test_each_step_takes_its_share_at_most_and_the_set_up_counts(go):
     slow = Script(["x"] * 1000, each=1.0)
-    scripts = dict.fromkeys(GOOD, slow) | {"fastattn.cli info": Script([]), "fastattn.bench.worker": slow}
-    scripts |= {"fastattn.bench.smoke": Script(SMOKE.lines, each=9.0)}
+    scripts = dict.fromkeys(GOOD, slow) | {"fastattn.cli info": Script([]), "fastattn.bench.gpu.worker": slow}
+    scripts |= {"fastattn.bench.gpu.smoke": Script(SMOKE.lines, each=9.0)}
     run, _, machine = go(scripts, budget=400.0, spent=20.0)
     given = [(command.split(" {")[0].split(" -")[0], seconds) for command, seconds in machine.asked]
     assert given[0] == ("fastattn.cli build", pytest.approx(100))
@@ -259,7 +264,7 @@ def test_the_screen_holds_the_first_cells_and_says_how_many_more(go, capsys, who
 
 
 def test_a_file_says_nothing_of_where_things_lie(tmp_path):
-    root, packages = Path(earlier.__file__).resolve().parents[1], "/somewhere/lib/python3.12/dist-packages"
+    root, packages = Path(earlier.__file__).resolve().parents[2], "/somewhere/lib/python3.12/dist-packages"
     text = json.dumps([f"{root}/bench/x.py:1", f"{packages}/torch/cuda.py:2", f"OSError: {Path.home()}/.cache/a.so"])
     assert json.loads(earlier.without_places(text)) == ["bench/x.py:1", "torch/cuda.py:2", "OSError: ~/.cache/a.so"]
 
@@ -276,7 +281,7 @@ def test_the_best_other_is_the_fastest_that_is_not_ours():
 def test_flex_is_timed_beside_fastattn_and_has_one_row_beside_the_others(go, whole):
     run, _, machine = go(whole)
     providers = [
-        json.loads(command.split(" ", 1)[1])["providers"] for command, _ in machine.asked if "bench.worker" in command
+        json.loads(command.split(" ", 1)[1])["providers"] for command, _ in machine.asked if "gpu.worker" in command
     ]
     assert providers == [["fastattn", "sdpa"], ["fastattn", "sdpa"], ["fastattn", "flex"]]
     names = [row["name"] for row in run.record["rows"]]
@@ -312,7 +317,7 @@ def test_tuning_names_the_row_to_paste_or_says_that_it_stays(go, capsys):
     other = line | {"head_dim": 128}
     lines = [line | {"row": "A", "ms": 2.0}, line | {"row": "B", "ms": 1.0}, line | {"row": "C", "ms": None}]
     lines += [other | {"row": "A", "ms": 2.0}, other | {"row": "B", "ms": 1.99}]
-    run, said, _ = go({"fastattn.kernels.tune": Script(lines)}, steps=("tune",))
+    run, said, _ = go({"fastattn.kernels.host.tune": Script(lines)}, steps=("tune",))
     assert run.record["steps"]["tune"]["words"] == "4 rows timed, 1 refused" and "2.00x: full B" in said[2]
     print_summary(Console(width=110, highlight=False, markup=False), run.record)
     said = capsys.readouterr().out.splitlines()
@@ -345,7 +350,8 @@ def test_the_suite_has_every_cell_once_and_the_first_ones_tell_most(device):
 def test_one_real_cell_from_a_real_worker(tmp_path, monkeypatch):
     """The child's side and the parent's, on the CPU."""
     cell = Cell(BenchCase("causal", "fp32", 1, 2, 2, 64, 64, 16), "fwd")
-    line = "import sys; from fastattn.bench import suite, worker; from fastattn.bench_cases import BenchCase; "
+    line = "import sys; from fastattn.bench.gpu import worker; from fastattn.bench.cases import suites as suite; "
+    line += "from fastattn.bench.cases.operations import BenchCase; "
     line += "worker.suite = lambda device: [suite.Cell(BenchCase('causal', 'fp32', 1, 2, 2, 64, 64, 16), 'fwd')]; "
     line += "sys.exit(worker.main(sys.argv[1:]))"
     for name in ("suite", "headline"):

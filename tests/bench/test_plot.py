@@ -9,10 +9,10 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from fastattn.bench import roofline
-from fastattn.bench.plot import draw
-from fastattn.bench.rows import Row
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.measure import roofline
+from fastattn.bench.report.plot import draw
+from fastattn.bench.report.rows import Row
 
 CEILINGS = {"tflops": {"bf16": 800.0}, "gb_per_s": 4000.0}
 MACHINE = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastattn.bench import options
-from fastattn.bench.presets import PRESETS, preset_cases
-from fastattn.bench.run import plan
+from fastattn.bench.cases.presets import PRESETS, preset_cases
+from fastattn.bench.measure.run import plan
 from fastattn.cli import main
 
 SHORT = ["--rounds", "3", "--min-time", "0.001", "--max-time", "0.05", "--providers", "fastattn,sdpa"]

@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from fastattn.bench import ratios
-from fastattn.bench.files import read_json
-from fastattn.bench.growth import growth
-from fastattn.bench.overhead import overhead_us
-from fastattn.bench.problem import tiny
-from fastattn.bench.providers import Flex, provider
-from fastattn.bench.ratios import Samples
-from fastattn.bench.rows import Row
-from fastattn.bench_cases import OPS, BenchCase, bench_cases
+from fastattn.bench.cases.operations import OPS, BenchCase, bench_cases
+from fastattn.bench.cases.workload import tiny
+from fastattn.bench.measure import ratios
+from fastattn.bench.measure.overhead import overhead_us
+from fastattn.bench.measure.providers import Flex, provider
+from fastattn.bench.measure.ratios import Samples
+from fastattn.bench.report.growth import growth
+from fastattn.bench.report.rows import Row
+from fastattn.bench.report.writers import read_json
 
 CASE = BenchCase("self", "fp32", 1, 1, 1, 8, 8, 8)
 

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("rich", reason="the benchmark needs rich")
 
-from fastattn.bench import tables
-from fastattn.bench.files import read_json
+from fastattn.bench.report import doc_tables as tables
+from fastattn.bench.report.writers import read_json
 from fastattn.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("rich", reason="make gpu needs rich")
 
-from fastattn.bench import gpu_tests
-from fastattn.bench.pipeline import Run
+from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu.pipeline import Run
 
 SCRIPTED = runpy.run_path(str(Path(__file__).with_name("scripted.py")))
 CELLS, FAILING, Machine, Scripted, worker, workers = (
@@ -31,10 +31,10 @@ def whole():
 def test_resume_runs_nothing_twice_that_went_well_and_what_failed_at_last(go):
     first, *_ = go({"pytest": FAILING, **workers([worker("self", "causal")], [worker("cross", dies_in="gqa", code=1)])})
     assert len(first.record["rows"]) == 9 and first.record["steps"]["flex"]["ok"]
-    again, said, machine = go({"fastattn.bench.worker": worker("gqa")}, resume="1")
+    again, said, machine = go({"fastattn.bench.gpu.worker": worker("gqa")}, resume="1")
     assert again.path == first.path and all(f"{name}: done before" in said for name in ("check", "headline", "flex"))
     asked = [command.split()[0] for command, _ in machine.asked]
-    assert asked == ["fastattn.cli", "fastattn.cli", "pytest", "fastattn.bench.worker"]  # a build, what is here
+    assert asked == ["fastattn.cli", "fastattn.cli", "pytest", "fastattn.bench.gpu.worker"]  # a build, what is here
     assert json.loads(machine.asked[-1][0].split(" ", 1)[1])["cells"] == [CELLS[3].name]
     assert len(again.record["rows"]) == 12 and False not in [step["ok"] for step in again.record["steps"].values()]
     assert [command["resume"] for command in again.record["commands"]] == [False, True]
@@ -42,9 +42,9 @@ def test_resume_runs_nothing_twice_that_went_well_and_what_failed_at_last(go):
 
 def test_resume_first_runs_what_was_cut(go):
     slow = worker("self", "causal", "cross", "gqa", each=20.0)
-    first, *_ = go({"fastattn.bench.worker": slow, "pytest": FAILING}, budget=100.0)
+    first, *_ = go({"fastattn.bench.gpu.worker": slow, "pytest": FAILING}, budget=100.0)
     assert first.record["steps"]["sweep"]["ok"] is None and first.record["steps"]["tests"]["ok"] is False
-    again, said, _ = go({"fastattn.bench.worker": worker("self", "causal", "cross", "gqa")}, resume="1")
+    again, said, _ = go({"fastattn.bench.gpu.worker": worker("self", "causal", "cross", "gqa")}, resume="1")
     begun = [words.split(":")[0] for words in said if ": up to" in words]
     assert begun[-1] == "tests" and begun.index("sweep") < len(begun) - 1
     assert len(again.record["rows"]) == 12
@@ -66,7 +66,9 @@ def test_tests_that_passed_are_named_to_the_next_pytest(go, monkeypatch):
 
 @pytest.mark.parametrize("place", ["out", "results", "kept", "named"])
 def test_the_file_alone_is_enough_wherever_it_lies_and_whatever_its_name(go, tmp_path, whole, place):
-    first, *_ = go({**whole, "fastattn.bench.worker": worker("self", dies_in="causal", code=1)}, steps=("headline",))
+    first, *_ = go(
+        {**whole, "fastattn.bench.gpu.worker": worker("self", dies_in="causal", code=1)}, steps=("headline",)
+    )
     carried = {"out": tmp_path, "results": tmp_path / "results", "kept": tmp_path / "kept"}.get(place, tmp_path / "x")
     carried.mkdir(exist_ok=True)
     text = first.path.read_text()
@@ -75,14 +77,14 @@ def test_the_file_alone_is_enough_wherever_it_lies_and_whatever_its_name(go, tmp
     path = carried / "cpu-2020-01-01-another-name.json"
     path.write_text(text)
     resume = str(path) if place == "named" else "1"
-    run, _, machine = go({"fastattn.bench.worker": worker("causal")}, steps=("headline",), resume=resume)
+    run, _, machine = go({"fastattn.bench.gpu.worker": worker("causal")}, steps=("headline",), resume=resume)
     assert json.loads(machine.asked[-1][0].split(" ", 1)[1])["cells"] == [CELLS[1].name]
     assert run.path == tmp_path / path.name and len(json.loads(run.path.read_text())["rows"]) == 6
 
 
 def test_without_resume_a_run_begins_anew(go, whole):
     first, *_ = go(whole)
-    run, said, _ = go({"fastattn.bench.worker": worker("self")}, steps=("headline",))
+    run, said, _ = go({"fastattn.bench.gpu.worker": worker("self")}, steps=("headline",))
     assert run.path.stem == f"{first.path.stem}-2" and len(json.loads(first.path.read_text())["rows"]) == 12
     assert len(run.record["rows"]) == 3 and not any("done before" in words for words in said)
 
@@ -98,7 +100,9 @@ def test_times_of_another_gpu_stay_in_their_own_file(go, whole):
     record["environment"]["gpu"] = "another"
     run.path.write_text(json.dumps(record))
     other = run.path.rename(run.path.with_name("another.json"))
-    again, said, _ = go(whole | {"fastattn.bench.worker": worker("self", "causal", "cross", "gqa")}, resume=str(other))
+    again, said, _ = go(
+        whole | {"fastattn.bench.gpu.worker": worker("self", "causal", "cross", "gqa")}, resume=str(other)
+    )
     assert "its times are of another: they are taken anew" in said and "check: done before" in said
     assert again.path == run.path and again.record["carried_from"]["gpu"] == "another"
     assert len(again.record["rows"]) == 12 and json.loads(other.read_text()) == record
@@ -139,6 +143,6 @@ def test_a_killed_run_has_what_was_said_until_then(go, monkeypatch):
     monkeypatch.setattr(Run, "__init__", lambda self, *given: (run.append(self), began(self, *given))[1])
     monkeypatch.setattr(Scripted, "lines", lines)
     with pytest.raises(Killed):
-        go({"fastattn.bench.worker": worker("self", "causal")}, steps=("headline",))
+        go({"fastattn.bench.gpu.worker": worker("self", "causal")}, steps=("headline",))
     record = json.loads(run[0].path.read_text())
     assert len(record["rows"]) == 6 and record["steps"]["headline"] == {"ok": None, "seconds": 0.0, "words": "was cut"}

@@ -6,13 +6,15 @@ import math
 import pytest
 import torch
 
-from fastattn.bench import compare, estimate, options
-from fastattn.bench.clock import CpuClock
+from fastattn.bench import options
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.measure import estimate
+from fastattn.bench.measure.clock import CpuClock
+from fastattn.bench.measure.providers import Sdpa, provider
+from fastattn.bench.measure.run import plan, too_large
 from fastattn.bench.options import parse
-from fastattn.bench.providers import Sdpa, provider
-from fastattn.bench.rows import Row
-from fastattn.bench.run import plan, too_large
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.report import compare
+from fastattn.bench.report.rows import Row
 from fastattn.cli import main
 
 ONE = ("--op", "self", "--providers", "sdpa", "--mode", "fwd")

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastattn.bench import env, smi
-from fastattn.bench.clock import CudaClock
+from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import nvidia_smi as smi
+from fastattn.bench.measure.clock import CudaClock
 
 NOON = datetime.datetime(2030, 1, 1, 12).timestamp()
 PATIENCE = 60.0

@@ -5,7 +5,7 @@ import json
 import torch
 
 import fastattn
-from fastattn.bench import smoke
+from fastattn.bench.gpu import smoke
 
 
 def test_each_call_brings_other_tensors(monkeypatch, capsys):

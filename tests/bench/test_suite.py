@@ -5,13 +5,15 @@ import json
 
 import pytest
 
-from fastattn.bench import against, brgemm, tables
+from fastattn.bench.cases.operations import OPS, BenchCase
+from fastattn.bench.cases.suites import PEERS, SUITES, Cell, cpu_table, headline, suite
+from fastattn.bench.measure import brgemm
+from fastattn.bench.measure.providers import known_providers
+from fastattn.bench.measure.run import cell_rows, plan
 from fastattn.bench.options import parse
-from fastattn.bench.providers import known_providers
-from fastattn.bench.rows import Row
-from fastattn.bench.run import cell_rows, plan
-from fastattn.bench.suite import PEERS, SUITES, Cell, cpu_table, headline, suite
-from fastattn.bench_cases import OPS, BenchCase
+from fastattn.bench.report import doc_tables as tables
+from fastattn.bench.report import ratio_tables as against
+from fastattn.bench.report.rows import Row
 from fastattn.cli import main
 
 BATCHES = {"B8-H16-N2048-D128", "B2-H16-N8192-D128"}
@@ -137,7 +139,7 @@ def test_a_spent_budget_keeps_what_it_has_and_resume_goes_on(bench, monkeypatch)
     flags = ("--op", "self,causal", "--providers", "sdpa", "--mode", "fwd")
     now = iter([0.0, 1.0, 99.0])
     with monkeypatch.context() as patched:
-        patched.setattr("fastattn.bench.run.time.monotonic", lambda: next(now))
+        patched.setattr("fastattn.bench.measure.run.time.monotonic", lambda: next(now))
         code, text, report = bench(*flags, "--budget", "10")
     assert code == 0 and [row["op"] for row in report["rows"]] == ["self"]
     assert "the budget of 10 s is spent: 1 of 2 rows were measured; --resume --json out/bench.json goes on" in text.out

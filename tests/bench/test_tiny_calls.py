@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastattn.bench import run, tiny_calls
-from fastattn.bench.notices import Notices
-from fastattn.bench.rows import Row
-from fastattn.bench.run import CaseRunner
-from fastattn.bench_cases import BenchCase
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.measure import run, tiny_calls
+from fastattn.bench.measure.provider_warnings import Notices
+from fastattn.bench.measure.run import CaseRunner
+from fastattn.bench.report.rows import Row
 
 
 class Cuda:

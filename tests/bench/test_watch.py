@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastattn.bench import pytest_lines, watch
-from fastattn.bench.child import Child, Ending
-from fastattn.bench.gpu_children import Queue, objects
+from fastattn.bench.gpu import pytest_lines
+from fastattn.bench.gpu import watchdog as watch
+from fastattn.bench.gpu.child import Child, Ending
+from fastattn.bench.gpu.children import Queue, objects
 
 SOON = "15"
 """Seconds of silence: what is meant to hang has begun by then, and what is not begins its silence anew."""

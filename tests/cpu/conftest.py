@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import compiler, process
-from fastattn.native_cpu import LIBRARY
+from fastattn import process
+from fastattn.building import compiler
+from fastattn.building.cpu_library import LIBRARY
 
 TILES = "-DFASTATTN_EMULATE_AMX" in os.environ.get("CXXFLAGS", "") or (
     Path("/proc/cpuinfo").exists() and " amx_bf16" in Path("/proc/cpuinfo").read_text()

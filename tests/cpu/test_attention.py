@@ -9,11 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
-from fastattn.fuzz import cases
-from fastattn.hiding import FEATURES, HIDING, hidden_pair, with_junk
-from fastattn.mask import Mask
 from fastattn.masks import Causal, Lengths, Segments, Window
+from fastattn.masks.base import Mask
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
+from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_junk
+from fastattn.testing.strategies import cases
 
 pytestmark = pytest.mark.usefixtures("library")
 

@@ -12,9 +12,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import fastattn
-from fastattn import build_cache, compiler, library_files
+from fastattn.building import compiler, library_files
+from fastattn.building import folder as build_cache
+from fastattn.building.cpu_library import LIBRARY
 from fastattn.cli import main
-from fastattn.native_cpu import LIBRARY
 
 QUERY = torch.randn(1, 2, 5, 8)
 
@@ -81,7 +82,7 @@ def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
     assert keys[-1] == keys[-2]
 
 
-BUILD = "from fastattn.native_cpu import LIBRARY; print(LIBRARY.build())"
+BUILD = "from fastattn.building.cpu_library import LIBRARY; print(LIBRARY.build())"
 
 
 def test_processes_that_want_it_at_once_build_it_once(fake):
@@ -216,7 +217,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_a_library_within_the_package_comes_first_where_its_sources_are_the_ones_beside_it(fake, tmp_path, monkeypatch):
     fake()
-    monkeypatch.setattr(library_files, "__file__", str(tmp_path / "package" / "library_files.py"))
+    monkeypatch.setattr(library_files, "__file__", str(tmp_path / "package" / "building" / "library_files.py"))
     folder = tmp_path / "package" / "lib"
     folder.mkdir(parents=True)
     (folder / f"fastattn_cpu_of-other-sources{library_files.SUFFIX}").touch()

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import build_cache, commands, compiler, library_files
+from fastattn.building import commands, compiler, library_files
+from fastattn.building import folder as build_cache
+from fastattn.building.cpu_library import LIBRARY
+from fastattn.building.manifest import Manifest
 from fastattn.cli import main
-from fastattn.manifest import Manifest
-from fastattn.native_cpu import LIBRARY
 
 pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)
 QUERY = torch.randn(1, 2, 5, 8)

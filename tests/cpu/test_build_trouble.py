@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import build_cache, commands, compiler, library_files, native
-from fastattn.native_cpu import LIBRARY
+from fastattn.building import commands, compiler, library_files
+from fastattn.building import folder as build_cache
+from fastattn.building import library as native
+from fastattn.building.cpu_library import LIBRARY
 
 pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)
 QUERY = torch.randn(1, 2, 5, 8)
@@ -326,7 +328,7 @@ def test_a_compiler_that_makes_nothing_is_named(fake, way, tmp_path):
 # ---- several processes
 
 
-BUILD = "from fastattn.native_cpu import LIBRARY; print(LIBRARY.build())"
+BUILD = "from fastattn.building.cpu_library import LIBRARY; print(LIBRARY.build())"
 
 
 def test_who_waits_for_a_build_says_so(fake, tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import build_cache, commands, compiler, library_files
-from fastattn.native_cpu import LIBRARY
+from fastattn.building import commands, compiler, library_files
+from fastattn.building import folder as build_cache
+from fastattn.building.cpu_library import LIBRARY
 
 pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)
 SOMEBODY = 54321

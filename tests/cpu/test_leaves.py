@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fastattn import leaves
-from fastattn.hiding import HIDING
-from fastattn.mask import Mask
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Segments, Window
+from fastattn.masks import program as leaves
+from fastattn.masks.base import Mask
 from fastattn.testing import CASES
+from fastattn.testing.nan_padding import HIDING
 
 SIZES = [(0, 5), (5, 0), (1, 1), (8, 50), (70, 64)]
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from fastattn import compiler
+from fastattn.building import compiler
 
 SOURCE = """
 #define FASTATTN_ISA product

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastattn import attention, attention_weights, dispatch
-from fastattn.hiding import HIDING, hidden_pair
 from fastattn.testing import CASES, make_inputs, poison
+from fastattn.testing.nan_padding import HIDING, hidden_pair
 
 pytestmark = pytest.mark.usefixtures("library")
 

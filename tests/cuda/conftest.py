@@ -9,10 +9,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastattn import compiler, dispatch, explain, native_cuda, nvcc, simulator
+from fastattn import dispatch, explain
 from fastattn.backends import cuda, triton
+from fastattn.building import compiler, nvcc
+from fastattn.building import cuda_library as native_cuda
 from fastattn.spec import AttnInputs, AttnSpec
-from fastattn.testing import poison
+from fastattn.testing import poison, simulator
 
 ENDS_WITHIN = 180.0  # seconds, of a test on a GPU: the longest waits 140 for compute-sanitizer
 watched = runpy.run_path(str(Path(__file__).parents[1] / "gpu_watch.py"))["watched"]

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import cli, compiler, inspection_cuda, nvcc
-from fastattn.native_cuda import LIBRARY
+from fastattn import cli
+from fastattn.building import compiler, nvcc
+from fastattn.building.cuda_library import LIBRARY
+from fastattn.cli import inspect_cuda as inspection_cuda
 
 pytest.importorskip("triton", reason="triton, whose disassemblers read the kernels, is not installed")
-from fastattn.kernels import sass
-from fastattn.kernels.listing import Instruction
+from fastattn.kernels.inspect import sass
+from fastattn.kernels.inspect.listing import Instruction
 
 MOST_KERNELS = 120
 PERFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"

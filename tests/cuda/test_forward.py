@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn import native_cuda
 from fastattn.backends import cuda
-from fastattn.hiding import HIDING, hidden_pair, with_junk
-from fastattn.leaves import INTERVAL, REACH
+from fastattn.building import cuda_library as native_cuda
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
+from fastattn.masks.program import INTERVAL, REACH
 from fastattn.testing import CASES, Case, check_close, make_inputs, with_dtype
+from fastattn.testing.nan_padding import HIDING, hidden_pair, with_junk
 
 HALVES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fastattn import attention, explain
-from fastattn.hiding import HIDING, hidden_pair, in_blocks
 from fastattn.masks import Causal, Lengths, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run, with_dtype
+from fastattn.testing.nan_padding import HIDING, hidden_pair, in_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 

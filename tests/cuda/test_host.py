@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import BackendUnavailable, attention, compiler, native_cuda, nvcc, simulator
+from fastattn import BackendUnavailable, attention
 from fastattn.backends import cuda
+from fastattn.building import compiler, nvcc
+from fastattn.building import cuda_library as native_cuda
 from fastattn.masks import Causal
 from fastattn.spec import AttnInputs, AttnSpec
-from fastattn.testing import Case, make_inputs
+from fastattn.testing import Case, make_inputs, simulator
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_KERNELS = Path(__file__).parent / "kernels" / "no_kernels.cu"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import simulator
+from fastattn.testing import simulator
 
 BLOCKS = 132
 BLOCK_M = 128

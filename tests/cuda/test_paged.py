@@ -9,12 +9,12 @@ import torch
 
 from fastattn import KVCache, attention
 from fastattn.backends import cuda
-from fastattn.cache import placed
-from fastattn.hiding import in_blocks
+from fastattn.cache.base import placed
 from fastattn.masks import Causal, Chunked, Dense, Prefix, Window
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import HALF, Case, check_close
+from fastattn.testing.nan_padding import in_blocks
 
 SIZES = (1, 3, 16, 48, 64, 128, 256)
 HELD = (290, 129, 0)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from fastattn import BackendUnavailable, attention, commands, compiler, dispatch, explain, native_cuda, nvcc, process
+from fastattn import BackendUnavailable, attention, dispatch, explain, process
 from fastattn.backends import cuda, triton
+from fastattn.building import commands, compiler, nvcc
+from fastattn.building import cuda_library as native_cuda
+from fastattn.building.cuda_library import LIBRARY
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
-from fastattn.native_cuda import LIBRARY
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 TENSOR = torch.empty(1, 2, 16, 64, dtype=torch.bfloat16)
@@ -40,7 +42,7 @@ def hopper(chip, monkeypatch):
         shared_memory_per_block_optin=227 * 1024))  # fmt: skip
     monkeypatch.setattr(triton, "_interpreting", lambda: False)
     monkeypatch.setattr(triton, "_missing", lambda interpreting: None)
-    monkeypatch.delitem(sys.modules, "fastattn.kernels.launch", raising=False)
+    monkeypatch.delitem(sys.modules, "fastattn.kernels.host.launch", raising=False)
     for name in ("get", "build", "prepare"):
         monkeypatch.setattr(LIBRARY, name, lambda name=name: pytest.fail(f"{name} was called"))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)

@@ -6,9 +6,8 @@ import dataclasses
 
 import pytest
 
-from fastattn import simulator
 from fastattn.masks import Causal
-from fastattn.testing import Case, check_close, make_inputs
+from fastattn.testing import Case, check_close, make_inputs, simulator
 
 SECTOR = 32  # bytes
 SHARED = Case("stores", 136, 130, 2, 4, 2, 64)

@@ -5,8 +5,8 @@ import socket
 import pytest
 import torch
 
-from fastattn import mha, sdpa
-from fastattn.integrations import torchvision
+from fastattn.integrations.vision import torchvision
+from fastattn.torch_api import mha, sdpa
 
 
 @pytest.fixture

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn import KVCache, attention, attention_weights, mha, patch, replace_attention, sdpa, varlen_attention
+from fastattn import KVCache, attention, attention_weights, patch, replace_attention, varlen_attention
 from fastattn.functional import all_weights
-from fastattn.integrations import diffusers, flash_attn, registry
+from fastattn.integrations import diffusers, flash_attn
 from fastattn.integrations.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from fastattn.integrations.torch import registry
 from fastattn.masks import Causal
 from fastattn.nn import MultiheadAttention
+from fastattn.torch_api import mha, sdpa
 
 B, L, N, H, D = 2, 3, 5, 2, 4
 CU_Q, CU_K = torch.tensor([0, 1, 3]), torch.tensor([0, 3, 5])
@@ -283,7 +285,7 @@ def defined(q, k, v, slopes, first=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("at_once", [None, 3 * 2 * 700], ids=["all at once", "three rows at once"])
 def test_slopes_at_length(dtype, at_once, monkeypatch):
-    from fastattn.integrations import flash_alibi
+    from fastattn.integrations.flash_attn import alibi as flash_alibi
 
     if at_once is not None:
         monkeypatch.setattr(flash_alibi, "AT_ONCE", at_once)

@@ -8,8 +8,9 @@ import torch
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, flex_attention
 
-from fastattn import attention, explain, foreign
+from fastattn import attention, explain
 from fastattn.masks import Causal, Dense, Segments, Window
+from fastattn.masks import flex as foreign
 
 SHARED = torch.arange(200) // 33 % 4
 IDS = torch.tensor([[0] * 70 + [1] * 60 + [2] * 70])
@@ -204,7 +205,7 @@ class Model(torch.nn.Module):
 def test_a_rule_that_is_not_what_the_function_says_is_not_taken(monkeypatch):
     """Whatever reads it wrongly."""
     mask = create_block_mask(causal, None, None, 200, 200, device="cpu")
-    monkeypatch.setattr("fastattn.integrations.transformers_masks.read", lambda *_: Causal() & Window(150, 0))
+    monkeypatch.setattr("fastattn.masks.mask_mod.read", lambda *_: Causal() & Window(150, 0))
     assert isinstance(foreign.as_mask(mask, *tensors()[:2]), Dense)
 
 

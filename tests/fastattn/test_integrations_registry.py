@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from fastattn import attention, ops, varlen_attention
-from fastattn.integrations import registry
+from fastattn.integrations.torch import registry
 from fastattn.masks import Causal, Window
 
 
@@ -65,7 +65,7 @@ def same(one, other, **tolerance):
 
 def test_importing_registers_nothing(tmp_path):
     code = (
-        "import torch, fastattn, fastattn.integrations.registry as ours; from torch.nn import attention as a; "
+        "import torch, fastattn, fastattn.integrations.torch.registry as ours; from torch.nn import attention as a; "
         "assert 'fastattn' not in a.list_flash_attention_impls(); ours.register(); ours.register(); "
         "assert 'fastattn' in a.list_flash_attention_impls() and a.current_flash_attention_impl() is None"
     )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastattn import functional, replace_attention
-from fastattn.models.compare import Seen, watching
+from fastattn.bench.models.compare import Seen, watching
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:enable_nested_tensor", "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning"
@@ -71,7 +71,7 @@ def flux():
 
 
 def zoo(row):
-    from fastattn.models.zoo import ZOO, randomized
+    from fastattn.bench.models.zoo import ZOO, randomized
 
     library("transformers")
     return randomized(ZOO[row].build()), (torch.randint(3, 90, (2, 9)),)
@@ -245,7 +245,7 @@ def test_a_traced_model_keeps_our_operators(name):
 
 
 def test_each_part_of_a_model_gets_its_own_implementation_back():
-    from fastattn.models.zoo import ZOO
+    from fastattn.bench.models.zoo import ZOO
 
     library("transformers")
     model = ZOO["clip"].build()

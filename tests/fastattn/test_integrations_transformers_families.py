@@ -14,9 +14,9 @@ if importlib.util.find_spec("transformers") is None:
 import transformers
 
 from fastattn import replace_attention
+from fastattn.bench.models.families import NotBuilt, built, families, padded
 from fastattn.integrations import transformers as ours
-from fastattn.integrations.transformers_replace import attending, uses_interface
-from fastattn.models.families import NotBuilt, built, families, padded
+from fastattn.integrations.transformers.replacement import attending, uses_interface
 
 LISTED = (5, 23)
 """The version that the lists below were made with."""

@@ -13,9 +13,9 @@ if importlib.util.find_spec("transformers") is None:
 import transformers
 
 from fastattn import replace_attention
+from fastattn.bench.models.compare import Seen, _train_without_dropout, watching
+from fastattn.bench.models.zoo import DECODER, ENCODER, ZOO, randomized
 from fastattn.integrations import transformers as interface
-from fastattn.models.compare import Seen, _train_without_dropout, watching
-from fastattn.models.zoo import DECODER, ENCODER, ZOO, randomized
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 IDS = torch.randint(4, DECODER["vocab_size"], (4, 16), generator=torch.Generator().manual_seed(1))

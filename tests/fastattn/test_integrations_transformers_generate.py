@@ -13,8 +13,8 @@ import transformers
 from transformers import cache_utils
 
 import fastattn.integrations.transformers  # noqa: F401  (registers "fastattn")
-from fastattn.models.compare import Seen, watching
-from fastattn.models.zoo import DECODER, WHISPER, ZOO, randomized
+from fastattn.bench.models.compare import Seen, watching
+from fastattn.bench.models.zoo import DECODER, WHISPER, ZOO, randomized
 
 BATCH, LENGTH, NEW = 2, 12, 6
 PAIRED = ("t5", "bart", "whisper")

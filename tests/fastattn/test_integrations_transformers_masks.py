@@ -15,8 +15,8 @@ from transformers import masking_utils as given
 
 from fastattn import masks
 from fastattn.integrations import transformers as ours
-from fastattn.integrations.transformers_mask import ModelMask, padding
-from fastattn.integrations.transformers_masks import Call, Unreadable, read
+from fastattn.integrations.transformers.model_mask import ModelMask, padding
+from fastattn.masks.mask_mod import Call, Unreadable, read
 
 BATCH, LENGTH = 2, 11
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])

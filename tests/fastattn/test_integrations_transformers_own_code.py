@@ -12,10 +12,10 @@ if importlib.util.find_spec("transformers") is None:
     pytest.skip("needs transformers (pip install 'fastattn[models]')", allow_module_level=True)
 
 from fastattn import replace_attention
+from fastattn.bench.models.compare import Seen, watching
+from fastattn.bench.models.families import built, padded
+from fastattn.bench.models.zoo import ZOO, randomized
 from fastattn.integrations import transformers as ours
-from fastattn.models.compare import Seen, watching
-from fastattn.models.families import built, padded
-from fastattn.models.zoo import ZOO, randomized
 
 LENGTH = 12
 IDS = torch.randint(3, 64, (2, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -10,10 +10,23 @@ import sys
 import pytest
 import torch
 
-from fastattn import flat, masks
-from fastattn import mask as base
-from fastattn.blocks import Grid, block_list, classify
-from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Packed, Prefix, Segments, Window, visible_pairs
+from fastattn import masks
+from fastattn.masks import (
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    Lengths,
+    Mask,
+    Packed,
+    Prefix,
+    Segments,
+    Window,
+    base,
+    visible_pairs,
+)
+from fastattn.masks import serialize as flat
+from fastattn.masks.blocks import Grid, block_list, classify
 
 SIZES = ((0, 3), (3, 0), (1, 1), (5, 5), (4, 9), (9, 4), (17, 13))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastattn import mha as module
 from fastattn.dropout import dropout_mask
-from fastattn.mha import multi_head_attention_forward
+from fastattn.torch_api import mha as module
+from fastattn.torch_api.mha import multi_head_attention_forward
 
 BATCH, HEADS, WIDTH, QUERIES, KEYS = 3, 4, 24, 5, 7
 HEAD_DIM = WIDTH // HEADS

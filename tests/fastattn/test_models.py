@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastattn import cli, spec
+from fastattn.bench.models import overhead, report
+from fastattn.bench.models.compare import cases, compare
+from fastattn.bench.models.zoo import ZOO
 from fastattn.masks import Dense
-from fastattn.models import overhead, report
-from fastattn.models.compare import cases, compare
-from fastattn.models.zoo import ZOO
 
 ROWS = [
     pytest.param(model, case, id=f"{key}-{case.replace(', ', '-').replace(' ', '-')}")

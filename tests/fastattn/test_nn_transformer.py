@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fastattn import mha
 from fastattn import nn as ours
+from fastattn.torch_api import mha
 
 WIDTH, HEADS, INNER = 24, 4, 32
 NAMES = (

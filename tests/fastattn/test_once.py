@@ -10,7 +10,7 @@ import torch
 import fastattn
 from fastattn import masks
 from fastattn.backends import cpu
-from fastattn.native_cpu import LIBRARY
+from fastattn.building.cpu_library import LIBRARY
 
 BACKENDS = ("cpu", "reference")
 
@@ -137,7 +137,7 @@ if sys.argv[1] == "installed before":
         assert now() == own
         routed(lambda: attend(query))
 second.patch.install("reference")
-assert sys.modules["fastattn.mha"].TORCH_MHA is own[1]
+assert sys.modules["fastattn.torch_api.mha"].TORCH_MHA is own[1]
 torch.testing.assert_close(routed(lambda: attend(query), "second"), want)
 torch.testing.assert_close(routed(lambda: module(x, x, x)[0], "second"), of_module)
 for reentrant in (True, False):

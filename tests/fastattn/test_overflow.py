@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastattn import attention, attention_weights
-from fastattn.native_cpu import LIBRARY
+from fastattn.building.cpu_library import LIBRARY
 
 rows = runpy.run_path(str(Path(__file__).parents[1] / "overflow.py"))
 BACKENDS = ("reference", "cpu-generic", "cpu-avx2", "cpu-avx512", "cpu-amx", "triton")

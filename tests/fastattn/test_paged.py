@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastattn import KVCache, attention
-from fastattn.integrations import registry
 from fastattn.integrations.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+from fastattn.integrations.torch import registry
 from fastattn.masks import Causal
 
 BATCH, BLOCKS, SIZE, WIDTH = 2, 6, 4, 2
@@ -131,10 +131,10 @@ def test_bad_blocks_are_refused_alike(name, fault):
 @pytest.mark.parametrize("name", ENTRANCES)
 def test_a_gpus_numbers_are_not_looked_at(name, monkeypatch):
     """What is not a CPU's would be waited for: there the kernels clamp, and nothing is read out of bounds."""
-    from fastattn import paged
+    from fastattn.masks import paged
 
     monkeypatch.setattr(paged, "may_look", lambda *_: False)
-    monkeypatch.setattr("fastattn.integrations.flash_cache.Cache._looked_at", False)
+    monkeypatch.setattr("fastattn.integrations.flash_attn.cache.Cache._looked_at", False)
     for fault in ("beyond the pool", "below the pool"):
         with torch.no_grad():
             assert ENTRANCES[name](**{**good(), **FAULTS[fault][0]}).isfinite().all()

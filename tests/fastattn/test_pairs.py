@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastattn import BackendUnavailable, attention, dispatch, explain, masks, reference
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 

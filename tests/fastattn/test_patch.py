@@ -16,7 +16,7 @@ from torch.overrides import _get_current_function_mode_stack as modes
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 from fastattn import patch
-from fastattn.integrations import patch as patching
+from fastattn.integrations.torch import patching
 
 Q = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(3))
 OURS, TORCHS = ["reference"], []

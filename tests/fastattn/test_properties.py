@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 
 from fastattn import dispatch
-from fastattn.fuzz import cases
 from fastattn.masks import visible_pairs
 from fastattn.testing import check_close, make_inputs, run
-from fastattn.yardstick import exact, twin
+from fastattn.testing.strategies import cases
+from fastattn.testing.tolerance import exact, twin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

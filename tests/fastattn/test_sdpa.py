@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from fastattn import sdpa as module
-from fastattn.sdpa import scaled_dot_product_attention
+from fastattn.torch_api import sdpa as module
+from fastattn.torch_api.sdpa import scaled_dot_product_attention
 
 INF = float("inf")
 

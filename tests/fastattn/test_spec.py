@@ -5,7 +5,7 @@ import torch
 
 from fastattn import attention, attention_weights
 from fastattn.masks import Causal, Dense, Full, Lengths, Packed, Segments, Window
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import CASES, make_inputs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import simulator
+from fastattn.testing import simulator
 
 TESTS = Path(__file__).resolve().parents[1]
 SOME = {

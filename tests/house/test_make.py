@@ -167,11 +167,11 @@ def test_make_gpu_sets_up_without_a_network_and_counts_from_its_own_beginning(ar
 
 
 def test_every_step_of_make_gpu_has_a_target():
-    from fastattn.bench.steps import DOES
+    from fastattn.bench.gpu.steps import DOES
 
     for step in DOES:
         _, said = make("-n", f"gpu-{step}")
-        assert re.search(rf"fastattn.bench.pipeline .* {step}\b", said), said
+        assert re.search(rf"fastattn.bench.gpu.pipeline .* {step}\b", said), said
 
 
 def test_the_environment_that_would_be_made_anew_cannot_make_itself(checkout):

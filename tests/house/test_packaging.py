@@ -152,13 +152,17 @@ def test_a_wheel_brings_the_libraries(checkout, tmp_path, built):
         "PYTHONPATH": str(checkout),
     }
     if built:
-        run([sys.executable, "-c", "from fastattn.native_cuda import LIBRARY; LIBRARY.build()"], checkout, **tools)
+        run(
+            [sys.executable, "-c", "from fastattn.building.cuda_library import LIBRARY; LIBRARY.build()"],
+            checkout,
+            **tools,
+        )
     name = run([sys.executable, "-c", BUILD.format("wheel"), tmp_path], checkout, FASTATTN_BUILD="force", **tools)
     name = name.split()[-1]
     assert name.startswith("fastattn-") and name.split("-")[-1] != "any.whl"
     inside = {Path(each).name for each in zipfile.ZipFile(tmp_path / name).namelist() if "fastattn/lib/" in each}
     rooms = {"cpu", "cuda"} if built else {"cpu"}
-    within = "from fastattn.native_{0} import LIBRARY; print(LIBRARY.shipped_name())"
+    within = "from fastattn.building.{0}_library import LIBRARY; print(LIBRARY.shipped_name())"
     names = {run([sys.executable, "-c", within.format(room)], checkout).strip() for room in rooms}
     assert inside == names | {str(Path(name).with_suffix(".json")) for name in names}
 

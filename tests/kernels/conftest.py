@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fastattn.mask import Mask
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
+from fastattn.masks.base import Mask
 from fastattn.spec import AttnInputs, AttnSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -277,7 +277,7 @@ def stub(tmp_path_factory):
     """Triton's launcher against a stand-in for libcuda (stub/driver.py), in processes that test_launcher.py starts."""
     from driver import Stub
 
-    from fastattn.kernels.launch import INTERPRETED
+    from fastattn.kernels.host.launch import INTERPRETED
 
     assert not INTERPRETED, "the launcher is Triton's own: set TRITON_INTERPRET=0"
     return Stub(tmp_path_factory.mktemp("libcuda"))

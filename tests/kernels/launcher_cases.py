@@ -16,7 +16,8 @@ from triton import knobs
 
 from fastattn import attention
 from fastattn.backends import triton as backend
-from fastattn.kernels import forms, launch, packed, run
+from fastattn.kernels.host import launch, packed, run
+from fastattn.kernels.inspect import compile_cases as forms
 from fastattn.masks import Causal, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 

@@ -10,7 +10,7 @@ from driver import tensors
 
 from fastattn import attention
 from fastattn.backends import triton as backend
-from fastattn.kernels import launch
+from fastattn.kernels.host import launch
 from fastattn.masks import Causal
 from fastattn.spec import AttnInputs, AttnSpec
 

@@ -11,11 +11,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 from hypothesis import given, settings
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
-from fastattn.fuzz import cases
-from fastattn.hiding import FEATURES, HIDING, hidden_pair, with_junk
-from fastattn.mask import Mask
 from fastattn.masks import Causal
+from fastattn.masks.base import Mask
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
+from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_junk
+from fastattn.testing.strategies import cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOM = dispatch.room("triton")

@@ -4,9 +4,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn.kernels import sass
-from fastattn.kernels.budget import RATES, UNITS, budget, flop, gather, spelled_out, total
-from fastattn.kernels.listing import Instruction
+from fastattn.kernels.inspect import sass
+from fastattn.kernels.inspect.budget import RATES, UNITS, budget, flop, gather, spelled_out, total
+from fastattn.kernels.inspect.listing import Instruction
 
 DATA_SHEETS = {
     # dense TFLOP/s in 16 bits, FP32 TFLOP/s (vectors), multiprocessors, boost clock in GHz

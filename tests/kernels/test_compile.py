@@ -15,11 +15,11 @@ pytest.importorskip("rich", reason="fastattn inspect needs rich")
 import triton
 from filelock import FileLock
 
-from fastattn.inspection import markdown
-from fastattn.kernels import compile as compiling
-from fastattn.kernels import configs
-from fastattn.kernels.configs import TABLE
-from fastattn.kernels.gates import broken, figure
+from fastattn.cli.inspect_triton import markdown
+from fastattn.kernels.host import configs
+from fastattn.kernels.host.configs import TABLE
+from fastattn.kernels.inspect import compile as compiling
+from fastattn.kernels.inspect.codegen_checks import broken, figure
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 200

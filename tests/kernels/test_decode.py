@@ -9,10 +9,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn import dropout_mask, reference
 from fastattn.backends import triton
-from fastattn.kernels import configs, launch
-from fastattn.kernels.configs import pick, pick_forward, splits_of, tiles_of
+from fastattn.kernels.host import configs, launch
+from fastattn.kernels.host.configs import pick, pick_forward, splits_of, tiles_of
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import Case, check_close, make_inputs, run
 
@@ -32,7 +32,7 @@ def processors(monkeypatch):
 
     def pretend(count):
         monkeypatch.setitem(configs.PROCESSORS, TARGET, count)
-        monkeypatch.setattr("fastattn.kernels.run._PLANS", {})
+        monkeypatch.setattr("fastattn.kernels.host.run._PLANS", {})
 
     return pretend
 

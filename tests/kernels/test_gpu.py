@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime.jit import JITFunction
 
 from fastattn import attention
-from fastattn.kernels import launch
+from fastattn.kernels.host import launch
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
 

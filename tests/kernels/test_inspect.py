@@ -13,12 +13,15 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("rich", reason="fastattn inspect needs rich")
 
-from fastattn import cli, inspection
-from fastattn.kernels import compile as compiling
-from fastattn.kernels import gates, sass, workers
-from fastattn.kernels.compile import Compiled, Loop, Problem, read_compiled
-from fastattn.kernels.configs import TABLE
-from fastattn.kernels.listing import innermost
+from fastattn import cli
+from fastattn.cli import inspect_triton as inspection
+from fastattn.kernels.host.configs import TABLE
+from fastattn.kernels.inspect import codegen_checks as gates
+from fastattn.kernels.inspect import compile as compiling
+from fastattn.kernels.inspect import compile_pool as workers
+from fastattn.kernels.inspect import sass
+from fastattn.kernels.inspect.compile import Compiled, Loop, Problem, read_compiled
+from fastattn.kernels.inspect.listing import innermost
 
 BARE = Problem("sm90", "fwd", 128, "bf16", "bare")
 LOOP = Loop(

@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fastattn import dispatch
-from fastattn.kernels import configs, launch
-from fastattn.kernels.compile import GPUS, pretending
-from fastattn.kernels.configs import ANCESTORS, PASSES, pick, pick_forward, section_of, splits_of, tiles_of
+from fastattn.kernels.host import configs, launch
+from fastattn.kernels.host.configs import ANCESTORS, PASSES, pick, pick_forward, section_of, splits_of, tiles_of
+from fastattn.kernels.inspect.compile import GPUS, pretending
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Prefix, Segments, Window
 from fastattn.spec import AttnInputs, AttnSpec
 

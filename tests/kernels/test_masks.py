@@ -7,8 +7,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn import blocks  # noqa: E402
-from fastattn.kernels import kind, lower, masks, walk  # noqa: E402
+from fastattn.kernels.host import kernel_variant as kind  # noqa: E402
+from fastattn.kernels.host import lower  # noqa: E402
+from fastattn.kernels.rules import masks  # noqa: E402
+from fastattn.kernels.tiling import walk  # noqa: E402
+from fastattn.masks import blocks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.backends import triton as backend
-from fastattn.kernels import launch, lower, run
+from fastattn.kernels.host import launch, lower, run
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn.kernels import amdgcn, sass
-from fastattn.kernels.listing import Instruction, innermost
+from fastattn.kernels.inspect import amdgcn, sass
+from fastattn.kernels.inspect.listing import Instruction, innermost
 
 
 def code_of(text):

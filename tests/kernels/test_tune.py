@@ -6,8 +6,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
 
-from fastattn.kernels import configs, tune
-from fastattn.kernels.configs import TABLE, shared_limit
+from fastattn.kernels.host import configs, tune
+from fastattn.kernels.host.configs import TABLE, shared_limit
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 

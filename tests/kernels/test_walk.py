@@ -9,10 +9,22 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn import blocks  # noqa: E402
-from fastattn.kernels import kind, launch, lower, walk  # noqa: E402
-from fastattn.kernels.configs import section_of  # noqa: E402
-from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window  # noqa: E402
+from fastattn.kernels.host import kernel_variant as kind  # noqa: E402
+from fastattn.kernels.host import launch, lower  # noqa: E402
+from fastattn.kernels.host.configs import section_of  # noqa: E402
+from fastattn.kernels.tiling import walk  # noqa: E402
+from fastattn.masks import (  # noqa: E402
+    Causal,
+    Chunked,
+    Dense,
+    Full,
+    Lengths,
+    Packed,
+    Prefix,
+    Segments,
+    Window,
+    blocks,
+)
 from fastattn.spec import AttnInputs, AttnSpec  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,7 +23,7 @@ def pytest_collection_finish(session):
 
 def of_wrappers(conftest):
     """tests/sim: the process that runs kernels gets the simulator's libraries."""
-    from fastattn import simulator
+    from fastattn.testing import simulator
 
     class Runner(conftest.ON_GPU["Runner"]):
         def __init__(self, device):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import nvcc, simulator
 from fastattn.backends import cuda
-from fastattn.compiler import BuildError
+from fastattn.building import nvcc
+from fastattn.building.compiler import BuildError
+from fastattn.testing import simulator
 
 KERNELS = Path(__file__).parent / "kernels"
 ON_GPU = runpy.run_path(str(Path(__file__).parent / "on_gpu.py"))

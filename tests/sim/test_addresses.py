@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import simulator
-from fastattn.compiler import BuildError
+from fastattn.building.compiler import BuildError
+from fastattn.testing import simulator
 
 SOURCE = Path(__file__).parent / "kernels" / "addresses.cu"
 COUNT = 64

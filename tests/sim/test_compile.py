@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import compiler
+from fastattn.building import compiler
 
 ARCH = compiler.sources() / "cuda" / "arch"
 SIMULATED = ("mistakes", "addresses")  # whose mistakes are for the simulator alone

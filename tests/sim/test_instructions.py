@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastattn import compiler
+from fastattn.building import compiler
 
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
 each_half = pytest.mark.parametrize("half", HALVES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import simulator
+from fastattn.testing import simulator
 
 SEEDS = range(3)
 RACE, UNWRITTEN, DEADLOCK, DIVERGENCE = "race: ", "nobody has written", "deadlock", "divergence: "

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastattn import simulator
+from fastattn.testing import simulator
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastattn import compiler, nvcc
-from fastattn.compiler import BuildError
+from fastattn.building import compiler, nvcc
+from fastattn.building.compiler import BuildError
 
 SOURCE = Path(__file__).parent / "oracle.cpp"
 COMPARED = 11

@@ -1,4 +1,4 @@
-"""fastattn.simulator: what is built once is found again, what has changed is built anew, what is refused says why."""
+"""testing/simulator.py: what is built once is found again, what has changed is built anew, what is refused says why."""
 
 import ctypes
 import shutil
@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fastattn import compiler, simulator
-from fastattn.compiler import BuildError, sources
+from fastattn.building import compiler
+from fastattn.building.compiler import BuildError, sources
+from fastattn.testing import simulator
 
 KERNEL = """
 #include "{arch}/arch.h"
@@ -73,7 +74,7 @@ def test_a_machine_that_cannot_simulate_says_so(monkeypatch):
 
 
 def test_it_is_no_part_of_an_import():
-    code = "import sys, fastattn; print('fastattn.simulator' in sys.modules)"
+    code = "import sys, fastattn; print('fastattn.testing.simulator' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 

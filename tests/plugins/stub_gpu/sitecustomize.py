@@ -190,14 +190,14 @@ AFTER = {
     "torch": of_torch,
     "fastattn.backends.cuda": of_a_backend,
     "fastattn.backends.triton": of_a_backend,
-    "fastattn.nvcc": of_nvcc,
+    "fastattn.building.nvcc": of_nvcc,
     "fastattn.testing": of_the_checks,
-    "fastattn.bench.suite": of_the_suite,
-    "fastattn.bench.run": of_the_cells,
-    "fastattn.bench.providers": of_the_providers,
-    "fastattn.bench.gpu_tests": of_the_tests,
-    "fastattn.bench.gpu_cells": of_the_times,
-    "fastattn.bench.steps": of_the_steps,
+    "fastattn.bench.cases.suites": of_the_suite,
+    "fastattn.bench.measure.run": of_the_cells,
+    "fastattn.bench.measure.providers": of_the_providers,
+    "fastattn.bench.gpu.tests": of_the_tests,
+    "fastattn.bench.gpu.cells": of_the_times,
+    "fastattn.bench.gpu.steps": of_the_steps,
 }
 
 

@@ -1,0 +1,115 @@
+"""nn.MultiheadAttention as people call it: one input for query, key and value, projections inside, weights asked for.
+
+A problem of its own beside `Problem`: the same sizes, but weights of a module and an input [batch, length, embed_dim]
+with embed_dim = num_heads * head_dim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import testing
+from fastattn.bench.cases.operations import OPS, BenchCase
+from fastattn.bench.cases.workload import Made, Problem, Verdict
+from fastattn.bench.measure.provider import Provider
+from fastattn.testing.tolerance import Terms, agreement
+
+
+def problem_of(case: BenchCase, device: torch.device) -> Problem:
+    """The case made real, in the form that its operation has."""
+    return ModuleProblem(case, device) if OPS[case.op].form == "module" else Problem(case, device)
+
+
+class ModuleProblem(Problem):
+    """A module's weights and an input. Held against torch's own module in float64; torch's in the input's dtype is the
+    twin.
+    """
+
+    def __init__(self, case: BenchCase, device: torch.device):
+        super().__init__(case, device)
+        self.embed_dim = case.num_heads * case.head_dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.module = self.filled(nn.MultiheadAttention)
+        self.tokens = self.d_out.transpose(1, 2).flatten(2).contiguous()
+
+    def filled(self, kind: Callable[..., nn.Module], **more: object) -> nn.Module:
+        """A module of `kind` in evaluation, with this problem's weights once there are some."""
+        case = self.case
+        module = kind(
+            self.embed_dim,
+            case.num_heads,
+            batch_first=True,
+            device=self.device,
+            dtype=self.made.case.dtype,
+            **more,
+        )
+        if hasattr(self, "module"):
+            module.load_state_dict(self.module.state_dict())
+        return module.eval()
+
+    def flops(self, mode: str, *, useful: bool) -> int:
+        """With the four projections."""
+        return super().flops(mode, useful=useful) + 8 * self.case.batch * self.case.q_len * self.embed_dim**2
+
+    def bytes(self, mode: str) -> int:
+        """Input and output, projections, and the mean weights."""
+        case, item = self.case, self.tokens.itemsize
+        weights = case.batch * case.q_len * case.kv_len
+        return item * (2 * self.tokens.numel() + 4 * self.embed_dim**2 + weights)
+
+    def call(self, mode: str, made: Made) -> Callable[[], object]:
+        return lambda: _evaluated(made, self.tokens)
+
+    def results(self, mode: str, made: Made, *, poisoned: bool = True) -> dict[str, Tensor]:
+        with warnings.catch_warnings(), testing.poison() if poisoned else contextlib.nullcontext():
+            warnings.simplefilter("ignore")
+            out, weights = _evaluated(made, self.tokens)
+        return {"out": out, "weights": weights}
+
+    def check(self, results: dict[str, Tensor]) -> Verdict:
+        case = self.case
+        exact = copy.deepcopy(self.module).double()
+        golden = _evaluated(Made(exact, ""), self.tokens.double())
+        near = _evaluated(Made(self.module, ""), self.tokens)
+        # Each output is a sum of embed_dim terms and a bias; a weight is a mean over heads.
+        size = float(exact.out_proj.weight.detach().abs().sum(1).max() * golden[0].abs().max())
+        names, terms = ("out", "weights"), {"out": Terms(size), "weights": Terms(float(golden[1].max()))}
+        known = tuple(dict(zip(names, each, strict=True)) for each in (golden, near))
+        rows = agreement(self.made, results, (known[0], (known[1], terms)))
+        return Verdict(rows, case.batch * case.num_heads, case.batch * case.num_heads)
+
+
+class TorchModule(Provider):
+    """torch.nn.MultiheadAttention with torch's own defaults: in evaluation it takes torch's fast path."""
+
+    name = "mha"
+    forms = ("module",)
+
+    def why_not(self, problem: Problem, mode: str) -> str | None:
+        return super().why_not(problem, mode) or forward_alone(problem, mode)
+
+    def make(self, problem: Problem, mode: str) -> Made:
+        return made_of(problem, nn.MultiheadAttention, "torch.nn.MultiheadAttention")
+
+
+def made_of(problem: Problem, kind: Callable[..., nn.Module], label: str, **more: object) -> Made:
+    if not isinstance(problem, ModuleProblem):
+        raise ValueError(f"{label} needs a case in the form of a module, got {problem.case.name}")
+    return Made(problem.filled(kind, **more), label)
+
+
+def forward_alone(problem: Problem, mode: str) -> str | None:
+    """Why a mode of a module in evaluation is not timed."""
+    return "evaluation has no backward" if problem.op.form == "module" and mode != "fwd" else None
+
+
+def _evaluated(made: Made, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return made.forward(tokens, tokens, tokens)

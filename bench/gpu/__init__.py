@@ -1,0 +1,1 @@
+"""`make gpu`: a few minutes of a GPU into evidence, step by step, in child processes."""

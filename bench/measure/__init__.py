@@ -1,0 +1,1 @@
+"""How it is timed: providers, clocks, memory, the machine."""

@@ -1,0 +1,53 @@
+"""Call overhead: the host's time for a call that does next to nothing, one query on one key."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+
+import torch
+
+from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.operations import BenchCase
+from fastattn.bench.cases.workload import Problem, tiny
+from fastattn.bench.measure.provider import Provider
+
+ROUNDS = 7
+CALLS = 50
+"""In a row before a GPU is waited for: far fewer than its queue holds, so that only the host's part is seen."""
+
+
+def overhead_us(who: Provider, case: BenchCase, mode: str, device: torch.device) -> float | None:
+    """Microseconds a call, the median of rounds.
+
+    None for who compiles for each size, and who refuses the tiny case or fails in it: no fault of the large one.
+    """
+    if who.compiles:
+        return None
+    problem = problem_of(tiny(case), device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tiny case, which is not the row's
+        try:
+            return None if who.why_not(problem, mode) is not None else _time(who, problem, mode)
+        except Exception:
+            return None
+
+
+def _time(who: Provider, problem: Problem, mode: str) -> float:
+    device = problem.device
+    call = problem.call(mode, who.make(problem, mode))
+    times = []
+    for _ in range(ROUNDS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        times.append(1e6 * (time.perf_counter() - start) / CALLS)
+    _wait(device)
+    return statistics.median(times[1:])  # the first warms up
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""The C++ and CUDA libraries: how they are compiled, where they are kept, how they are found and loaded."""

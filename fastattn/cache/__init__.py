@@ -1,0 +1,5 @@
+"""Keys and values kept between calls, for decoding: contiguous, or in the blocks of a pool."""
+
+from fastattn.cache.base import CacheView, KVCache
+
+__all__ = ["CacheView", "KVCache"]

@@ -1,0 +1,13 @@
+"""fastattn in Hugging Face transformers. Importing this package registers "fastattn" as an attention implementation."""
+
+from fastattn.integrations.transformers.attention import (
+    NAME,
+    TESTED,
+    attention_forward,
+    attention_mask,
+    register,
+    replace,
+    truncate,
+)
+
+__all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]

@@ -1,0 +1,1 @@
+"""fastattn in the attention modules of timm, torchvision, open_clip and clip."""

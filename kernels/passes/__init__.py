@@ -1,0 +1,1 @@
+"""The kernels: one forward pass, the passes of the backward."""

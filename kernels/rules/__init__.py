@@ -1,0 +1,1 @@
+"""What a kernel computes with a tile of scores: mask, score, softmax, dropout."""

@@ -1,0 +1,1 @@
+"""Which tiles a program visits, and how a tile is loaded, multiplied and stored."""
