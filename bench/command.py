@@ -14,19 +14,16 @@ import torch
 from fastattn.bench.cases.operations import OPS
 from fastattn.bench.cases.presets import PRESETS
 from fastattn.bench.cases.suites import SUITES
-from fastattn.bench.measure import environment as env
-from fastattn.bench.measure import estimate, peers
+from fastattn.bench.measure import env, estimate, peers
 from fastattn.bench.measure.brgemm import brgemm_tflops
 from fastattn.bench.measure.clock import clock_for
 from fastattn.bench.measure.progress import progress_on
 from fastattn.bench.measure.providers import known_providers
 from fastattn.bench.measure.roofline import ceilings
 from fastattn.bench.measure.run import budget_for, pick_device, plan, run, too_large
-from fastattn.bench.models import minilm as model
+from fastattn.bench.models import minilm
 from fastattn.bench.options import Options
-from fastattn.bench.report import store
-from fastattn.bench.report import terminal as report
-from fastattn.bench.report import writers as files
+from fastattn.bench.report import store, terminal, writers
 from fastattn.bench.report.rows import Row, say_bytes
 
 OK, WRONG, USAGE, NOTHING_RAN, STOPPED = 0, 1, 2, 3, 130
@@ -45,7 +42,7 @@ def main(options: Options) -> int:
     console = Console(highlight=False, markup=False)
     try:
         if options.source is not None:
-            return _show(console, options, *files.read_json(options.source))
+            return _show(console, options, *writers.read_json(options.source))
         if options.peers is not None:
             peers.look_in(options.peers)
         device = pick_device(options.device)
@@ -70,13 +67,13 @@ def main(options: Options) -> int:
 def _show(console: Any, options: Options, rows: list[Row], environment: dict[str, Any]) -> int:
     """An earlier run again, in the files that are asked for by name."""
     rows = [row for row in rows if options.only is None or options.only.search(row.name)]
-    report.table_header(console, environment)
+    terminal.table_header(console, environment)
     last_op = None
     for case, group in groupby(rows, key=lambda row: row.case):
-        report.print_case(console, list(group), first_of_op=case.op != last_op)
+        terminal.print_case(console, list(group), first_of_op=case.op != last_op)
         last_op = case.op
     if rows:
-        report.print_legend(console, rows)
+        terminal.print_legend(console, rows)
     if options.repro:
         _print_commands(console, rows)
     _print_written(console, _write_named(console, rows, options, environment, options.plot or []))
@@ -87,7 +84,7 @@ def _measure(
     console: Any, rows: list[Row], options: Options, device: torch.device, environment: dict[str, Any], path: Path
 ) -> int:
     """Each case is written as soon as it is measured, so that a run that ends early keeps what it has."""
-    report.table_header(console, environment)
+    terminal.table_header(console, environment)
     settings = _settings(rows, options, device)
     if rows and "ceilings" not in environment:
         environment["ceilings"] = ceilings(list(dict.fromkeys(row.case.dtype for row in rows)), device)
@@ -98,28 +95,28 @@ def _measure(
         try:
             last_op = None
             for of_case in run(rows, options, device, progress):
-                report.print_case(console, of_case, first_of_op=of_case[0].case.op != last_op)
+                terminal.print_case(console, of_case, first_of_op=of_case[0].case.op != last_op)
                 last_op = of_case[0].case.op
-                files.write_json(path, [row for row in rows if row.done], environment, settings, None)
+                writers.write_json(path, [row for row in rows if row.done], environment, settings, None)
             if any(row.timed for row in rows):
-                report.print_legend(console, rows)
+                terminal.print_legend(console, rows)
             if options.wants_model:
                 progress.step("model")
-                reason = model.missing()
+                reason = minilm.missing()
                 if reason is None:
-                    result = model.run_model(device, progress.say)
+                    result = minilm.run_model(device, progress.say)
                 else:
                     console.print(f"\n{reason}", style="yellow", soft_wrap=True)
         except KeyboardInterrupt:
             stopped = True
     environment["load_average_after"] = env.load_average()
     if result is not None:
-        model.print_model(console, result)
+        minilm.print_model(console, result)
     done = [row for row in rows if row.done]
     ran = any(row.timed or row.failed for row in done) or result is not None
     if ran:
         found = None if result is None else result.record()
-        files.write_json(path, done, environment, settings, found)
+        writers.write_json(path, done, environment, settings, found)
         folder = store.out_folder(options, environment)
         # A suite is too many panels to look at, unless it is asked for.
         unasked = [] if set(options.presets) & set(SUITES) else [folder / "bench.svg", folder / "bench.png"]
@@ -156,10 +153,10 @@ def _write_named(
     """CSV and markdown where asked for, and the plots; returns what was written."""
     written = []
     if options.csv is not None:
-        files.write_csv(options.csv, rows)
+        writers.write_csv(options.csv, rows)
         written.append(options.csv)
     if options.md is not None:
-        files.write_markdown(options.md, rows, environment)
+        writers.write_markdown(options.md, rows, environment)
         written.append(options.md)
     if plots and any(row.timed for row in rows):
         if importlib.util.find_spec("matplotlib") is None:
@@ -184,7 +181,7 @@ def _print_commands(console: Any, rows: list[Row]) -> None:
         console.print(f"  {row.name}\n    {row.command}", soft_wrap=True)
 
 
-def _verdict(console: Any, rows: list[Row], result: model.ModelResult | None, ran: bool) -> int:
+def _verdict(console: Any, rows: list[Row], result: minilm.ModelResult | None, ran: bool) -> int:
     if not ran:
         console.print("\nNothing ran:", style="bold red")
         reasons = dict.fromkeys(f"{row.provider}: {row.reason}" for row in rows if row.reason)

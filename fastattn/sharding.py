@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.masks import Dense, Mask, Packed
-from fastattn.masks import serialize as flat
+from fastattn.masks import Dense, Mask, Packed, serialize
 from fastattn.spec import AttnInputs, AttnSpec
 
 if TYPE_CHECKING:
@@ -136,11 +135,11 @@ def localized(inputs: AttnInputs, spec: AttnSpec, lse: Tensor | None = None) -> 
         here(sinks, {HEADS: 0}, summed=True),
         here(seed, {}),
     )
-    code, numbers, tensors = flat.pack(spec.mask)
+    code, numbers, tensors = serialize.pack(spec.mask)
     parts = [here(tensor, dims) for tensor, dims in zip(tensors, _mask_dims(spec.mask, tensors), strict=True)]
     local_spec = AttnSpec.of(
         local,
-        mask=flat.unpack(code, numbers, parts),
+        mask=serialize.unpack(code, numbers, parts),
         scale=spec.scale,
         softcap=spec.softcap,
         dropout_p=spec.dropout_p,

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from fastattn.dropout import check_dropout, check_number
-from fastattn.masks import Mask, visible_pairs
-from fastattn.masks import serialize as flat
+from fastattn.masks import Mask, serialize, visible_pairs
 from fastattn.masks.blocks import BlockList, Grid, block_list
 from fastattn.masks.flex import as_mask
 from fastattn.masks.paged import Paged
-from fastattn.masks.program import Leaves, make_leaves
+from fastattn.masks.program import MaskProgram, make_program
 from fastattn.scores import DotProduct, Softmax
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -135,11 +134,11 @@ class AttnSpec:
         _check_tensors(inputs)
         _check_hooks(score, normalizer)
         mask = as_mask(mask, inputs.query, inputs.key)
-        packed = FlatSpec(*flat.no_mask(), scale, softcap, dropout_p, deterministic, _needs_grad(inputs))
+        packed = FlatSpec(*serialize.no_mask(), scale, softcap, dropout_p, deterministic, _needs_grad(inputs))
         spec = cls.from_flat(inputs, packed, mask=mask)
         _check_sizes(spec, inputs)
         _check_numbers(spec, inputs)
-        if call is not None and flat.is_plain(spec.mask):
+        if call is not None and serialize.is_plain(spec.mask):
             if len(_SEEN) >= MOST_SEEN:
                 _SEEN.clear()
             _SEEN[call] = spec
@@ -152,7 +151,7 @@ class AttnSpec:
         batch, num_heads, q_len, head_dim = query.shape
         _, num_kv_heads, kv_len, head_dim_v = value.shape
         if mask is None:
-            mask = flat.unpack(packed.mask_code, packed.mask_numbers, packed.mask_tensors)
+            mask = serialize.unpack(packed.mask_code, packed.mask_numbers, packed.mask_tensors)
         pages = mask if isinstance(mask, Paged) else None
         if pages is not None:
             mask, kv_len = pages.inside, pages.kv_len
@@ -167,12 +166,12 @@ class AttnSpec:
 
     def flat(self) -> FlatSpec:
         """The spec as primitives; `from_flat` of the same tensors brings it back."""
-        mask = flat.pack(self.pages or self.mask)
+        mask = serialize.pack(self.pages or self.mask)
         return FlatSpec(*mask, self.scale, self.softcap, self.dropout_p, self.deterministic, self.needs_grad)
 
     def mask_structure(self) -> tuple[object, ...] | None:
         """All of the mask but what its tensors hold (flat.structure)."""
-        return flat.structure(self.pages or self.mask)
+        return serialize.structure(self.pages or self.mask)
 
     @property
     def group(self) -> int:
@@ -202,9 +201,9 @@ class AttnSpec:
         return block_list(self.mask, grid, mirror=mirror)
 
     @functools.cached_property
-    def leaves(self) -> Leaves:
-        """The mask as the C++ rooms read it (leaves.py): made once, and read by the backward too."""
-        return make_leaves(self.mask, self.q_len, self.kv_len)
+    def mask_program(self) -> MaskProgram:
+        """The mask as the C++ rooms read it (program.py): made once, and read by the backward too."""
+        return make_program(self.mask, self.q_len, self.kv_len)
 
     def visible_pairs(self) -> int:
         """(query, key) pairs that the mask shows, over batch and heads. Reads the mask's values: syncs a device."""
@@ -278,7 +277,7 @@ def _needs_grad(inputs: AttnInputs) -> bool:
 
 _KNOWN = (Tensor, torch.nn.Parameter)
 _NUMBER = (float, type(None))
-_MASKS = frozenset(flat.CLASSES.values())
+_MASKS = frozenset(serialize.CLASSES.values())
 
 
 def _by_mode(mode: str, forward: int, backward: int) -> int:

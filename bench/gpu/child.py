@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastattn.bench.gpu import watchdog as watch
+from fastattn.bench.gpu import watchdog
 
 ROOM_TO_SAY = 12
 """Last lines that an ending keeps."""
@@ -24,7 +24,7 @@ ROOM_FOR_STACKS = 400
 
 class Ending(NamedTuple):
     """How a child ended: its exit code, or None where it was stopped; why, in words; the last lines it said; and
-    where it hung, the innermost call first (watch.py), empty where it did not.
+    where it hung, the innermost call first (watchdog.py), empty where it did not.
     """
 
     code: int | None
@@ -118,7 +118,7 @@ class Child:
             if why:
                 _stop(process)
             code = process.wait()
-            stack = () if why else watch.stack(tail) or ()
+            stack = () if why else watchdog.stack(tail) or ()
             words = why or ("hung" if stack else "" if code == 0 else _how(code))
             self.ending = Ending(None if why else code, words, tuple(tail[-ROOM_TO_SAY:]), stack)
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.gpu import resume as earlier
-from fastattn.bench.gpu import watchdog as watch
+from fastattn.bench.gpu import watchdog
 from fastattn.bench.gpu.child import Child
 from fastattn.bench.gpu.steps import DOES, STEPS
 from fastattn.bench.gpu.tests import NOTHING_TO_RUN
-from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import env
 from fastattn.bench.measure.run import pick_device
 from fastattn.bench.options import Parser
 from fastattn.bench.report.writers import GPU_SCHEMA as SCHEMA
@@ -143,7 +143,7 @@ class Run:
         """
         variables = {"PYTHONSAFEPATH": "1"}  # the working folder holds a folder `kernels`, which transformers asks for
         if silence < float("inf"):
-            variables[watch.SILENCE] = f"{silence:g}"
+            variables[watchdog.SILENCE] = f"{silence:g}"
         if self.settings.peers is not None:
             variables["PEERS"] = str(self.settings.peers)
         words = [*under, sys.executable, "-m", *command]

@@ -4,8 +4,8 @@
     {"collection": file, "outcome": "failed", "words": "..."}    {"internal": "..."}
 
 Outcomes are pytest's own: passed, failed, skipped, and error for what fails before or after the test. A test that hangs
-(watch.py) or leaves a CUDA context that no later one can use ends its process; pytest-xdist starts another one, and the
-test's line says where it hung. Tests named in the file of FASTATTN_TESTS_DONE, an id a line, are left out.
+(watchdog.py) or leaves a CUDA context that no later one can use ends its process; pytest-xdist starts another one, and
+the test's line says where it hung. Tests named in the file of FASTATTN_TESTS_DONE, an id a line, are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fastattn.bench.gpu import watchdog as watch
+from fastattn.bench.gpu import watchdog
 
 DONE, STACKS = "FASTATTN_TESTS_DONE", "FASTATTN_STACKS"
 """Variables: the file of ids, and the folder for what the processes leave that end themselves."""
@@ -54,7 +54,7 @@ class Watcher:
     def __init__(self, worker: str) -> None:
         folder = os.environ.get(STACKS)
         self.file = Path(folder, f"{worker}.txt").open("w") if folder else None  # noqa: SIM115 - as long as the process
-        self.watch = watch.Watch(self.file)
+        self.watch = watchdog.Watch(self.file)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
@@ -77,12 +77,12 @@ class Watcher:
         self.watch.heard()
         yield
         self.watch.stop()
-        broken = watch.broken_device()
+        broken = watchdog.broken_device()
         if broken is not None:
             if self.file is not None:
                 self.file.write(f"it left a CUDA context that no later test can use: {broken}\n")
                 self.file.flush()
-            os._exit(watch.BROKEN_DEVICE)
+            os._exit(watchdog.BROKEN_DEVICE)
 
 
 class Reporter:
@@ -103,7 +103,7 @@ class Reporter:
         words, stack = _why(report), ()
         if report.when == "???":  # its process has ended; pytest-xdist says so in the place of a report
             left = left_by(report.node.gateway.id)
-            stack = watch.stack(left.splitlines()) or ()
+            stack = watchdog.stack(left.splitlines()) or ()
             words = "hung" if stack else left.strip().splitlines()[-1] if left.strip() else words
         line = {"test": report.nodeid, "outcome": outcome, "seconds": round(report.duration, 3), "words": words}
         say({**line, "stack": stack})

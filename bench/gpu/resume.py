@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import env
 from fastattn.bench.report.writers import GPU_SCHEMA
 
 RESULTS = Path("bench/results")

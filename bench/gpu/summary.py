@@ -6,7 +6,7 @@ import statistics
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fastattn.bench.measure.environment import headline, say_busy
+from fastattn.bench.measure.env import headline, say_busy
 from fastattn.bench.measure.ratios import Samples, Speedup, speedup
 from fastattn.bench.report.rows import Row, rate_unit, say_rate, say_speedup, say_time
 from fastattn.bench.report.terminal import say_case

@@ -15,7 +15,7 @@ import subprocess
 import threading
 from typing import NamedTuple
 
-from fastattn.bench.measure.environment import CLOCKS
+from fastattn.bench.measure.env import CLOCKS
 
 INTERVAL_MS = 200
 NEAR = 1.0

@@ -19,7 +19,7 @@ from fastattn.bench.cases.module import TorchModule, forward_alone, made_of
 from fastattn.bench.cases.operations import OPS, BenchCase, known
 from fastattn.bench.cases.workload import Made, Problem, recording, tiny
 from fastattn.bench.measure import estimate
-from fastattn.bench.measure.environment import cxx
+from fastattn.bench.measure.env import cxx
 from fastattn.bench.measure.memory_read import Read
 from fastattn.bench.measure.peers import PEERS
 from fastattn.bench.measure.provider import Provider

@@ -15,9 +15,7 @@ from fastattn.bench.cases.operations import DEFAULT_OPS, OPS, BenchCase, bench_c
 from fastattn.bench.cases.presets import PRESETS, preset_cases
 from fastattn.bench.cases.suites import SUITES, Cell
 from fastattn.bench.cases.workload import Made, NoBackward, Problem
-from fastattn.bench.measure import environment as env
-from fastattn.bench.measure import estimate, tiny_calls
-from fastattn.bench.measure import nvidia_smi as smi
+from fastattn.bench.measure import env, estimate, nvidia_smi, tiny_calls
 from fastattn.bench.measure.clock import SUSTAINED, Budget, Clock, Timing, clock_for, measure
 from fastattn.bench.measure.memory import peak_bytes
 from fastattn.bench.measure.overhead import overhead_us
@@ -156,7 +154,7 @@ class CaseRunner:
         self.progress = progress
         self.problems: dict[BenchCase, Problem] = {}
         if device.type == "cuda":
-            smi.sampler()  # its first line takes a while
+            nvidia_smi.sampler()  # its first line takes a while
             torch.cuda.empty_cache()  # what the last case left in pieces
 
     def run(self, rows: list[Row]) -> None:
@@ -301,7 +299,7 @@ def _gpu_states(timings: dict[str, Timing]) -> dict[str, dict[str, str] | None]:
     """Clocks, power and temperature in each provider's turns on a GPU; of now where nothing was read near them."""
     found: dict[str, dict[str, str] | None] = dict.fromkeys(timings)
     on_gpu = [name for name, timing in timings.items() if timing.spans]
-    sampler = smi.sampler() if on_gpu else None
+    sampler = nvidia_smi.sampler() if on_gpu else None
     if sampler is None:
         return found
     found |= {name: sampler.during(timings[name].spans) for name in on_gpu}

@@ -77,7 +77,7 @@ def record(block: dict[str, Any], rows: list[Compared], overheads: list[Overhead
 
 def markdown(measured: dict[str, Any]) -> str:
     """The page."""
-    from fastattn.bench.measure.environment import headline, say_busy
+    from fastattn.bench.measure.env import headline, say_busy
 
     by_model: dict[str, list[dict[str, Any]]] = {}
     for row in measured["rows"]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import env
 from fastattn.bench.measure.ratios import Interval, unpaired
 from fastattn.bench.options import Parser
-from fastattn.bench.report import store
-from fastattn.bench.report import writers as files
+from fastattn.bench.report import store, writers
 from fastattn.bench.report.rows import Row, say_speedup, say_time
 from fastattn.bench.report.terminal import say_case
 
@@ -67,7 +66,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fail", action="store_true", help="exit code 1 where a row became slower")
     given = parser.parse_args(argv)
     try:
-        (before, old), (after, new) = (files.read_json(store.find(word)) for word in (given.before, given.after))
+        (before, old), (after, new) = (writers.read_json(store.find(word)) for word in (given.before, given.after))
     except ValueError as failure:
         print(f"fastattn bench compare: {failure}", file=sys.stderr)
         return USAGE

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastattn.bench.measure.environment import headline, say_busy
+from fastattn.bench.measure.env import headline, say_busy
 from fastattn.bench.options import Parser
-from fastattn.bench.report import direct
-from fastattn.bench.report import ratio_tables as against
+from fastattn.bench.report import direct, ratio_tables
 from fastattn.bench.report.writers import rates, read_json, summary
 
 OK, DIFFERENT, USAGE = 0, 1, 2
@@ -28,7 +27,7 @@ OK, DIFFERENT, USAGE = 0, 1, 2
 BEGIN = re.compile(r"<!-- table: (?P<source>\S+)(?: as=(?P<kind>\w+))?(?: only=(?P<only>\S+))? -->")
 END = "<!-- end of table -->"
 MARKDOWN: dict[str | None, Callable[[list[Any]], list[str]]] = {
-    None: summary, "ratios": against.markdown, "rates": rates, "direct": direct.markdown,
+    None: summary, "ratios": ratio_tables.markdown, "rates": rates, "direct": direct.markdown,
 }  # fmt: skip
 """What makes a table's lines, by its kind."""
 DOCUMENTS = ("README.md", "docs/*.md")
@@ -68,7 +67,7 @@ def table(path: Path, only: str | None = None, kind: str | None = None) -> str:
     busy = say_busy(environment)
     if busy:
         lines += [busy, ""]
-    below = against.ceilings(environment) if kind == "ratios" else []
+    below = ratio_tables.ceilings(environment) if kind == "ratios" else []
     return "\n".join([*lines, *MARKDOWN[kind](shown), *below])
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.cases.operations import known
-from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import env
 from fastattn.bench.options import Options
-from fastattn.bench.report import writers as files
+from fastattn.bench.report import writers
 from fastattn.bench.report.rows import Row
 
 SAME = ("gpu", "cpu", "threads", "torch", "fastattn", "commit", "dirty")
@@ -66,7 +66,7 @@ def resume(path: Path, rows: list[Row], environment: dict[str, Any]) -> tuple[li
     """
     if not path.is_file():
         return rows, environment
-    earlier, before = files.read_json(path)
+    earlier, before = writers.read_json(path)
     changed = [name for name in SAME if before.get(name) != environment[name]]
     if changed:
         what = ", ".join(f"{name} was {before.get(name)!r} and is {environment[name]!r}" for name in changed)

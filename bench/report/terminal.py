@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.cases.operations import OPS, BenchCase
-from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import env
 from fastattn.bench.report.growth import growth
 from fastattn.bench.report.rows import (
     Row,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.cases.operations import OPS
-from fastattn.bench.measure.environment import headline
+from fastattn.bench.measure.env import headline
 from fastattn.bench.measure.ratios import Interval
 from fastattn.bench.report.growth import growth
 from fastattn.bench.report.rows import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastattn import storage
 from fastattn.building.cpu_library import LIBRARY
 from fastattn.low_parts import NONE, LowParts
-from fastattn.masks import program as leaves
+from fastattn.masks import program
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -125,7 +125,9 @@ def weights(spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor
 
 def _numbers(spec: AttnSpec) -> tuple[list[int], list[Tensor], float, float, float]:
     """The operators' arguments between the inputs and the outputs."""
-    words, tensors = spec.leaves if spec.pages is None else leaves.over_blocks(spec.leaves, spec.pages.table)
+    words, tensors = (
+        spec.mask_program if spec.pages is None else program.over_blocks(spec.mask_program, spec.pages.table)
+    )
     return words, tensors, spec.scale, spec.softcap or 0.0, spec.dropout_p
 
 
@@ -153,7 +155,7 @@ def _spec_reason(spec: AttnSpec) -> str | None:
         return f"dtype {spec.dtype} has no kernel; float16, bfloat16 and float32 have"
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
-    return leaves.why_not(spec.mask)
+    return program.why_not(spec.mask)
 
 
 def _isa_reason() -> str | None:

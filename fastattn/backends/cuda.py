@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastattn.building.cuda_library import LIBRARY, Operators
-from fastattn.masks import program as leaves
-from fastattn.masks.program import Leaves
+from fastattn.masks import program
+from fastattn.masks.program import MaskProgram
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
     kind: int
     hides: bool
-    leaves: Leaves
+    mask_program: MaskProgram
     listed: bool
     by_head: bool  # heads see different keys
     sizes: tuple[int, ...]
@@ -94,7 +94,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
         inputs = inputs._replace(key=key, value=value)
     inputs = _loadable(inputs)
     problem = _KNOWN.get(spec) or _problem(spec)
-    mask = leaves.over_blocks(problem.leaves, spec.pages.table) if in_place else problem.leaves  # type: ignore[union-attr]
+    mask = program.over_blocks(problem.mask_program, spec.pages.table) if in_place else problem.mask_program  # type: ignore[union-attr]
     tiles = library.tiles(problem.sizes, problem.kind, problem.by_head, lse.get_device())
     counts = listed = parts = part_lse = None
     taken = torch.zeros(1, dtype=torch.int32, device=lse.device) if tiles.counts else None
@@ -112,7 +112,7 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
 
 
 def _problem(spec: AttnSpec) -> Problem:
-    found = leaves.make_leaves(spec.mask, spec.q_len, spec.kv_len, spec.device, bands=True)
+    found = program.make_program(spec.mask, spec.q_len, spec.kv_len, spec.device, bands=True)
     listed = _listed(spec)
     by_head = listed or any(_varies_by_head(each) for each in found.tensors)
     sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
@@ -131,7 +131,7 @@ def _kind(spec: AttnSpec, listed: bool) -> int:
     plain = spec.softcap is None and spec.bias_shape is None and spec.dropout_p == 0 and 0 < spec.scale <= LARGEST_SCALE
     if listed or not plain:
         return EVERYTHING
-    everything = leaves.band(spec.mask, spec.q_len, spec.kv_len) == (-leaves.OPEN, leaves.OPEN)
+    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-program.OPEN, program.OPEN)
     return PLAIN if everything and spec.pages is None else MASKED
 
 
@@ -139,7 +139,7 @@ def _hides(spec: AttnSpec) -> bool:
     """Whether a key may be hidden from every query; False of a band that meets every row and every column."""
     if spec.bias_shape is not None:
         return True
-    band = leaves.band(spec.mask, spec.q_len, spec.kv_len)
+    band = program.band(spec.mask, spec.q_len, spec.kv_len)
     if band is None:
         return True
     corner = spec.kv_len - spec.q_len
@@ -205,7 +205,7 @@ def feature_reason(spec: AttnSpec) -> str | None:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
     if _listed(spec) and len(spec.mask.atoms()) > MOST_LEAVES:
         return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_LEAVES} can be joined"
-    return leaves.why_not(spec.mask)
+    return program.why_not(spec.mask)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Compiled libraries: found, built where they are missing, loaded once. native_cpu.py and native_cuda.py each have one.
+"""Compiled libraries: found, built where they are missing, loaded once; one for the CPU and one for CUDA GPUs.
 
 A library is looked for in the installed package (a wheel that was built with it), then in the places of build_cache.py:
 without a compiler, by what it was made for, and held against the manifest beside it (library_files.py). The first place
@@ -26,10 +26,9 @@ from typing import Generic, TypeVar
 import torch
 
 from fastattn import callers, process, tracing
-from fastattn.building import compiler
-from fastattn.building import folder as build_cache
+from fastattn.building import build_cache, compiler
+from fastattn.building.build_cache import Folder, Untrusted
 from fastattn.building.commands import BuildError, PassingError
-from fastattn.building.folder import Folder, Untrusted
 from fastattn.building.library_files import LOCK, MARK, RECORD, SUFFIX, LibraryFiles, Toolchain
 from fastattn.building.manifest import Manifest
 

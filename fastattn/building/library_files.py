@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastattn.building import compiler
+from fastattn.building.build_cache import Folder
 from fastattn.building.compiler import Compiler, Step
-from fastattn.building.folder import Folder
 from fastattn.building.manifest import SUFFIX as RECORD
 from fastattn.building.manifest import Manifest
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn import tracing
-from fastattn.masks import And, Full, Lengths, Mask, Or, Packed, Prefix, Window
-from fastattn.masks import flex as foreign
+from fastattn.masks import And, Full, Lengths, Mask, Or, Packed, Prefix, Window, flex
 from fastattn.masks.kinds import Placed as _Placed
 from fastattn.spec import DTYPES
 
@@ -195,12 +194,12 @@ class KVCache:
         """What a call's `mask` says, as `foreign.as_mask` reads it: a CausalBias is about what is held, a BlockMask
         about the keys that `attention` is given.
         """
-        if foreign.is_causal_bias(mask) and not tracing.being_traced():
+        if flex.is_causal_bias(mask) and not tracing.being_traced():
             bias: Any = mask
             for held in set(self.held):
-                foreign.of_causal_bias(bias, query.shape[2], held)  # made for other lengths: refused
-            return foreign.of_causal_bias(bias, bias.seq_len_q, bias.seq_len_kv)
-        return foreign.as_mask(mask, query, key)  # type: ignore[arg-type]
+                flex.of_causal_bias(bias, query.shape[2], held)  # made for other lengths: refused
+            return flex.of_causal_bias(bias, bias.seq_len_q, bias.seq_len_kv)
+        return flex.as_mask(mask, query, key)  # type: ignore[arg-type]
 
     def reset(self) -> None:
         """Forget every token and keep the memory."""

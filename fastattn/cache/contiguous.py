@@ -9,8 +9,7 @@ from torch import Tensor
 
 from fastattn import tracing
 from fastattn.cache.base import FIRST, CacheView, KVCache, both, check_dtype, check_size, move, padding_of, window_of
-from fastattn.masks import Chunked, Lengths, Mask
-from fastattn.masks import flex as foreign
+from fastattn.masks import Chunked, Lengths, Mask, flex
 
 __all__ = ["GrowingCache", "SlidingCache", "StaticCache"]
 
@@ -166,7 +165,7 @@ class SlidingCache(_Slots):
         return both(seen, padding_of(self.starts, self.kv_len, self.first))
 
     def torchs(self, mask: object, query: Tensor, key: CacheView) -> Mask:
-        if foreign.is_block_mask(mask):
+        if flex.is_block_mask(mask):
             raise ValueError(
                 "mask BlockMask: it numbers keys from the first, which a sliding cache has lost; a fastattn.masks.Mask "
                 "says the same"

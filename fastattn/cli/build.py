@@ -19,17 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace, argv: list[str]) -> int:
     """Build, and say where it lies. 0 it is there, 1 it could not be built."""
-    from fastattn.building import cpu_library as native_cpu
-    from fastattn.building import cuda_library as native_cuda
+    from fastattn.building import cpu_library, cuda_library
     from fastattn.building.commands import BuildError
 
     try:
         if namespace.cuda:
-            path = native_cuda.LIBRARY.build(force=namespace.force, retry=True)
+            path = cuda_library.LIBRARY.build(force=namespace.force, retry=True)
             said = str(path)
         else:
-            path = native_cpu.LIBRARY.build(force=namespace.force, retry=True)
-            library = native_cpu.LIBRARY.load(path)
+            path = cpu_library.LIBRARY.build(force=namespace.force, retry=True)
+            library = cpu_library.LIBRARY.load(path)
             said = f"{path}\ninstruction sets here: {', '.join(library.isas())}; in use: {library.isa()}"
     except BuildError as refusal:
         print(f"fastattn build: {refusal}", file=sys.stderr)

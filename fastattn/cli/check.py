@@ -103,20 +103,20 @@ def _print_lines(rooms: list[str], cases: list[Case], device: str) -> int:
     """For a parent: {"begin": case}, then {"done": case, "row": {...}}, each on a line. A case that hangs ends the
     process, and so does one that leaves a CUDA context that no later case can use.
     """
-    from fastattn.bench.gpu import watchdog as watch
+    from fastattn.bench.gpu import watchdog
 
-    silence = watch.Watch()
+    silence = watchdog.Watch()
     for room in rooms:
         for case in cases:
             print(json.dumps({"begin": case.id}), flush=True)
             silence.heard()
             [row] = _in_here(room, [case], device)
-            broken = watch.broken_device() if row.ok is False else None
+            broken = watchdog.broken_device() if row.ok is False else None
             if broken is not None:
                 row.words = f"{row.words}; it left a CUDA context that no later call can use: {broken}"
             print(json.dumps({"done": case.id, "row": asdict(row)}), flush=True)
             if broken is not None:
-                return watch.BROKEN_DEVICE
+                return watchdog.BROKEN_DEVICE
     silence.stop()
     return OK
 

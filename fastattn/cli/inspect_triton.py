@@ -61,9 +61,9 @@ def run(namespace: argparse.Namespace, argv: list[str]) -> int:
         print(NO_TRITON, file=sys.stderr)
         return USAGE
     if namespace.cuda:
-        from fastattn.cli import inspect_cuda as inspection_cuda
+        from fastattn.cli import inspect_cuda
 
-        return inspection_cuda.run(namespace)
+        return inspect_cuda.run(namespace)
     try:
         problems = _problems(namespace)
     except ValueError as refusal:

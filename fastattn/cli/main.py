@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from fastattn.cli import build as building
     from fastattn.cli import check as checking
-    from fastattn.cli import inspect_triton as inspection
-    from fastattn.cli import models
+    from fastattn.cli import inspect_triton, models
 
     parser = argparse.ArgumentParser("fastattn", description="Every kind of attention as one fused call.")
     parser.add_argument("--version", action="store_true", help="print the version and leave")
@@ -63,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_arguments(check)
     check.set_defaults(run=checking.run)
     inspected = commands.add_parser("inspect", help="compile the GPU kernels, without a GPU, and show what they became")
-    inspection.add_arguments(inspected)
-    inspected.set_defaults(run=inspection.run)
+    inspect_triton.add_arguments(inspected)
+    inspected.set_defaults(run=inspect_triton.run)
     compared = commands.add_parser("models", help="hold real architectures against their library's eager attention")
     models.add_arguments(compared)
     compared.set_defaults(run=models.run)
@@ -82,10 +81,9 @@ def _print_version() -> int:
 
 def _bench(namespace: argparse.Namespace, argv: list[str]) -> int:
     from fastattn.bench import command, options
-    from fastattn.bench.report import compare
-    from fastattn.bench.report import doc_tables as tables
+    from fastattn.bench.report import compare, doc_tables
 
-    for word, verb in (("compare", compare.main), ("report", tables.main)):
+    for word, verb in (("compare", compare.main), ("report", doc_tables.main)):
         if argv[1:2] == [word]:
             return verb(argv[2:])
     return command.main(options.parse(argv[1:]))
@@ -99,7 +97,7 @@ def _info(namespace: argparse.Namespace, argv: list[str]) -> int:
     import torch
     from rich.console import Console
 
-    from fastattn.bench.measure import environment as env
+    from fastattn.bench.measure import env
 
     block = env.environment("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(highlight=False)
@@ -130,8 +128,7 @@ def _machine(block: dict[str, Any]) -> dict[str, str]:
 
 def _software(block: dict[str, Any]) -> dict[str, str]:
     import fastattn
-    from fastattn.building import cpu_library as native_cpu
-    from fastattn.building import cuda_library as native_cuda
+    from fastattn.building import cpu_library, cuda_library
 
     commit = f", commit {block['commit'][:9]}{' with changes' if block['dirty'] else ''}" if block["commit"] else ""
     names = {name for name in os.environ if name in ("TRITON_INTERPRET", "CXX") or name.startswith("FASTATTN_")}
@@ -141,8 +138,8 @@ def _software(block: dict[str, Any]) -> dict[str, str]:
         "torch": block["torch"],
         "triton": block["triton"] or "not installed (pip install 'fastattn[triton]', Linux only)",
         "C++ compiler": block["cxx"] or "none: torch.compile cannot build for the CPU",
-        "CPU library": native_cpu.state(),
-        "CUDA library": native_cuda.state(),
+        "CPU library": cpu_library.state(),
+        "CUDA library": cuda_library.state(),
     }
     if names:
         pairs["environment"] = " ".join(f"{name}={os.environ[name]}" for name in sorted(names))

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, argv: list[str]) -> int:
     """Returns the exit code: 1 where a row is wrong."""
     import torch
 
-    from fastattn.bench.measure.environment import environment
+    from fastattn.bench.measure.env import environment
     from fastattn.bench.models import overhead, report
     from fastattn.bench.models.compare import cases, compare
     from fastattn.bench.models.zoo import ZOO

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from fastattn.integrations import sdpa_redirect as caught
+from fastattn.integrations import sdpa_redirect
 from fastattn.integrations.report import Replacement
 
 SPEAK = ("torch", "fastattn", "transformers", "builtins")
@@ -31,8 +31,8 @@ def rows(modules: Iterable[tuple[str, nn.Module]], told: set[str]) -> Iterator[R
         if path in told or all(base.__module__.split(".")[0] in SPEAK for base in kind.__mro__):
             continue
         where = f"{kind.__module__}.{kind.__qualname__}"
-        names = caught.names_reached(kind)
-        called = sorted(names & caught.CALLS)
+        names = sdpa_redirect.names_reached(kind)
+        called = sorted(names & sdpa_redirect.CALLS)
         if called:
             what = f"{where} is not known here; it calls {called[0]}, which fastattn.patch() catches"
             yield Replacement(path, kind.__name__, False, what)
@@ -45,7 +45,7 @@ def seems_to_attend(module: nn.Module, names: frozenset[str]) -> bool:
     """By the name of its class; or as it has heads and takes a softmax."""
     if any(_looks_like_attention(base.__name__.lower()) for base in type(module).__mro__):
         return True
-    return bool(names & caught.OWN_WAY) and any(name.endswith(HEADS) for name in vars(module))
+    return bool(names & sdpa_redirect.OWN_WAY) and any(name.endswith(HEADS) for name in vars(module))
 
 
 def _looks_like_attention(name: str) -> bool:

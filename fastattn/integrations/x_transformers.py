@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastattn.integrations import sdpa_redirect as caught
+from fastattn.integrations import sdpa_redirect
 from fastattn.integrations.exchange import exchange
 from fastattn.integrations.report import Replacement
 
@@ -24,17 +24,17 @@ def is_known(module: nn.Module) -> bool:
 
 
 def replace(
-    path: str, module: nn.Module, mode: caught.Mode, backend: str | None
+    path: str, module: nn.Module, mode: sdpa_redirect.Mode, backend: str | None
 ) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for an Attend, exchanged where it can be, and what takes it back."""
     attend: Any = module
     kind: Any = type(module)
-    if isinstance(attend, caught.Caught):
-        return caught.already((path, kind.__name__), attend, backend)
+    if isinstance(attend, sdpa_redirect.Caught):
+        return sdpa_redirect.already((path, kind.__name__), attend, backend)
     reason = _why_not(attend)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    back = exchange(module, caught.caught(kind, "forward", mode, backend))
+    back = exchange(module, sdpa_redirect.caught(kind, "forward", mode, backend))
     what = "its own code, whose scaled_dot_product_attention runs on fastattn"
     return Replacement(path, kind.__name__, True, what), back
 
@@ -42,7 +42,7 @@ def replace(
 def _why_not(attend: Any) -> str | None:
     if "forward" in vars(attend):
         return "its forward was replaced on the instance; fastattn.patch() reaches it"
-    if not caught.names_in(getattr(type(attend), "flash_attn", attend.forward)) & caught.CALLS:
+    if not sdpa_redirect.names_in(getattr(type(attend), "flash_attn", attend.forward)) & sdpa_redirect.CALLS:
         return "this version's flash_attn calls none of torch's attention functions"
     if getattr(attend, "flash_pack_seq", False):
         return "with flash_pack_seq=True it calls flash-attn's own kernel"

@@ -93,7 +93,7 @@ class Mask:
         """Where the mask's tensors live; the CPU for a mask without tensors."""
         return next((tensor.device for tensor in self.tensors), torch.device("cpu"))
 
-    def leaves(self) -> list[Mask]:
+    def conjuncts(self) -> list[Mask]:
         """The masks that must all agree: the parts of an `And`, or the mask itself."""
         return [self]
 
@@ -160,8 +160,8 @@ class And(Mask):
         for part in (self.left, self.right):
             part.check(batch, num_heads, q_len, kv_len)
 
-    def leaves(self) -> list[Mask]:
-        return [*self.left.leaves(), *self.right.leaves()]
+    def conjuncts(self) -> list[Mask]:
+        return [*self.left.conjuncts(), *self.right.conjuncts()]
 
     def atoms(self) -> list[Mask]:
         return [*self.left.atoms(), *self.right.atoms()]

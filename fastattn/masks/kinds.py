@@ -331,7 +331,7 @@ class Packed(Mask):
                 f"got {list(self.cu_q.shape)} and {list(self.cu_kv.shape)}"
             )
         check_masks("Packed", inside=self.inside)
-        for leaf in self.inside.leaves():
+        for leaf in self.inside.conjuncts():
             if not isinstance(leaf, (Full, Causal, Window, Chunked)) or leaf.tensors:
                 raise ValueError(
                     "Packed: inside must be made of Full, Causal, Window and Chunked without tensors, "

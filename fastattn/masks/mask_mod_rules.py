@@ -1,4 +1,4 @@
-"""What mask functions say, as rules that become masks: the half of transformers_masks.py that knows masks."""
+"""What mask functions say, as rules that become masks: the half of mask_mod.py that knows masks."""
 
 from __future__ import annotations
 

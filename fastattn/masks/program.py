@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.masks import serialize as flat
+from fastattn.masks import serialize
 from fastattn.masks.kinds import And, Causal, Dense, Full, Interval, Lengths, Mask, Or, Segments, Window
 
 CPU = torch.device("cpu")
@@ -37,14 +37,14 @@ LONGEST_KEPT = 2**14
 """Queries; longer tables are made each time, which their attention does not notice."""
 
 
-class Leaves(NamedTuple):
+class MaskProgram(NamedTuple):
     """Words in postfix, a leaf's kind or AND or OR; the leaves' tensors in their order. No words: all is visible."""
 
     words: list[int]
     tensors: list[Tensor]
 
 
-NOTHING_HIDDEN = Leaves([], [])
+NOTHING_HIDDEN = MaskProgram([], [])
 
 
 def why_not(mask: Mask) -> str | None:
@@ -60,37 +60,39 @@ def why_not(mask: Mask) -> str | None:
     return None
 
 
-def make_leaves(mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False) -> Leaves:
+def make_program(
+    mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False
+) -> MaskProgram:
     """The leaves of a mask that `why_not` lets pass, on the device. `bands`: in closed form what is a `Reach`."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
     closed = reach(mask, q_len, kv_len) if bands else None
     if closed is not None and any(each is not None for each in closed[2:]):
         there = sum(1 << n for n, each in enumerate(closed[2:]) if each is not None)
-        return Leaves([REACH, *closed[:2], there], [each for each in closed[2:] if each is not None])
+        return MaskProgram([REACH, *closed[:2], there], [each for each in closed[2:] if each is not None])
     if bands or device != CPU:
-        return _leaves(mask, q_len, kv_len, device, bands)
-    if q_len <= LONGEST_KEPT and flat.is_plain(mask):
-        code, numbers, _ = flat.pack(mask)
+        return _program(mask, q_len, kv_len, device, bands)
+    if q_len <= LONGEST_KEPT and serialize.is_plain(mask):
+        code, numbers, _ = serialize.pack(mask)
         return _kept(code, tuple(numbers), q_len, kv_len)
-    return _leaves(mask, q_len, kv_len, CPU, False)
+    return _program(mask, q_len, kv_len, CPU, False)
 
 
 @functools.lru_cache(KEPT)
-def _kept(code: str, numbers: tuple[int, ...], q_len: int, kv_len: int) -> Leaves:
-    return _leaves(flat.unpack(code, list(numbers), []), q_len, kv_len, CPU, False)
+def _kept(code: str, numbers: tuple[int, ...], q_len: int, kv_len: int) -> MaskProgram:
+    return _program(serialize.unpack(code, list(numbers), []), q_len, kv_len, CPU, False)
 
 
-def _leaves(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool) -> Leaves:
-    found = Leaves([], [])
+def _program(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool) -> MaskProgram:
+    found = MaskProgram([], [])
     _put(mask, q_len, kv_len, device, bands, found)
     return found
 
 
-def over_blocks(found: Leaves, table: Tensor) -> Leaves:
+def over_blocks(found: MaskProgram, table: Tensor) -> MaskProgram:
     """The leaves of a mask over keys in blocks: their table, int32 [batch, blocks of an item], comes first."""
     table = table if table.stride(1) == 1 else table.contiguous()
-    return Leaves([PAGES, *found.words], [table, *found.tensors])
+    return MaskProgram([PAGES, *found.words], [table, *found.tensors])
 
 
 def stack_of(words: list[int]) -> int:
@@ -158,7 +160,7 @@ def band(mask: Mask, q_len: int, kv_len: int) -> tuple[int, int] | None:
     return None if found is None or any(each is not None for each in found[2:]) else found[:2]
 
 
-def _put(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool, found: Leaves) -> None:
+def _put(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool, found: MaskProgram) -> None:
     words, tensors = found
     closed = band(mask, q_len, kv_len) if bands else None
     if closed is not None:
@@ -176,7 +178,7 @@ def _put(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool,
         words.append(IDS)
         tensors.extend((mask.q_ids.long(), mask.key_ids.long()))
     elif isinstance(mask, (And, Or)):
-        parts = [_leaves(part, q_len, kv_len, device, bands) for part in (mask.left, mask.right)]
+        parts = [_program(part, q_len, kv_len, device, bands) for part in (mask.left, mask.right)]
         for part in sorted(parts, key=lambda part: -stack_of(part.words)):  # the shallower one waits for less
             words.extend(part.words)
             tensors.extend(part.tensors)

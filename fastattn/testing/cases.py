@@ -2,7 +2,7 @@
 and bench.
 
 problem = make_inputs(case, device)
-check_close(problem, run(problem, backend="triton"))     # the one yardstick, see yardstick.py
+check_close(problem, run(problem, backend="triton"))     # the one yardstick, see tolerance.py
 """
 
 from __future__ import annotations

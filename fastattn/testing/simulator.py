@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastattn.building import commands, compiler
-from fastattn.building import folder as build_cache
+from fastattn.building import build_cache, commands, compiler
 from fastattn.building.commands import BuildError
 from fastattn.building.compiler import Compiler, Step
 from fastattn.building.library_files import LOCK

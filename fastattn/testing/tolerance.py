@@ -10,7 +10,7 @@ float32 eps times the largest sum of absolute terms, so that what cancels to 0 p
 Those bounds are a tensor's, and its worst row fills them: where scores are large the twin's weights, and anybody's, are
 off by scores * eps, more or less by chance, so that the bounds must allow as much; and a row that errs as much without
 cause would pass. So each element is held to a bound of its own too, from the absolute terms that it is the sum of
-(yardstick_elements.py): a row that sees one key has the weight 1, whatever its score.
+(tolerance_elements.py): a row that sees one key has the weight 1, whatever its score.
 
 The twin's gradients are written out by hand (Dao et al. 2022, FlashAttention, appendix B), while float64 comes from
 differentiating the definition: each checks the other.

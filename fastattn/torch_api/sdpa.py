@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastattn.functional import attention
-from fastattn.masks import Causal, Mask
-from fastattn.masks import flex as foreign
+from fastattn.masks import Causal, Mask, flex
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -105,7 +104,7 @@ def route(
             f"(here {backend!r}); leave the room open, or pack the tokens for fastattn.varlen_attention"
         )
     if has_torch_function((query, key, value, attn_mask)):
-        bias = foreign.is_causal_bias(attn_mask)
+        bias = flex.is_causal_bias(attn_mask)
         if not bias or has_torch_function((query, key, value)):
             return overridden(
                 name or (partial(route, backend=backend) if backend else scaled_dot_product_attention),
@@ -154,7 +153,7 @@ def attend(
 ) -> Tensor:
     """The function behind overrides: shapes, masks and dtypes into the terms of `fastattn.attention`."""
     mask: Mask | Tensor | None = None
-    if foreign.is_causal_bias(attn_mask):
+    if flex.is_causal_bias(attn_mask):
         mask = _causal_of(attn_mask, query, key, is_causal)
         attn_mask, is_causal = None, False
     _check_kinds(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -189,7 +188,7 @@ def _causal_of(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> Mask:
     if is_causal:
         raise ValueError("CausalBias should not be used with causal=True")
     try:
-        return foreign.of_causal_bias(bias, query.shape[-2], key.shape[-2])
+        return flex.of_causal_bias(bias, query.shape[-2], key.shape[-2])
     except ValueError as failure:
         raise RuntimeError(str(failure)) from None
 

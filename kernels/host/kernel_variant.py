@@ -9,14 +9,15 @@ import torch
 import triton.language as tl
 
 from fastattn.kernels.host.lower import Lowered
-from fastattn.kernels.rules import masks, scores
-from fastattn.kernels.rules import softmax as online
+from fastattn.kernels.rules import masks, scores, softmax
 from fastattn.kernels.rules.masks import RULES, Rule
 from fastattn.kernels.rules.scores import SCORES, score_of
 from fastattn.kernels.rules.softmax import NORMALIZERS
 from fastattn.spec import AttnSpec
 
-SOURCE = hashlib.sha256(b"".join(Path(str(each.__file__)).read_bytes() for each in (masks, online, scores))).hexdigest()
+SOURCE = hashlib.sha256(
+    b"".join(Path(str(each.__file__)).read_bytes() for each in (masks, softmax, scores))
+).hexdigest()
 """Of the rules, scores and normalisers."""
 
 MIN_DOT = 16

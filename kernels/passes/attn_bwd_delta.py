@@ -1,6 +1,6 @@
 """Attention, backward: what each row needs once.
 
-total_i = lse_i in the unit of the weights (online.py); inf where the row saw nothing, and past the last one
+total_i = lse_i in the unit of the weights (softmax.py); inf where the row saw nothing, and past the last one
 delta_i = left_i sum_d do_id out_id - d_lse_i        0 where the row saw nothing (gradients.py)
 """
 

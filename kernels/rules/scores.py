@@ -5,7 +5,7 @@ A score works on the raw product <q, k> in float32. `factor` turns its values in
     score(raw, scales)    t / log2(e) / factor              in units of its own
     slope(raw, scales)    dt / d raw / scale                where it is not 1
 
-Then the bias is added and what nobody sees is hidden. Normalisers are in online.py.
+Then the bias is added and what nobody sees is hidden. Normalisers are in softmax.py.
 """
 
 from typing import Any, NamedTuple

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.cases.suites import Cell
 from fastattn.bench.gpu import cells as gpu_cells
-from fastattn.bench.gpu import resume as earlier
-from fastattn.bench.gpu import steps
+from fastattn.bench.gpu import resume, steps
 from fastattn.bench.gpu.child import Ending
 from fastattn.bench.gpu.pipeline import Run, Settings
 from fastattn.bench.report.rows import Row
@@ -131,8 +130,8 @@ def runner(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_cells, "suite", lambda device: CELLS)
     monkeypatch.setattr(gpu_cells, "headline", lambda device: CELLS[:2])
     monkeypatch.setattr(steps, "CASES", dict.fromkeys(CASES))
-    monkeypatch.setattr(earlier, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(earlier, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(resume, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(resume, "KEPT", tmp_path / "kept")
 
     def run(scripts, **settings):
         machine = Machine({**GOOD, **scripts})

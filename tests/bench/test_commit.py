@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastattn.bench.measure import environment as env
+from fastattn.bench.measure import env
 
 ONE, OTHER = "1" * 40, "a" * 40
 
@@ -10,7 +10,7 @@ ONE, OTHER = "1" * 40, "a" * 40
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A checkout's copy, without .git."""
-    monkeypatch.setattr(env, "__file__", str(tmp_path / "bench" / "measure" / "environment.py"))
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "bench" / "measure" / "env.py"))
     monkeypatch.delenv(env.COMMIT, raising=False)
     (tmp_path / "bench" / "measure").mkdir(parents=True)
     return tmp_path
@@ -38,7 +38,7 @@ def test_what_is_no_commit_is_refused_with_a_sentence(copy, monkeypatch, said):
 
 
 def test_git_is_asked_first(monkeypatch):
-    answers = {"ls-files": "environment.py", "rev-parse": ONE, "status": " M bench/measure/environment.py"}
+    answers = {"ls-files": "env.py", "rev-parse": ONE, "status": " M bench/measure/env.py"}
     monkeypatch.setattr(env, "_output", lambda command: next(answers[word] for word in command if word in answers))
     monkeypatch.setenv(env.COMMIT, OTHER)
     assert env._commit() == {"commit": ONE, "dirty": True}

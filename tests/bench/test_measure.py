@@ -8,10 +8,10 @@ import torch
 from fastattn.bench.cases.operations import OPS, bench_cases
 from fastattn.bench.cases.workload import Problem
 from fastattn.bench.measure.clock import Budget, CpuClock, Timing, measure, quartiles
-from fastattn.bench.measure.environment import environment
+from fastattn.bench.measure.env import environment
 from fastattn.bench.measure.memory import peak_bytes
 from fastattn.bench.measure.providers import provider
-from fastattn.bench.models import minilm as model
+from fastattn.bench.models import minilm
 
 
 class Recorder:
@@ -112,7 +112,7 @@ def test_large_cases_are_checked_head_by_head_with_the_same_verdict(op, cpu, mon
 
 
 def test_the_sentences_are_six_topics_of_six():
-    rows = model.sentences()
+    rows = minilm.sentences()
     topics = [topic for topic, _ in rows]
     assert {topics.count(topic) for topic in topics} == {6} and len(set(topics)) == 6
     assert len({text for _, text in rows}) == 36
@@ -123,7 +123,7 @@ def result(**changes):
         "model": "m", "sentences": 1, "calls_fastattn": 6, "calls_left_with_torch": 0, "least_cosine": 1.0,
         "torch_ms": [1.0], "fastattn_ms": [1.0], "same_neighbours": 1, "same_topic": 1, "neighbours": [],
     }  # fmt: skip
-    return model.ModelResult(**{**facts, **changes})
+    return minilm.ModelResult(**{**facts, **changes})
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,15 @@ def test_the_model_is_right_only_if_close_and_through_fastattn(changes, ok):
 
 
 def test_without_the_model_package_a_sentence_says_how_to_get_it(bench, monkeypatch):
-    monkeypatch.setattr(model, "missing", lambda: model.MISSING)
+    monkeypatch.setattr(minilm, "missing", lambda: minilm.MISSING)
     code, text, _ = bench("--model", "minilm", "--op", "self", "--providers", "sdpa", "--mode", "fwd")
     assert code == 0 and "pip install 'fastattn[models]'" in text.out
 
 
 def test_the_real_model_gives_the_same_embeddings(cpu, monkeypatch):
-    pytest.importorskip(model.PACKAGE)
-    monkeypatch.setattr(model, "ROUNDS", 1)
-    found = model.run_model(cpu, lambda words: None)
+    pytest.importorskip(minilm.PACKAGE)
+    monkeypatch.setattr(minilm, "ROUNDS", 1)
+    found = minilm.run_model(cpu, lambda words: None)
     assert found.ok, found
     assert found.same_neighbours == found.sentences
     assert found.calls_fastattn >= 6

@@ -14,8 +14,7 @@ from rich.console import Console
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.cases.suites import Cell, suite
 from fastattn.bench.gpu import cells as gpu_cells
-from fastattn.bench.gpu import pipeline, steps, summary
-from fastattn.bench.gpu import resume as earlier
+from fastattn.bench.gpu import pipeline, resume, steps, summary
 from fastattn.bench.gpu import tests as gpu_tests
 from fastattn.bench.gpu.children import AFTER_THE_END
 from fastattn.bench.gpu.pipeline import LAST_WORDS, Run, Settings
@@ -264,9 +263,9 @@ def test_the_screen_holds_the_first_cells_and_says_how_many_more(go, capsys, who
 
 
 def test_a_file_says_nothing_of_where_things_lie(tmp_path):
-    root, packages = Path(earlier.__file__).resolve().parents[2], "/somewhere/lib/python3.12/dist-packages"
+    root, packages = Path(resume.__file__).resolve().parents[2], "/somewhere/lib/python3.12/dist-packages"
     text = json.dumps([f"{root}/bench/x.py:1", f"{packages}/torch/cuda.py:2", f"OSError: {Path.home()}/.cache/a.so"])
-    assert json.loads(earlier.without_places(text)) == ["bench/x.py:1", "torch/cuda.py:2", "OSError: ~/.cache/a.so"]
+    assert json.loads(resume.without_places(text)) == ["bench/x.py:1", "torch/cuda.py:2", "OSError: ~/.cache/a.so"]
 
 
 def test_the_best_other_is_the_fastest_that_is_not_ours():

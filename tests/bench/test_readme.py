@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("rich", reason="the benchmark needs rich")
 
-from fastattn.bench.report import doc_tables as tables
+from fastattn.bench.report import doc_tables
 from fastattn.bench.report.writers import read_json
 from fastattn.cli import main
 
@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = sorted((ROOT / "bench/results").glob("*.json"))
 
 
-@pytest.mark.parametrize("path", tables.documents(ROOT), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", doc_tables.documents(ROOT), ids=lambda path: path.name)
 def test_a_table_is_its_measurement(path):
     text = path.read_text(encoding="utf-8")
-    assert tables.render(text, ROOT) == text, "print it anew: fastattn bench report"
+    assert doc_tables.render(text, ROOT) == text, "print it anew: fastattn bench report"
 
 
 def test_the_readme_has_a_table():
-    assert ROOT / "README.md" in tables.documents(ROOT)
+    assert ROOT / "README.md" in doc_tables.documents(ROOT)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -39,7 +39,7 @@ def checkout(tmp_path):
     (tmp_path / "bench/results").mkdir(parents=True)
     shutil.copy(SOURCES[0], tmp_path / "bench/results/one.json")
 
-    def write(marker="<!-- table: bench/results/one.json -->", end=tables.END):
+    def write(marker="<!-- table: bench/results/one.json -->", end=doc_tables.END):
         (tmp_path / "README.md").write_text(f"before\n\n{marker}\nold figures\n{end}\nafter\n")
         return tmp_path
 
@@ -96,12 +96,16 @@ def test_a_marker_may_pick_rows(checkout):
 @pytest.mark.parametrize(
     "marker, end, sentence",
     [
-        ("<!-- table: README.md -->", tables.END, "README.md is not a run of fastattn bench"),
+        ("<!-- table: README.md -->", doc_tables.END, "README.md is not a run of fastattn bench"),
         ("<!-- table: bench/results/one.json -->", "", "has no end; write <!-- end of table --> below it"),
-        ("<!-- table: bench/results/one.json only=nothing -->", tables.END, "has no row that 'nothing' finds"),
-        ("<!-- table: bench/results/one.json as=direct -->", tables.END, "has no row as=direct"),
-        ("<!-- table: bench/results/one.json as=rate -->", tables.END, "as=rate is no kind of table; there are ratios"),
-        ("no marker", tables.END, "no marked table in"),
+        ("<!-- table: bench/results/one.json only=nothing -->", doc_tables.END, "has no row that 'nothing' finds"),
+        ("<!-- table: bench/results/one.json as=direct -->", doc_tables.END, "has no row as=direct"),
+        (
+            "<!-- table: bench/results/one.json as=rate -->",
+            doc_tables.END,
+            "as=rate is no kind of table; there are ratios",
+        ),
+        ("no marker", doc_tables.END, "no marked table in"),
     ],
 )
 def test_a_table_that_cannot_be_filled_is_a_sentence(checkout, capsys, marker, end, sentence):

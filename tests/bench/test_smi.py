@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastattn.bench.measure import environment as env
-from fastattn.bench.measure import nvidia_smi as smi
+from fastattn.bench.measure import env, nvidia_smi
 from fastattn.bench.measure.clock import CudaClock
 
 NOON = datetime.datetime(2030, 1, 1, 12).timestamp()
@@ -50,24 +49,24 @@ def stub(tmp_path, monkeypatch):
     def install(times, values=None, deaf=False):
         values = values or [line(1980, 512.3, 54)]
         if times is None:
-            monkeypatch.setattr(smi, "shutil", SimpleNamespace(which=lambda name: None))
+            monkeypatch.setattr(nvidia_smi, "shutil", SimpleNamespace(which=lambda name: None))
         else:
             path = tmp_path / "nvidia-smi"
             path.write_text(SCRIPT.format(python=sys.executable, times=times, values=values, deaf=deaf))
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
             monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
-    smi.sampler.cache_clear()
+    nvidia_smi.sampler.cache_clear()
     yield install
-    started = smi.sampler.cache_info().currsize and smi.sampler()
+    started = nvidia_smi.sampler.cache_info().currsize and nvidia_smi.sampler()
     if started:
         started.close()
-    smi.sampler.cache_clear()
+    nvidia_smi.sampler.cache_clear()
 
 
 def heard(count):
     """The sampler once it has read so many lines."""
-    found, until = smi.sampler(), time.monotonic() + PATIENCE
+    found, until = nvidia_smi.sampler(), time.monotonic() + PATIENCE
     while len(found.readings) < count and time.monotonic() < until:
         time.sleep(0.01)
     assert len(found.readings) == count
@@ -105,7 +104,7 @@ def test_what_is_no_number_stays_as_it_is(stub):
 
 @pytest.mark.parametrize("words", ["", "Failed to initialize NVML", "1, 2", "soon, 1, 2, 3, 4, 5, 6"])
 def test_a_line_that_is_no_reading_is_left_out(words):
-    assert smi.parsed(words) is None
+    assert nvidia_smi.parsed(words) is None
 
 
 @pytest.mark.parametrize("said", [None, "Failed to initialize NVML", "1, 2"])
@@ -117,7 +116,7 @@ def test_a_silent_nvidia_smi_is_no_state(monkeypatch, said):
 def test_it_ends_with_the_benchmark(stub):
     stub([NOON])
     found = heard(1)
-    assert found.process.poll() is None and smi.sampler() is found
+    assert found.process.poll() is None and nvidia_smi.sampler() is found
     found.close()
     assert found.process.poll() is not None and not found.thread.is_alive()
 

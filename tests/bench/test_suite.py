@@ -11,8 +11,7 @@ from fastattn.bench.measure import brgemm
 from fastattn.bench.measure.providers import known_providers
 from fastattn.bench.measure.run import cell_rows, plan
 from fastattn.bench.options import parse
-from fastattn.bench.report import doc_tables as tables
-from fastattn.bench.report import ratio_tables as against
+from fastattn.bench.report import doc_tables, ratio_tables
 from fastattn.bench.report.rows import Row
 from fastattn.cli import main
 
@@ -157,18 +156,18 @@ def row(provider="fastattn", milliseconds=1.0, case=CASE, **more):
 
 
 def test_ratios_are_of_fastattn_against_each_of_the_others():
-    lines = against.markdown(
+    lines = ratio_tables.markdown(
         [row(), row("fastattn-reference", 9.0), row("sdpa", 3.0), row("flex", reason="no compiler")]
     )
     assert lines[2:] == [
         "| self | bf16  B1 H8 N1024 D64 | fwd | 1.01 ms | sdpa | 3.03 ms | 3.00x | 3.00 to 3.00 |",
         "| self | bf16  B1 H8 N1024 D64 | fwd | 1.01 ms | flex | no compiler |  |  |",
     ]
-    [tie] = against.markdown([row(), row("sdpa", 1.0)])[2:]
+    [tie] = ratio_tables.markdown([row(), row("sdpa", 1.0)])[2:]
     assert tie.endswith("| 1.00x | 1.00 to 1.00, tie |")
-    [alone] = against.markdown([row()])[2:]
+    [alone] = ratio_tables.markdown([row()])[2:]
     assert alone.endswith("| fwd | 1.01 ms |  |  |  |  |")
-    [coarse, wrong] = against.markdown([
+    [coarse, wrong] = ratio_tables.markdown([
         row(), row("sdpa", 2.0, coarse=True, correct=False), row("flex", reason="wrong: out", correct=False)
     ])[2:]  # fmt: skip
     assert "2.02 ms (coarse) | 2.00x" in coarse and "✗ wrong: out" in wrong
@@ -176,14 +175,14 @@ def test_ratios_are_of_fastattn_against_each_of_the_others():
 
 def test_a_read_loop_tells_bytes_a_second():
     case = BenchCase("decode", "bf16", 1, 32, 8, 1, 4096, 128)
-    [line] = against.markdown([row(case=case, least_bytes=10**7), row("read", 0.8, case, least_bytes=10**7)])[2:]
+    [line] = ratio_tables.markdown([row(case=case, least_bytes=10**7), row("read", 0.8, case, least_bytes=10**7)])[2:]
     assert "1.01 ms (9.90 GB/s) | read | 808 µs (12.4 GB/s) | 0.80x | 0.800 to 0.800 |" in line
 
 
 def test_a_windows_growth_and_what_padding_gains_stand_below():
     window = [dataclasses.replace(CASE, op="local", window=128, q_len=size, kv_len=size) for size in (4096, 16384)]
     masked = dataclasses.replace(CASE, op="masked")
-    lines = against.markdown([
+    lines = ratio_tables.markdown([
         row(), row("sdpa", 3.0), row(case=masked, milliseconds=0.5), row("sdpa", 3.0, masked),
         row(case=window[1], milliseconds=4.1), row(case=window[0], milliseconds=1.0),
     ])  # fmt: skip
@@ -203,18 +202,18 @@ def test_a_document_shows_ratios_where_its_marker_says_so(tmp_path):
     (tmp_path / "one.json").write_text(
         json.dumps({"schema": "fastattn-bench/2", "environment": environment, "rows": records})
     )
-    text = f"<!-- table: one.json as=ratios only=self -->\n{tables.END}\n"
-    filled = tables.render(text, tmp_path)
-    assert "| 3.00x | 3.00 to 3.00 |" in filled and "Z80" in filled and tables.render(filled, tmp_path) == filled
+    text = f"<!-- table: one.json as=ratios only=self -->\n{doc_tables.END}\n"
+    filled = doc_tables.render(text, tmp_path)
+    assert "| 3.00x | 3.00 to 3.00 |" in filled and "Z80" in filled and doc_tables.render(filled, tmp_path) == filled
 
 
 def test_ceilings_of_the_machine_stand_below_the_ratios():
     measured = {"tflops": {"fp32": 0.2, "bf16": 1.7}, "gb_per_s": 31.0, "tile_tflops": {"bf16": 0.9}}
-    [_, line] = against.ceilings({"device": "cpu", "ceilings": measured})
+    [_, line] = ratio_tables.ceilings({"device": "cpu", "ceilings": measured})
     assert "all threads: fp32 200, bf16 1700 GFLOP/s" in line and "one thread: bf16 900 GFLOP/s" in line
     assert "copies: 31.0 GB/s" in line
-    assert "brgemm" not in against.ceilings({"device": "cpu", "ceilings": measured | {"tile_tflops": {}}})[1]
-    assert against.ceilings({"device": "cpu"}) == []
+    assert "brgemm" not in ratio_tables.ceilings({"device": "cpu", "ceilings": measured | {"tile_tflops": {}}})[1]
+    assert ratio_tables.ceilings({"device": "cpu"}) == []
 
 
 def test_torchs_tile_product_is_measured_or_left_out(monkeypatch):

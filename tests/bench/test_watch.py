@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastattn.bench.gpu import pytest_lines
-from fastattn.bench.gpu import watchdog as watch
+from fastattn.bench.gpu import pytest_lines, watchdog
 from fastattn.bench.gpu.child import Child, Ending
 from fastattn.bench.gpu.children import Queue, objects
 
@@ -56,7 +55,7 @@ class Parent:
 def test_what_hangs_or_dies_costs_itself_alone_and_says_where_it_stood():
     done, lost = [], {}
     command = lambda names, seconds: Child(
-        [sys.executable, "-c", WORKER, *names], 1e3, environment={watch.SILENCE: SOON}
+        [sys.executable, "-c", WORKER, *names], 1e3, environment={watchdog.SILENCE: SOON}
     )
     queue = Queue(Parent(), command, lambda line: done.append(line["done"]), lambda *how: lost.update([how]))
     assert queue.go(["first", "hangs", "second", "dies", "third"], 1.0) == []
@@ -76,25 +75,25 @@ Thread 0x00007f02 (most recent call first):
   File "synchronize.py", line 1083 in synchronize
   File "smoke.py", line 40 in main
 """
-    assert watch.stack(said.splitlines()) == ("synchronize.py:1083 in synchronize", "smoke.py:40 in main")
-    assert watch.stack(["a line"]) is None
+    assert watchdog.stack(said.splitlines()) == ("synchronize.py:1083 in synchronize", "smoke.py:40 in main")
+    assert watchdog.stack(["a line"]) is None
 
 
 def test_without_the_variable_nothing_is_watched(monkeypatch):
-    monkeypatch.delenv(watch.SILENCE, raising=False)
+    monkeypatch.delenv(watchdog.SILENCE, raising=False)
     armed = []
-    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda *how, **more: armed.append(how))
-    watch.Watch().heard()
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *how, **more: armed.append(how))
+    watchdog.Watch().heard()
     assert armed == []
 
 
 def test_a_kernel_that_triton_compiles_is_a_sign_of_life(monkeypatch):
-    monkeypatch.setenv(watch.SILENCE, "30")
+    monkeypatch.setenv(watchdog.SILENCE, "30")
     armed = []
-    monkeypatch.setattr(watch.faulthandler, "dump_traceback_later", lambda *how, **more: armed.append(how))
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *how, **more: armed.append(how))
     triton = SimpleNamespace(knobs=SimpleNamespace(compilation=SimpleNamespace(listener=None)))
     monkeypatch.setitem(sys.modules, "triton", triton)
-    watch.Watch().heard()
+    watchdog.Watch().heard()
     triton.knobs.compilation.listener(src=None, times=None)
     assert armed == [(30.0,), (30.0,)]
 
@@ -107,7 +106,7 @@ def test_a_broken_context_is_found(monkeypatch, broken):
 
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.synchronize", synchronize)
-    assert watch.broken_device() == broken
+    assert watchdog.broken_device() == broken
 
 
 TESTS = """
@@ -156,7 +155,7 @@ def test_every_outcome_of_pytest_is_a_line(tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "done.txt").write_text("test_some.py::test_right[1]\n")
     (tmp_path / "test_more.py").write_text("def test_first(): pass\n\ndef test_last(): pass")
-    variables = {watch.SILENCE: SOON, pytest_lines.DONE: str(tmp_path / "done.txt")}
+    variables = {watchdog.SILENCE: SOON, pytest_lines.DONE: str(tmp_path / "done.txt")}
     _, lines, tests = lines_of(tmp_path, "-n", "1", "test_some.py", "test_more.py", **variables)
     outcomes = {name: line["outcome"] for name, line in tests.items()}
     assert outcomes == {

@@ -12,8 +12,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import fastattn
-from fastattn.building import compiler, library_files
-from fastattn.building import folder as build_cache
+from fastattn.building import build_cache, compiler, library_files
 from fastattn.building.cpu_library import LIBRARY
 from fastattn.cli import main
 

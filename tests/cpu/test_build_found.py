@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.building import commands, compiler, library_files
-from fastattn.building import folder as build_cache
+from fastattn.building import build_cache, commands, compiler, library_files
 from fastattn.building.cpu_library import LIBRARY
 from fastattn.building.manifest import Manifest
 from fastattn.cli import main

@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.building import commands, compiler, library_files
-from fastattn.building import folder as build_cache
-from fastattn.building import library as native
+from fastattn.building import build_cache, commands, compiler, library, library_files
 from fastattn.building.cpu_library import LIBRARY
 
 pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)
@@ -230,7 +228,7 @@ def test_passing_trouble_of_the_system_is_tried_again_in_a_minute(fake, unloaded
         raise OSError(code, os.strerror(code))
 
     now = [1000.0]
-    monkeypatch.setattr(native.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(library.time, "monotonic", lambda: now[0])
     with monkeypatch.context() as patch:
         patch.setattr(build_cache.tempfile, "TemporaryDirectory", refuse)
         said = call_and_see_one_warning()
@@ -238,7 +236,7 @@ def test_passing_trouble_of_the_system_is_tried_again_in_a_minute(fake, unloaded
         assert fastattn.explain(QUERY, QUERY, QUERY).reasons["cpu"] == LIBRARY.failure
     before = LIBRARY.failure
     assert LIBRARY.prepare() == before and "for now" in before
-    now[0] += native.TRIES_AGAIN
+    now[0] += library.TRIES_AGAIN
     assert "cannot be loaded" in LIBRARY.prepare()  # it has been built
 
 

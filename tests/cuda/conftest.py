@@ -11,8 +11,7 @@ import torch
 
 from fastattn import dispatch, explain
 from fastattn.backends import cuda, triton
-from fastattn.building import compiler, nvcc
-from fastattn.building import cuda_library as native_cuda
+from fastattn.building import compiler, cuda_library, nvcc
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import poison, simulator
 
@@ -25,7 +24,7 @@ QUIET = ("-Wno-psabi", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-mi
 class Room(NamedTuple):
     """The simulator's library in place of the room's. Its operator works on CPU tensors."""
 
-    library: native_cuda.Operators
+    library: cuda_library.Operators
 
     def forward(self, problem, seed=0, fixed_order=False):
         """out and lse, on poisoned memory, under a schedule drawn from the seed."""
@@ -47,7 +46,7 @@ class Room(NamedTuple):
 def take_cpu_tensors(put, library):
     """The CUDA backend takes tensors on the CPU, and its library is this one. `put` is setattr, or a patch's."""
     for name, answer in {"get": library, "available": library, "prepare": None, "why_not": None}.items():
-        put(native_cuda.LIBRARY, name, lambda answer=answer, **asked: answer)
+        put(cuda_library.LIBRARY, name, lambda answer=answer, **asked: answer)
     put(cuda, "_spec_reason", cuda.feature_reason)
     put(cuda, "_device_reason", lambda device: None)
 
@@ -83,7 +82,7 @@ def simulated(flavour):
     path = build(flavour)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return Room(native_cuda.Operators(getattr(torch.ops.fastattn, operator(flavour)).default, path, handle))
+    return Room(cuda_library.Operators(getattr(torch.ops.fastattn, operator(flavour)).default, path, handle))
 
 
 @pytest.fixture
@@ -94,7 +93,7 @@ def on_hopper(request):
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU here")
     tensor = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device="cuda")
-    reason = explain(tensor, tensor, tensor).reasons["cuda"] or native_cuda.LIBRARY.prepare()
+    reason = explain(tensor, tensor, tensor).reasons["cuda"] or cuda_library.LIBRARY.prepare()
     if reason is not None:
         pytest.skip(reason)
     with watched(request.node, torch.cuda.synchronize, ENDS_WITHIN):

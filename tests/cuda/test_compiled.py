@@ -10,7 +10,7 @@ import pytest
 from fastattn import cli
 from fastattn.building import compiler, nvcc
 from fastattn.building.cuda_library import LIBRARY
-from fastattn.cli import inspect_cuda as inspection_cuda
+from fastattn.cli import inspect_cuda
 
 pytest.importorskip("triton", reason="triton, whose disassemblers read the kernels, is not installed")
 from fastattn.kernels.inspect import sass
@@ -32,12 +32,12 @@ def library():
 
 @pytest.fixture(scope="module")
 def rows(library):
-    return inspection_cuda.rows(library)
+    return inspect_cuda.rows(library)
 
 
 def test_every_kernel_is_there(rows):
     have = {(row.dtype, (row.width, row.width_v), row.kind) for row in rows}
-    assert have == set(itertools.product(nvcc.DTYPES, nvcc.WIDTHS, inspection_cuda.KINDS))
+    assert have == set(itertools.product(nvcc.DTYPES, nvcc.WIDTHS, inspect_cuda.KINDS))
     assert len(rows) <= MOST_KERNELS
 
 
@@ -55,7 +55,7 @@ def test_nvcc_waits_for_no_product_that_the_source_does_not_wait_for(library):
     flight.
     """
     for name, binary in sass.read_all(Path(library.path)).items():
-        if inspection_cuda.KERNEL.search(name) is None:
+        if inspect_cuda.KERNEL.search(name) is None:
             continue
         begun = [each for each in binary.code if each.opcode == "WARPGROUP.ARRIVE"]
         ended = [each for each in binary.code if each.name == "HGMMA" and "gsb0" in each.operands]
@@ -80,7 +80,7 @@ def test_exponentials_are_shared_out_at_width_64(rows):
 
 
 def test_broken_promises_are_seen():
-    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 200, 16, {"HGMMA": 8})
+    row = inspect_cuda.Row("bf16", 64, 64, "plain", 128, 128, 200, 16, {"HGMMA": 8})
     assert row.broken == [
         "16 bytes of stack",
         "200 registers, where setmaxnreg counts on 168",
@@ -94,11 +94,11 @@ def test_a_softmax_that_waits_for_the_product_is_seen():
     exp, scores, values = (Instruction(*each) for each in (
         ("MUFU.EX2", "R1, R1"), ("WARPGROUP.DEPBAR.LE", "gsb0, 0x1"), ("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
     ))  # fmt: skip
-    share = inspection_cuda.under_products
+    share = inspect_cuda.under_products
     assert share([scores, exp, exp, exp, values, exp]) == share([exp, values, exp, scores, exp, exp]) == 0.75
     assert share([scores, values, exp]) == share([values, exp]) == share([exp]) == 0.0
     counts = {"HGMMA": 8, "UTMALDG": 1, "USETMAXREG": 2}
-    row = inspection_cuda.Row("bf16", 64, 64, "plain", 128, 128, 168, 0, counts, wide_stores=4)
+    row = inspect_cuda.Row("bf16", 64, 64, "plain", 128, 128, 168, 0, counts, wide_stores=4)
     row.under_products = 0.05
     assert row.broken == ["5% of the softmax under the product"]
 
@@ -108,13 +108,13 @@ def test_the_command_prints_them(library, capsys, tmp_path):
     assert cli.main(["inspect", "--cuda", "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "bf16 128 plain" in out and "of peak" in out
-    assert len(json.loads(path.read_text())) == len(nvcc.DTYPES) * len(nvcc.WIDTHS) * len(inspection_cuda.KINDS)
+    assert len(json.loads(path.read_text())) == len(nvcc.DTYPES) * len(nvcc.WIDTHS) * len(inspect_cuda.KINDS)
 
 
 def test_the_page_shows_what_is_compiled(rows):
     """Whoever changes a kernel prints its budget anew: fastattn inspect --cuda --md docs/performance.md."""
-    found = re.search(inspection_cuda.BLOCK, PERFORMANCE.read_text())[0].strip()
-    want = inspection_cuda.markdown(rows).strip()
+    found = re.search(inspect_cuda.BLOCK, PERFORMANCE.read_text())[0].strip()
+    want = inspect_cuda.markdown(rows).strip()
     if found.splitlines()[0] != want.splitlines()[0]:
         pytest.skip(f"the page says: {found.splitlines()[0]} Here is {nvcc.find_nvcc().version}")
     assert found == want

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastattn.backends import cuda
-from fastattn.building import cuda_library as native_cuda
+from fastattn.building import cuda_library
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 from fastattn.masks.program import INTERVAL, REACH
 from fastattn.testing import CASES, Case, check_close, make_inputs, with_dtype
@@ -88,7 +88,7 @@ REACHES = {
 def test_what_a_batch_item_sees_needs_no_table(name, room):
     """Offsets, lengths and starts of a batch are read as they are: nothing is made of them for a call."""
     mask = REACHES[name]()
-    leaves = cuda._problem(make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask)).spec).leaves
+    leaves = cuda._problem(make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask)).spec).mask_program
     assert leaves.words[0] == REACH and {each.data_ptr() for each in leaves.tensors} <= {
         each.data_ptr() for each in mask.tensors
     }
@@ -101,18 +101,18 @@ def test_what_a_batch_item_sees_needs_no_table(name, room):
 def test_two_offsets_at_once_are_a_table(room):
     mask = Causal(offset=torch.tensor([90, 0])) & Window(20, None, offset=torch.tensor([80, 3]))
     problem = make_inputs(Case("two", 103, 200, 2, 2, 1, 64, mask=lambda *_: mask))
-    assert cuda._problem(problem.spec).leaves.words == [INTERVAL]
+    assert cuda._problem(problem.spec).mask_program.words == [INTERVAL]
     check_close(problem, room.forward(problem))
 
 
 def test_uneven_tiles_need_a_counter_and_do_without(room, monkeypatch):
     """With one, who is ready takes the next; without, each has a block of its own: the same bits."""
     problem = make_inputs(Case("counter", 300, 300, 1, 4, 2, 64, mask=lambda *_: Causal()))
-    known, tiles = cuda._problem(problem.spec), native_cuda.Operators.tiles
+    known, tiles = cuda._problem(problem.spec), cuda_library.Operators.tiles
     assert room.library.tiles(known.sizes, known.kind, known.by_head, -1).counts
     assert not room.library.tiles(known.sizes, cuda.PLAIN, known.by_head, -1).counts
     results = room.forward(problem)
-    monkeypatch.setattr(native_cuda.Operators, "tiles", lambda *given: tiles(*given)._replace(counts=0))
+    monkeypatch.setattr(cuda_library.Operators, "tiles", lambda *given: tiles(*given)._replace(counts=0))
     same(results, room.forward(problem))
 
 
@@ -122,7 +122,7 @@ def test_a_plan_for_another_number_of_blocks_is_carried_out(lengths, imagined, r
     """Of a device with more or fewer multiprocessors, which a process may have beside this one."""
     for mask in (Full(), Causal()):
         problem = make_inputs(Case("imagined", *lengths, 1, 2, 1, 64, mask=lambda *_, mask=mask: mask))
-        monkeypatch.setattr(native_cuda.Operators, "multiprocessors", lambda *_: imagined)
+        monkeypatch.setattr(cuda_library.Operators, "multiprocessors", lambda *_: imagined)
         check_close(problem, room.forward(problem))
 
 

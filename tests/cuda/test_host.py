@@ -9,8 +9,7 @@ import torch
 
 from fastattn import BackendUnavailable, attention
 from fastattn.backends import cuda
-from fastattn.building import compiler, nvcc
-from fastattn.building import cuda_library as native_cuda
+from fastattn.building import compiler, cuda_library, nvcc
 from fastattn.masks import Causal
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.testing import Case, make_inputs, simulator
@@ -37,7 +36,7 @@ def no_kernels():
     path = simulator.build_library("cuda_host", parts, "plain", link)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(132)
-    return native_cuda.Operators(torch.ops.fastattn.no_kernels.default, path, handle)
+    return cuda_library.Operators(torch.ops.fastattn.no_kernels.default, path, handle)
 
 
 @pytest.fixture

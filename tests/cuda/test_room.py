@@ -12,8 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from fastattn import BackendUnavailable, attention, dispatch, explain, process
 from fastattn.backends import cuda, triton
-from fastattn.building import commands, compiler, nvcc
-from fastattn.building import cuda_library as native_cuda
+from fastattn.building import commands, compiler, cuda_library, nvcc
 from fastattn.building.cuda_library import LIBRARY
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Segments, Window
 from fastattn.masks.paged import Paged
@@ -213,7 +212,7 @@ def test_without_nvcc_the_reason_names_it(nothing_built, monkeypatch, tmp_path):
     nvcc._find_nvcc.cache_clear()
     try:
         assert "no nvcc is found" in LIBRARY.why_not()
-        assert "no nvcc is found" in native_cuda.state()
+        assert "no nvcc is found" in cuda_library.state()
         with pytest.raises(compiler.BuildError, match="no nvcc is found"):
             LIBRARY.build()
     finally:

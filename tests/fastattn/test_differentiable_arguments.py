@@ -285,10 +285,10 @@ def defined(q, k, v, slopes, first=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("at_once", [None, 3 * 2 * 700], ids=["all at once", "three rows at once"])
 def test_slopes_at_length(dtype, at_once, monkeypatch):
-    from fastattn.integrations.flash_attn import alibi as flash_alibi
+    from fastattn.integrations.flash_attn import alibi
 
     if at_once is not None:
-        monkeypatch.setattr(flash_alibi, "AT_ONCE", at_once)
+        monkeypatch.setattr(alibi, "AT_ONCE", at_once)
     torch.manual_seed(0)
     q, k, v, grad = (torch.randn(1, 700, 2, 16).to(dtype) for _ in range(4))
     slopes = torch.tensor([0.5, 0.02], requires_grad=True)

@@ -9,8 +9,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, create_mask, flex_attention
 
 from fastattn import attention, explain
-from fastattn.masks import Causal, Dense, Segments, Window
-from fastattn.masks import flex as foreign
+from fastattn.masks import Causal, Dense, Segments, Window, flex
 
 SHARED = torch.arange(200) // 33 % 4
 IDS = torch.tensor([[0] * 70 + [1] * 60 + [2] * 70])
@@ -88,12 +87,12 @@ def test_a_block_mask(name, lengths):
 def test_what_has_a_rule_is_no_table(name):
     rule, heads, readable = RULES[name]
     mask = create_block_mask(rule, None, heads, 200, 200, device="cpu")
-    found = foreign.as_mask(mask, *tensors()[:2])
+    found = flex.as_mask(mask, *tensors()[:2])
     assert any(isinstance(atom, Dense) for atom in found.atoms()) == (not readable)
     assert torch.equal(
         found.dense(200, 200).expand(1, heads or 1, -1, -1), create_mask(rule, 1, heads or 1, 200, 200, device="cpu")
     )
-    assert foreign.as_mask(mask, *tensors()[:2]) is found
+    assert flex.as_mask(mask, *tensors()[:2]) is found
 
 
 def blocks(**more):
@@ -118,17 +117,17 @@ def test_blocks_count_beside_the_rule():
         (lambda b, h, q, kv: q < kv, tiles & (whole | (row < column))),
     ):
         mask = blocks(mask_mod=rule)
-        found = foreign.as_mask(mask, *given[:2])
+        found = flex.as_mask(mask, *given[:2])
         assert torch.equal(found.dense(24, 24).expand(1, 1, 24, 24)[0, 0], want)
         same([attention(*given, mask=mask)], [attention(*given, mask=want)])
-    assert isinstance(foreign.as_mask(blocks(mask_mod=causal), *given[:2]), Causal)  # here the two agree
+    assert isinstance(flex.as_mask(blocks(mask_mod=causal), *given[:2]), Causal)  # here the two agree
 
 
 def test_block_masks_are_read_as_what_they_say():
     query, key, _ = tensors()
 
     def read(*rules):
-        return foreign.as_mask(create_block_mask(and_masks(*rules), None, None, 200, 200, device="cpu"), query, key)
+        return flex.as_mask(create_block_mask(and_masks(*rules), None, None, 200, 200, device="cpu"), query, key)
 
     assert {type(atom) for atom in read(causal, near).atoms()} <= {Causal, Window}
     assert Segments in {type(atom) for atom in read(same_document).atoms()}
@@ -152,7 +151,7 @@ def test_a_causal_bias(make, lengths):
     align = "top-left" if make is causal_upper_left else "bottom-right"
     want = attention(*given, mask=Causal(align=align))
     assert torch.equal(attention(*given, mask=make(*lengths)), want)
-    assert isinstance(foreign.as_mask(make(*lengths), *given[:2]), Causal)
+    assert isinstance(flex.as_mask(make(*lengths), *given[:2]), Causal)
 
 
 def documents(ids):
@@ -176,13 +175,13 @@ def test_what_a_block_mask_refers_to_may_change(inference):
             return attention(*given, mask=mask), flex_attention(*given, block_mask=mask, enable_gqa=True)
 
         same(*([each] for each in both()))
-        read = foreign.as_mask(mask, *given[:2])
-        assert foreign.as_mask(mask, *given[:2]) is read
+        read = flex.as_mask(mask, *given[:2])
+        assert flex.as_mask(mask, *given[:2]) is read
         ids[90:] = 1
         same(*([each] for each in both()))
         mask.mask_mod = and_masks(causal, near)
         same(*([each] for each in both()))
-        assert foreign.as_mask(mask, *given[:2]) is not read
+        assert flex.as_mask(mask, *given[:2]) is not read
 
 
 class Model(torch.nn.Module):
@@ -206,19 +205,19 @@ def test_a_rule_that_is_not_what_the_function_says_is_not_taken(monkeypatch):
     """Whatever reads it wrongly."""
     mask = create_block_mask(causal, None, None, 200, 200, device="cpu")
     monkeypatch.setattr("fastattn.masks.mask_mod.read", lambda *_: Causal() & Window(150, 0))
-    assert isinstance(foreign.as_mask(mask, *tensors()[:2]), Dense)
+    assert isinstance(flex.as_mask(mask, *tensors()[:2]), Dense)
 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_only_the_tensors_that_were_read_are_watched(inference):
     with torch.inference_mode(inference):
         model, given = Model(), [each.detach() for each in tensors()]
-        read = foreign.as_mask(model.mask, *given[:2])
-        [watched] = foreign._READ[model.mask].tensors
+        read = flex.as_mask(model.mask, *given[:2])
+        [watched] = flex._READ[model.mask].tensors
         assert watched is model.ids
         model.linear.weight.data.add_(1)
         model.linear.weight = torch.nn.Parameter(model.linear.weight * 2)
-        assert foreign.as_mask(model.mask, *given[:2]) is read
+        assert flex.as_mask(model.mask, *given[:2]) is read
 
 
 def test_other_lengths_and_other_things_are_refused():

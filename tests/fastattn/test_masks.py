@@ -23,9 +23,9 @@ from fastattn.masks import (
     Segments,
     Window,
     base,
+    serialize,
     visible_pairs,
 )
-from fastattn.masks import serialize as flat
 from fastattn.masks.blocks import Grid, block_list, classify
 
 SIZES = ((0, 3), (3, 0), (1, 1), (5, 5), (4, 9), (9, 4), (17, 13))
@@ -176,7 +176,7 @@ def test_every_mask_is_consistent_with_its_table(name, q_len, kv_len):
     # counts
     assert visible_pairs(mask, 2, 3, q_len, kv_len) == int(table.sum())
     # primitives and back
-    again = flat.unpack(*flat.pack(mask))
+    again = serialize.unpack(*serialize.pack(mask))
     assert torch.equal(again.dense(q_len, kv_len).expand_as(table), table)
     # intervals
     intervals = mask.intervals(q_len, kv_len)

@@ -49,7 +49,7 @@ CORE = (
     "cache",
 )
 ALL = ("torch", "fastattn")
-BUILDING = of("fastattn.building", "commands", "compiler", "folder", "manifest", "library_files")
+BUILDING = of("fastattn.building", "commands", "compiler", "build_cache", "manifest", "library_files")
 LIBRARIES = of("fastattn.building", "cpu_library", "cuda_library")
 RULES, TILING, PASSES, HOST = of("fastattn.kernels", "rules", "tiling", "passes", "host")
 
@@ -82,9 +82,9 @@ ROWS = (
     Row("fastattn.building.commands", may=()),
     Row("fastattn.building.compiler", may=of("fastattn.building", "commands"), inside=("torch",)),
     Row("fastattn.building.nvcc", may=of("fastattn.building", "commands", "compiler"), inside=("torch",)),
-    Row("fastattn.building.folder", may=of("fastattn.building", "commands")),
+    Row("fastattn.building.build_cache", may=of("fastattn.building", "commands")),
     Row("fastattn.building.manifest", may=of("fastattn.building", "compiler")),
-    Row("fastattn.building.library_files", may=of("fastattn.building", "folder", "compiler", "manifest")),
+    Row("fastattn.building.library_files", may=of("fastattn.building", "build_cache", "compiler", "manifest")),
     Row("fastattn.building.library", may=("torch", *of("fastattn", "callers", "process", "tracing"), *BUILDING)),
     Row("fastattn.building.cpu_library", may=("torch", *BUILDING, *of("fastattn.building", "library"))),
     Row("fastattn.building.cuda_library", may=("torch", *BUILDING, *of("fastattn.building", "library", "nvcc"))),

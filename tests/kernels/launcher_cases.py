@@ -17,12 +17,12 @@ from triton import knobs
 from fastattn import attention
 from fastattn.backends import triton as backend
 from fastattn.kernels.host import launch, packed, run
-from fastattn.kernels.inspect import compile_cases as forms
+from fastattn.kernels.inspect import compile_cases
 from fastattn.masks import Causal, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 
 CAPABILITIES = {"sm90": 90, "sm80": 80}
-ROWS = [(form, 64, "bf16") for form in forms.FORMS if form != "tf32"]
+ROWS = [(form, 64, "bf16") for form in compile_cases.FORMS if form != "tf32"]
 ROWS += [("bare", 64, "fp32"), ("tf32", 64, "fp32"), ("bare", 80, "bf16"), ("causal", 128, "fp16")]
 
 
@@ -39,7 +39,7 @@ def target(request, stub, monkeypatch):
 
 def passes(form, head_dim, dtype, target):
     """The plans of a form's passes with a call's tensors."""
-    spec, inputs = forms.call(forms.FORMS[form], head_dim, forms.DTYPES[dtype], "cpu")
+    spec, inputs = compile_cases.call(compile_cases.FORMS[form], head_dim, compile_cases.DTYPES[dtype], "cpu")
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     given = launch.forward_tensors(spec, inputs, out, lse)
     yield spec, run.ReadyPlan(launch.plan_forward(spec, given, target)), given
@@ -56,7 +56,7 @@ def passes(form, head_dim, dtype, target):
 @pytest.mark.parametrize(("form", "head_dim", "dtype"), ROWS)
 def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
     """As many as the kernel's PTX declares and as wide, each with the argument's own bytes; packed as by Triton."""
-    seen, wanted = set(), forms.FORMS[form].kernels
+    seen, wanted = set(), compile_cases.FORMS[form].kernels
     for spec, ready, given in passes(form, head_dim, dtype, target):
         given = given | ready.plan.more_tensors(spec, given)
         for each in ready.launches:

@@ -14,12 +14,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("rich", reason="fastattn inspect needs rich")
 
 from fastattn import cli
-from fastattn.cli import inspect_triton as inspection
+from fastattn.cli import inspect_triton
 from fastattn.kernels.host.configs import TABLE
-from fastattn.kernels.inspect import codegen_checks as gates
+from fastattn.kernels.inspect import codegen_checks, compile_pool, sass
 from fastattn.kernels.inspect import compile as compiling
-from fastattn.kernels.inspect import compile_pool as workers
-from fastattn.kernels.inspect import sass
 from fastattn.kernels.inspect.compile import Compiled, Loop, Problem, read_compiled
 from fastattn.kernels.inspect.listing import innermost
 
@@ -50,7 +48,7 @@ def answers(monkeypatch):
         def compile_all(problems, jobs):
             yield from (answer(problem) for problem in problems)
 
-        monkeypatch.setattr(workers, "compile_all", compile_all)
+        monkeypatch.setattr(compile_pool, "compile_all", compile_all)
 
     install(lambda problem: replace(GOOD, problem=problem))
     return install
@@ -141,18 +139,18 @@ PLANTED = {
 
 @pytest.mark.parametrize("words", PLANTED)
 def test_each_gate_sees_what_it_is_for(words):
-    assert {gate.words for gate in gates.GATES} == set(PLANTED)
-    assert gates.broken(GOOD) == []
-    assert gates.broken(replace(GOOD, **PLANTED[words])) == [words]
+    assert {gate.words for gate in codegen_checks.GATES} == set(PLANTED)
+    assert codegen_checks.broken(GOOD) == []
+    assert codegen_checks.broken(replace(GOOD, **PLANTED[words])) == [words]
 
 
 def test_a_kernel_that_lost_its_loop_breaks_the_gates():
-    assert "HGMMA in the main loop" in gates.broken(replace(GOOD, loops=[]))
+    assert "HGMMA in the main loop" in codegen_checks.broken(replace(GOOD, loops=[]))
 
 
 def test_gates_concern_the_target_a_row_belongs_to():
     borrowed = replace(GOOD, problem=replace(BARE, target="gfx942"), shared_bytes=80 * 1024, shared_limit=64 * 1024)
-    assert gates.broken(borrowed) == gates.broken(replace(borrowed, error="no such layout")) == []
+    assert codegen_checks.broken(borrowed) == codegen_checks.broken(replace(borrowed, error="no such layout")) == []
 
 
 def test_control_c_shows_what_was_compiled(answers, capsys):
@@ -169,7 +167,7 @@ def test_control_c_shows_what_was_compiled(answers, capsys):
 
 
 def test_without_triton_it_says_what_brings_it(monkeypatch, capsys):
-    monkeypatch.setattr(inspection.importlib.util, "find_spec", lambda name: None if name == "triton" else object())
+    monkeypatch.setattr(inspect_triton.importlib.util, "find_spec", lambda name: None if name == "triton" else object())
     code, _, said = run(capsys)
     assert code == 2 and "pip install 'fastattn[triton]'" in said
 
@@ -206,9 +204,9 @@ for line in sys.stdin:
 
 
 def test_a_compiler_that_dies_takes_one_problem_with_it(monkeypatch):
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", DIES))
+    monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", DIES))
     problems = [replace(BARE, kernel=kernel) for kernel in ("fwd", "dq", "dkv", "delta")]
-    rows = {row.problem.kernel: row for row in workers.compile_all(problems, 1)}
+    rows = {row.problem.kernel: row for row in compile_pool.compile_all(problems, 1)}
     assert rows["dq"].error == "the compiler's process ended with -6: no such layout"
     assert [name for name, row in rows.items() if row.error is None] == ["fwd", "dkv", "delta"]
     assert rows["fwd"].registers != rows["dkv"].registers == rows["delta"].registers
@@ -218,7 +216,9 @@ def test_a_compiler_that_dies_takes_one_problem_with_it(monkeypatch):
 def stopped(monkeypatch):
     """The workers that were stopped."""
     found = []
-    monkeypatch.setattr(workers.Worker, "stop", lambda self, stop=workers.Worker.stop: (found.append(self), stop(self)))
+    monkeypatch.setattr(
+        compile_pool.Worker, "stop", lambda self, stop=compile_pool.Worker.stop: (found.append(self), stop(self))
+    )
     return found
 
 
@@ -230,11 +230,11 @@ def leave_once(monkeypatch, event):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(workers, "as_completed", as_completed)
+    monkeypatch.setattr(compile_pool, "as_completed", as_completed)
 
 
 def test_leaving_before_the_first_starts_nothing(stopped):
-    workers.compile_all([BARE], 1).close()
+    compile_pool.compile_all([BARE], 1).close()
     assert stopped == []
 
 
@@ -247,37 +247,37 @@ def test_leaving_early_ends_the_processes(monkeypatch, stopped):
         time.sleep(0.3)
         return start(*arguments, **options)
 
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
-    monkeypatch.setattr(workers.subprocess, "Popen", slow)
+    monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
+    monkeypatch.setattr(compile_pool.subprocess, "Popen", slow)
     leave_once(monkeypatch, starting)
     with pytest.raises(KeyboardInterrupt):
-        next(workers.compile_all([BARE], 1))
+        next(compile_pool.compile_all([BARE], 1))
     (worker,) = stopped
     assert worker.process.returncode == -signal.SIGKILL
 
 
 def test_leaving_early_ends_a_process_at_work(monkeypatch, stopped):
     asked = threading.Event()
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
-    monkeypatch.setattr(workers, "asdict", lambda problem: asked.set() or {})
+    monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
+    monkeypatch.setattr(compile_pool, "asdict", lambda problem: asked.set() or {})
     leave_once(monkeypatch, asked)
     with pytest.raises(KeyboardInterrupt):
-        next(workers.compile_all([BARE], 1))
+        next(compile_pool.compile_all([BARE], 1))
     (worker,) = stopped
     assert worker.process.returncode == -signal.SIGKILL
 
 
 def test_what_a_stopped_process_has_not_read_is_no_error(monkeypatch):
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", ""))
-    worker = workers.Worker()
-    monkeypatch.setattr(workers, "asdict", lambda problem: {"ended": worker.process.wait()})
+    monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", ""))
+    worker = compile_pool.Worker()
+    monkeypatch.setattr(compile_pool, "asdict", lambda problem: {"ended": worker.process.wait()})
     assert worker.compile(BARE).error == "the compiler's process ended with 0"
     worker.close()
     assert worker.process.stdin.closed and worker.process.stdout.closed
 
 
 def test_a_stopped_worker_starts_no_process():
-    worker = workers.Worker()
+    worker = compile_pool.Worker()
     worker.stop()
     with pytest.raises(RuntimeError, match="has been stopped"):
         worker.compile(BARE)
@@ -287,9 +287,9 @@ def test_a_stopped_worker_starts_no_process():
 
 def test_a_real_row_comes_from_a_process_without_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    (row,) = workers.compile_all([replace(BARE, kernel="delta", head_dim=64)], 1)
+    (row,) = compile_pool.compile_all([replace(BARE, kernel="delta", head_dim=64)], 1)
     assert row.error is None and row.registers > 0 and row.main is None
-    (row,) = workers.compile_all([replace(BARE, kernel="nope")], 1)
+    (row,) = compile_pool.compile_all([replace(BARE, kernel="nope")], 1)
     assert row.error.startswith("ValueError: this call launches no kernel 'nope'; it launches fwd, ")
 
 

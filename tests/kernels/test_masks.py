@@ -7,8 +7,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn.kernels.host import kernel_variant as kind  # noqa: E402
-from fastattn.kernels.host import lower  # noqa: E402
+from fastattn.kernels.host import kernel_variant, lower  # noqa: E402
 from fastattn.kernels.rules import masks  # noqa: E402
 from fastattn.kernels.tiling import walk  # noqa: E402
 from fastattn.masks import blocks  # noqa: E402
@@ -120,7 +119,7 @@ def hold(table, owners, block_rows, block_columns, splits):
 def conform(spec, block_m, block_n, splits):
     q_len, kv_len, mask, batch, heads = spec.q_len, spec.kv_len, spec.mask, spec.batch, spec.num_heads
     lowered = lower.lower(spec)
-    made = [kind.kind_of(spec, lowered, interpreted=INTERPRETED, split=split) for split in (False, True)]
+    made = [kernel_variant.kind_of(spec, lowered, interpreted=INTERPRETED, split=split) for split in (False, True)]
     wanted = mask.dense(q_len, kv_len, device=DEVICE).expand(batch, heads, q_len, kv_len)
     kept = elements(spec, lowered, made[0])
     whole = torch.zeros(batch, heads, ROOM, ROOM, dtype=torch.int8, device=DEVICE)
@@ -184,9 +183,9 @@ WRONG = {
 @pytest.fixture
 def no_known_kinds():
     """Kinds are remembered by the names of their rules."""
-    kind._kind.cache_clear()
+    kernel_variant._kind.cache_clear()
     yield
-    kind._kind.cache_clear()
+    kernel_variant._kind.cache_clear()
 
 
 @pytest.mark.parametrize("rule_name", TELLING)
@@ -197,7 +196,7 @@ def test_the_conformance_test_sees_a_wrong_rule(rule_name, spec_of, monkeypatch)
     there = [(place, wrong) for place in WRONG for wrong in WRONG[place] if getattr(rule, place) is not None]
     assert there
     for place, wrong in there:
-        kind._kind.cache_clear()
+        kernel_variant._kind.cache_clear()
         monkeypatch.setitem(masks.RULES, rule_name, rule._replace(**{place: wrong}))
         with pytest.raises(AssertionError):
             conform(spec_of(TELLING[rule_name], 37, 53), 16, 16, 1)

@@ -9,8 +9,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn.kernels.host import kernel_variant as kind  # noqa: E402
-from fastattn.kernels.host import launch, lower  # noqa: E402
+from fastattn.kernels.host import (  # noqa: E402
+    kernel_variant,
+    launch,
+    lower,
+)
 from fastattn.kernels.host.configs import section_of  # noqa: E402
 from fastattn.kernels.tiling import walk  # noqa: E402
 from fastattn.masks import (  # noqa: E402
@@ -64,7 +67,7 @@ def counts(mask, q_len, kv_len=None, *, mirror=False):
     lists = None if lowered.terms else lower.block_lists(spec, BLOCK, BLOCK, mirror=mirror)
     programs = triton.cdiv(spec.kv_len if mirror else spec.q_len, BLOCK)
     sizes = walk.Sizes(1, 1, 1, 1, spec.q_len, spec.kv_len, programs, 1, 1)
-    made = kind.kind_of(spec, lowered, interpreted=INTERPRETED)
+    made = kernel_variant.kind_of(spec, lowered, interpreted=INTERPRETED)
     found = torch.zeros(programs, 3, dtype=torch.int32, device=DEVICE)
     counts_kernel[(programs,)](found, sizes, lowered.args, lists, KIND=made, MIRROR=mirror, BLOCK=BLOCK)
     return found.cpu()
@@ -179,7 +182,7 @@ def test_programs_own_every_tile_once(split):
     splits = 3 if split else 1
     for batch, heads, tiles, section in itertools.product((1, 2), (1, 5), (1, 4), (1, 2, 3, 10, 64)):
         spec = spec_of(Full(), 64, batch=batch, heads=heads)
-        made = kind.kind_of(spec, lower.lower(spec), interpreted=INTERPRETED, split=split)
+        made = kernel_variant.kind_of(spec, lower.lower(spec), interpreted=INTERPRETED, split=split)
         programs = batch * heads * tiles * splits
         owners = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
         sizes = walk.Sizes(batch, heads, heads, 1, 64, 64, programs, section, splits)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastattn import dispatch
-from fastattn.integrations import sdpa_redirect as caught
+from fastattn.integrations import sdpa_redirect
 from fastattn.integrations.exchange import assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
 from fastattn.torch_api import sdpa
@@ -101,7 +101,7 @@ def is_holder(module: nn.Module) -> bool:
 
 
 def replace(
-    path: str, module: nn.Module, mode: caught.Mode, backend: str | None, done: list[Any]
+    path: str, module: nn.Module, mode: sdpa_redirect.Mode, backend: str | None, done: list[Any]
 ) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for one of diffusers' attention modules, exchanged where it can be, and what takes it back.
 
@@ -120,24 +120,24 @@ def replace(
 
 
 def _replace_processor(
-    where: tuple[str, str], processor: Any, kind: Any, mode: caught.Mode, backend: str | None
+    where: tuple[str, str], processor: Any, kind: Any, mode: sdpa_redirect.Mode, backend: str | None
 ) -> tuple[Replacement, Callable[[], None] | None]:
-    if isinstance(processor, caught.Caught):
-        return caught.already(where, processor, backend)
+    if isinstance(processor, sdpa_redirect.Caught):
+        return sdpa_redirect.already(where, processor, backend)
     if not kind.__module__.startswith("diffusers."):
         what = (
             f"its processor {kind.__module__}.{kind.__qualname__} is not diffusers' own; fastattn.patch() may reach it"
         )
         return Replacement(*where, False, what), None
-    names = caught.names_in(kind.__call__)
+    names = sdpa_redirect.names_in(kind.__call__)
     if DISPATCHER in names and hasattr(processor, "_attention_backend"):
         member = register(backend)
         if vars(processor).get("_attention_backend") is member:
             return Replacement(*where, False, ALREADY), None
         row = Replacement(*where, True, f"{kind.__name__} sends it to the backend {member.value!r}")
         return row, assign(processor, "_attention_backend", member)
-    if names & caught.CALLS and not names & caught.OWN_WAY:
-        back = exchange(processor, caught.caught(kind, "__call__", mode, backend))
+    if names & sdpa_redirect.CALLS and not names & sdpa_redirect.OWN_WAY:
+        back = exchange(processor, sdpa_redirect.caught(kind, "__call__", mode, backend))
         return Replacement(*where, True, f"{kind.__name__} calls F.scaled_dot_product_attention: on fastattn"), back
     what = (
         f"its processor {kind.__name__} computes the weights itself; give it one that calls torch's SDPA first, "

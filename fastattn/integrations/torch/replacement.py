@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastattn import dispatch
-from fastattn.integrations import left_alone as unknown
-from fastattn.integrations import x_transformers
+from fastattn.integrations import left_alone, x_transformers
 from fastattn.integrations.diffusers import replacement as diffusers
 from fastattn.integrations.exchange import InTurn, assign, exchange
 from fastattn.integrations.report import Replacement, Report
@@ -75,7 +74,7 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
         if any(isinstance(inner, MultiheadAttention) for inner in module.modules()):
             row = Replacement(path, type(module).__name__, True, "no nested tensors for padding", attends=False)
             report.add(row, assign(module, "use_nested_tensor", False))
-    for row in unknown.rows(modules, {row.path for row in report.rows}):
+    for row in left_alone.rows(modules, {row.path for row in report.rows}):
         report.add(row)
     return report
 

@@ -15,8 +15,7 @@ from typing import Any
 from torch import nn
 
 from fastattn import dispatch
-from fastattn.integrations import left_alone as unknown
-from fastattn.integrations import sdpa_redirect as caught
+from fastattn.integrations import left_alone, sdpa_redirect
 from fastattn.integrations.exchange import InTurn, assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
 from fastattn.integrations.transformers.own_code import own_class
@@ -107,7 +106,7 @@ def _reached(kind: Any) -> frozenset[str]:
         if not isinstance(function, types.FunctionType) or function in functions:
             continue
         functions.add(function)
-        names = caught.names_in(function)
+        names = sdpa_redirect.names_in(function)
         found |= names
         beside = vars(sys.modules.get(function.__module__, types))
         for name in names:
@@ -134,10 +133,10 @@ def _left_alone(model: nn.Module) -> list[Replacement]:
         kind: Any = type(module)
         if not kind.__module__.startswith("transformers.") or any(each.startswith(f"{path}.") for each in inside):
             continue
-        if path in inside or not path or not unknown.seems_to_attend(module, _reached(kind)):
+        if path in inside or not path or not left_alone.seems_to_attend(module, _reached(kind)):
             continue
         inside.append(path)
-        called = sorted(_reached(kind) & caught.CALLS)
+        called = sorted(_reached(kind) & sdpa_redirect.CALLS)
         caught_by = f"; it calls {called[0]}, which fastattn.patch() catches" if called else ""
         rows.append(Replacement(path, kind.__name__, False, OWN_CODE + caught_by))
     return rows[::-1]

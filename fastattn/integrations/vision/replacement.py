@@ -1,6 +1,6 @@
 """Attention modules of timm, torchvision, open_clip and clip that call torch's attention functions themselves.
 
-Their code is kept (see caught.py); what is decided here is whether all of it goes through those functions.
+Their code is kept (see sdpa_redirect.py); what is decided here is whether all of it goes through those functions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from fastattn.integrations import sdpa_redirect as caught
+from fastattn.integrations import sdpa_redirect
 from fastattn.integrations.exchange import InTurn, assign, exchange
 from fastattn.integrations.report import Replacement
 
@@ -20,31 +20,33 @@ PACKAGES = ("timm", "torchvision", "open_clip", "clip")
 def is_known(module: nn.Module) -> bool:
     """Whether a module is one of these libraries' own and computes attention through torch's functions."""
     kind = type(module)
-    if isinstance(module, caught.Caught):
+    if isinstance(module, sdpa_redirect.Caught):
         kind = kind.__mro__[2]  # what it was caught from
-    return kind.__module__.split(".")[0] in PACKAGES and bool(caught.names_in(kind.forward) & caught.CALLS)
+    return kind.__module__.split(".")[0] in PACKAGES and bool(
+        sdpa_redirect.names_in(kind.forward) & sdpa_redirect.CALLS
+    )
 
 
 def replace(
-    path: str, module: nn.Module, mode: caught.Mode, backend: str | None
+    path: str, module: nn.Module, mode: sdpa_redirect.Mode, backend: str | None
 ) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for such a module, exchanged where it can be, and what takes it back."""
     kind: Any = type(module)
-    if isinstance(module, caught.Caught):
-        return caught.already((path, kind.__name__), module, backend)
+    if isinstance(module, sdpa_redirect.Caught):
+        return sdpa_redirect.already((path, kind.__name__), module, backend)
     if "forward" in vars(module):
         what = "its forward was replaced on the instance; fastattn.patch() reaches it"
         return Replacement(path, kind.__name__, False, what), None
-    names = caught.names_in(kind.forward)
+    names = sdpa_redirect.names_in(kind.forward)
     switched = False
-    if names & caught.OWN_WAY:
+    if names & sdpa_redirect.OWN_WAY:
         reason, switched = _own_way(module, names)
         if reason is not None:
             return Replacement(path, kind.__name__, False, reason), None
-    backs = [exchange(module, caught.caught(kind, "forward", mode, backend))]
+    backs = [exchange(module, sdpa_redirect.caught(kind, "forward", mode, backend))]
     if switched:
         backs.append(assign(module, "fused_attn", True))
-    function = next(iter(sorted(names & caught.CALLS)))
+    function = next(iter(sorted(names & sdpa_redirect.CALLS)))
     also = ", fused_attn switched on" if switched else ""
     return Replacement(path, kind.__name__, True, f"its own code, whose {function} runs on fastattn{also}"), InTurn(
         backs

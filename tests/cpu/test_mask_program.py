@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Segments, Window
-from fastattn.masks import program as leaves
+from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Segments, Window, program
 from fastattn.masks.base import Mask
 from fastattn.testing import CASES
 from fastattn.testing.nan_padding import HIDING
@@ -43,23 +42,23 @@ def table(found, q_len, kv_len):
     keys = torch.arange(kv_len)
     tensors, stack = iter(found.tensors), []
     for word in found.words:
-        if word == leaves.INTERVAL:
+        if word == program.INTERVAL:
             ends = next(tensors)
             assert ends.dtype == torch.int32 and ends.dim() == 4 and ends.shape[0] == 2
             assert ((ends >= 0) & (ends <= kv_len)).all()
             start, stop = ends[..., None]
             stack.append((keys >= start) & (keys < stop))
-        elif word == leaves.ELEMENTS:
+        elif word == program.ELEMENTS:
             elements = next(tensors)
             assert elements.dtype == torch.bool and elements.dim() <= 4
             stack.append(elements)
-        elif word == leaves.IDS:
+        elif word == program.IDS:
             q_ids, kv_ids = next(tensors)[:, None, :, None], next(tensors)[:, None, None]
             assert q_ids.dtype == kv_ids.dtype == torch.int64
             stack.append((q_ids == kv_ids) & (q_ids >= 0))
         else:
             right, left = stack.pop(), stack.pop()
-            stack.append(left & right if word == leaves.AND else left | right)
+            stack.append(left & right if word == program.AND else left | right)
     assert next(tensors, None) is None
     return stack.pop() if stack else torch.ones((), dtype=torch.bool)
 
@@ -67,12 +66,12 @@ def table(found, q_len, kv_len):
 @pytest.mark.parametrize(
     "name, q_len, kv_len", [(name, *size) for name in MASKS for size in SIZES if size[0] >= 8 or name not in HIDING]
 )
-def test_the_leaves_show_what_the_mask_shows(name, q_len, kv_len):
+def test_a_mask_program_shows_what_the_mask_shows(name, q_len, kv_len):
     mask = MASKS[name](q_len, kv_len)
-    assert leaves.why_not(mask) is None
+    assert program.why_not(mask) is None
     shape = 2, 3, q_len, kv_len
     for _ in range(2):  # made, and kept
-        got = table(leaves.make_leaves(mask, q_len, kv_len), q_len, kv_len)
+        got = table(program.make_program(mask, q_len, kv_len), q_len, kv_len)
         assert torch.equal(got.expand(shape), mask.dense(q_len, kv_len).expand(shape))
 
 
@@ -80,29 +79,29 @@ def test_intervals_stay_intervals_however_they_are_put_together():
     lengths = Lengths(torch.tensor([5, 3]))
     for mask, words in (
         (Full(), []),
-        (Causal() & Window(3, 0) & lengths, [leaves.INTERVAL]),
-        ((Window(3, 0) | lengths) & Chunked(4), [leaves.INTERVAL, leaves.INTERVAL, leaves.OR]),
-        (Causal() & Dense(torch.ones(6, 6, dtype=torch.bool)), [leaves.INTERVAL, leaves.ELEMENTS, leaves.AND]),
-        (Segments(torch.zeros(1, 6, dtype=torch.int32), sorted=True), [leaves.INTERVAL]),
-        (Segments(torch.zeros(1, 6, dtype=torch.int32)), [leaves.IDS]),
+        (Causal() & Window(3, 0) & lengths, [program.INTERVAL]),
+        ((Window(3, 0) | lengths) & Chunked(4), [program.INTERVAL, program.INTERVAL, program.OR]),
+        (Causal() & Dense(torch.ones(6, 6, dtype=torch.bool)), [program.INTERVAL, program.ELEMENTS, program.AND]),
+        (Segments(torch.zeros(1, 6, dtype=torch.int32), sorted=True), [program.INTERVAL]),
+        (Segments(torch.zeros(1, 6, dtype=torch.int32)), [program.IDS]),
     ):
-        assert leaves.make_leaves(mask, 6, 6).words == words
+        assert program.make_program(mask, 6, 6).words == words
 
 
 def test_a_mask_of_equal_numbers_is_made_once_and_one_with_tensors_each_time():
-    first, again = (leaves.make_leaves(Window(3, 1), 40, 50) for _ in range(2))
+    first, again = (program.make_program(Window(3, 1), 40, 50) for _ in range(2))
     assert first.tensors[0] is again.tensors[0]
-    assert leaves.make_leaves(Window(3, 2), 40, 50).tensors[0] is not first.tensors[0]
+    assert program.make_program(Window(3, 2), 40, 50).tensors[0] is not first.tensors[0]
     lengths = Lengths(torch.tensor([4]))
-    before = leaves.make_leaves(lengths, 4, 9).tensors[0].clone()
+    before = program.make_program(lengths, 4, 9).tensors[0].clone()
     lengths.kv_lengths.add_(1)
-    assert torch.equal(leaves.make_leaves(lengths, 4, 9).tensors[0][1], before[1] + 1)
+    assert torch.equal(program.make_program(lengths, 4, 9).tensors[0][1], before[1] + 1)
 
 
 def test_every_row_has_leaves():
     from fastattn.testing import make_inputs
 
-    assert {name: leaves.why_not(make_inputs(case).spec.mask) for name, case in CASES.items()} == dict.fromkeys(CASES)
+    assert {name: program.why_not(make_inputs(case).spec.mask) for name, case in CASES.items()} == dict.fromkeys(CASES)
 
 
 def test_what_inference_mode_made_serves_training_after_it():
