@@ -57,8 +57,8 @@ def check():
 
 def gpu():
     """A run of `make gpu` before its first step, and what its steps add at the top."""
-    from fastattn.bench.files import READS
-    from fastattn.bench.pipeline import Run, Settings
+    from fastattn.bench.gpu.pipeline import Run, Settings
+    from fastattn.bench.report.writers import READS
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.cuda, "is_available", lambda: False):
         record = Run(Settings("cpu", out=Path(folder)), lambda words: None).record
@@ -70,9 +70,9 @@ def gpu():
 
 
 def models():
-    from fastattn.models import report
-    from fastattn.models.compare import Compared, Seen
-    from fastattn.models.overhead import Overhead
+    from fastattn.bench.models import report
+    from fastattn.bench.models.compare import Compared, Seen
+    from fastattn.bench.models.overhead import Overhead
 
     row = Compared("a model", "eval", "float32", 0.0, 0.0, None, None, Seen())
     with mock.patch.dict("os.environ", {"FASTATTN_BACKEND": "reference"}):
@@ -82,8 +82,8 @@ def models():
 
 def inspect():
     """Without Triton or a compiled library: the fields of what is written."""
-    from fastattn.inspection_cuda import Row
-    from fastattn.kernels.compile import Compiled, Loop, Problem
+    from fastattn.cli.inspect_cuda import Row
+    from fastattn.kernels.inspect.compile import Compiled, Loop, Problem
 
     return [
         *(f"[].{name}" for name in fields(Compiled, "broken")),
@@ -94,7 +94,7 @@ def inspect():
 
 def manifest():
     """What lies beside a library."""
-    from fastattn.manifest import Manifest
+    from fastattn.building.manifest import Manifest
 
     return fields(Manifest)
 

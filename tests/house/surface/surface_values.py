@@ -18,7 +18,7 @@ from fastattn import masks
 from fastattn.cache import KVCache
 from fastattn.integrations.torch import replace_attention
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
-from fastattn.paged import Paged
+from fastattn.masks.paged import Paged
 from fastattn.scores import DotProduct, Softmax
 from fastattn.spec import AttnInputs, AttnSpec
 
