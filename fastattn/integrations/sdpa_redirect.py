@@ -10,7 +10,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -24,6 +24,16 @@ OWN_WAY = frozenset({"softmax", "softmax_", "_softmax"})
 """What a formula of the module's own would call."""
 
 Mode = Callable[[str | None], TorchFunctionMode]
+
+
+class Request(NamedTuple):
+    """What one call of `replace_attention` asks for: the mode that the modules' own code is to run under, the backend
+    by name or None, and a list that grows: objects that were exchanged, which several modules may share.
+    """
+
+    mode: Mode
+    backend: str | None
+    done: list[Any]
 
 
 def names_in(function: Callable[..., Any]) -> frozenset[str]:

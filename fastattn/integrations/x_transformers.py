@@ -24,17 +24,17 @@ def is_known(module: nn.Module) -> bool:
 
 
 def replace(
-    path: str, module: nn.Module, mode: sdpa_redirect.Mode, backend: str | None
+    path: str, module: nn.Module, request: sdpa_redirect.Request
 ) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for an Attend, exchanged where it can be, and what takes it back."""
     attend: Any = module
     kind: Any = type(module)
     if isinstance(attend, sdpa_redirect.Caught):
-        return sdpa_redirect.already((path, kind.__name__), attend, backend)
+        return sdpa_redirect.already((path, kind.__name__), attend, request.backend)
     reason = _why_not(attend)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    back = exchange(module, sdpa_redirect.caught(kind, "forward", mode, backend))
+    back = exchange(module, sdpa_redirect.caught(kind, "forward", request.mode, request.backend))
     what = "its own code, whose scaled_dot_product_attention runs on fastattn"
     return Replacement(path, kind.__name__, True, what), back
 

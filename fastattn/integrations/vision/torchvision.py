@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastattn.functional import attention
 from fastattn.integrations.exchange import Assigned, InTurn, assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
+from fastattn.integrations.sdpa_redirect import Request
 
 HOME = "torchvision.models.swin_transformer"
 KNOWN = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
@@ -39,9 +40,10 @@ def is_known(module: nn.Module) -> bool:
     return isinstance(module, OnFastattn) or (kind.__module__ == HOME and kind.__name__ in KNOWN)
 
 
-def replace(path: str, module: Any, backend: str | None) -> tuple[Replacement, Callable[[], None] | None]:
+def replace(path: str, module: Any, request: Request) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for such a module, exchanged where it can be, and what takes it back."""
     kind: Any = type(module)
+    backend = request.backend
     row = partial(Replacement, path, kind.__name__)
     if isinstance(module, OnFastattn):
         if backend is None or backend == module.fastattn_backend:
