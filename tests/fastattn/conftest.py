@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 
-from fastattn.integrations.vision import torchvision
+from fastattn.integrations.vision import swin
 from fastattn.torch_api import mha, sdpa
 
 

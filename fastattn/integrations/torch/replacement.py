@@ -23,7 +23,7 @@ TORCH_MODULE = nn.MultiheadAttention
 
 LIBRARIES = (
     ("diffusers", "diffusers.processors"),
-    ("torchvision", "vision.torchvision"),
+    ("torchvision", "vision.swin"),
     ("timm", "vision.replacement"),
     ("torchvision", "vision.replacement"),
     ("open_clip", "vision.replacement"),
