@@ -9,7 +9,7 @@ backend.
     out_i = sum_j weights_ij v_j            lse_i = log sum_j exp(t_ij), before dropout, without the sink
 
 Everything in float32 (float64 for float64 inputs); out in the query's dtype. A row that sees no key gives out 0, lse
--inf and zero gradients. What is hidden from every partner may be NaN or inf; and, unlike in the fused rooms, a
+-inf and zero gradients. What is hidden from every partner may be NaN or inf; and, unlike in the fused backends, a
 non-finite value reaches exactly the rows that see it, forward and backward.
 """
 

@@ -1,7 +1,7 @@
 """Scores and normalisers: how a query and a key make a number, and how a row of numbers becomes weights.
 
 `eager` is the definition, in plain differentiable PyTorch. One of each exists today; kernels name them by class, so
-another is a class here and a rule in each room.
+another is a class here and a rule in each backend.
 """
 
 from __future__ import annotations

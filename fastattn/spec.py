@@ -202,7 +202,7 @@ class AttnSpec:
 
     @functools.cached_property
     def mask_program(self) -> MaskProgram:
-        """The mask as the C++ rooms read it (program.py): made once, and read by the backward too."""
+        """The mask as the C++ backends read it (program.py): made once, and read by the backward too."""
         return make_program(self.mask, self.q_len, self.kv_len)
 
     def visible_pairs(self) -> int:

@@ -1,4 +1,4 @@
-"""A mask as the C++ rooms read it: leaves, joined by a program in postfix (csrc/common/params.h, csrc/ops.cpp).
+"""A mask as the C++ backends read it: leaves, joined by a program in postfix (csrc/common/params.h, csrc/ops.cpp).
 
     interval   int32 [2, batch or 1, num_heads or 1, q_len or 1]: first visible key and the one after the last, in
                [0, kv_len]

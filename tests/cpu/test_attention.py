@@ -12,7 +12,7 @@ from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.masks import Causal, Lengths, Segments, Window
 from fastattn.masks.base import Mask
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
-from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_junk
+from fastattn.testing.nan_padding import FEATURES, PADDED, hidden_pair, with_junk
 from fastattn.testing.strategies import cases
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -67,7 +67,7 @@ def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case, isa):
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(20, 50), (8, 50), (150, 170)], ids=["", "few-queries", "many"])
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, isa):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")
@@ -227,7 +227,7 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
     assert verdict.kernel == f"attention forward ({library.isa()}), attention backward ({library.isa()})"
     assert "dtype torch.float64" in explain(*[query.double()] * 3).reasons["cpu"]
     called = []
-    room = dispatch.room("cpu")
+    room = dispatch.load("cpu")
     for name in ("forward_with_low", "backward"):
         real = getattr(room, name)
         monkeypatch.setattr(
@@ -242,7 +242,7 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
 def test_a_bias_that_takes_no_gradient_gets_none(library, monkeypatch, learned, dtype):
     query = torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True)
     bias = torch.randn(1, 2, 8, 8, dtype=dtype, requires_grad=learned)
-    room, seen = dispatch.room("cpu"), []
+    room, seen = dispatch.load("cpu"), []
     real = room.backward
     monkeypatch.setattr(room, "backward", lambda *args, **more: seen.append(real(*args, **more)) or seen[0])
     attention(query, query, query, bias=bias).sum().backward()

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("library")
 def calls(monkeypatch):
     """The names of the room's functions in the order of their calls; the reference's forward would be an error."""
     called = []
-    room = dispatch.room("cpu")
+    room = dispatch.load("cpu")
     for name in ("forward", "forward_with_low", "backward", "weights"):
         real, said = getattr(room, name), name.removesuffix("_with_low")
         spy = lambda *args, real=real, said=said, **named: called.append(said) or real(*args, **named)
         monkeypatch.setattr(room, name, spy)
-    monkeypatch.setattr(dispatch.room("reference"), "forward", lambda *args: pytest.fail("the reference ran"))
+    monkeypatch.setattr(dispatch.load("reference"), "forward", lambda *args: pytest.fail("the reference ran"))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
     return called
 

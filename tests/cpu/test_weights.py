@@ -7,7 +7,7 @@ import torch
 
 from fastattn import attention, attention_weights, dispatch
 from fastattn.testing import CASES, make_inputs, poison
-from fastattn.testing.nan_padding import HIDING, hidden_pair
+from fastattn.testing.nan_padding import PADDED, hidden_pair
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -18,7 +18,7 @@ NAMES = [name for name, case in CASES.items() if not case.dropout_p and case.bat
 def by_the_room(monkeypatch):
     """How often the room was asked."""
     called = []
-    room = dispatch.room("cpu")
+    room = dispatch.load("cpu")
     real = room.weights
     monkeypatch.setattr(room, "weights", lambda *args, **named: called.append(1) or real(*args, **named))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
@@ -60,7 +60,7 @@ def test_the_definitions_weights(name, isa, by_the_room):
     assert by_the_room
 
 
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, isa):
     weights = []
     for problem in hidden_pair(mask, 20, 50, "cpu"):

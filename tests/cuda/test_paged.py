@@ -35,7 +35,7 @@ def offsets(q_len):
 @pytest.mark.parametrize("case", [DECODE, PREFILL], ids=lambda case: case.id)
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_of_any_size_are_read_in_place(size, case, foreign, room, monkeypatch):
-    whole, paged = in_blocks(case, Causal(offset=offsets(case.q_len)), HELD, size, foreign=foreign)
+    whole, paged = in_blocks(case, Causal(offset=offsets(case.q_len)), HELD, size, heads_in_rows=foreign)
     monkeypatch.setattr(Paged, "laid_out", None)  # what would copy them
     results = room.forward(paged)
     check_close(whole, results)

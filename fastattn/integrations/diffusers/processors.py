@@ -44,7 +44,7 @@ def replace(
 def _replace_processor(
     where: tuple[str, str], processor: Any, kind: Any, request: sdpa_redirect.Request
 ) -> tuple[Replacement, Callable[[], None] | None]:
-    if isinstance(processor, sdpa_redirect.Caught):
+    if isinstance(processor, sdpa_redirect.Redirected):
         return sdpa_redirect.already(where, processor, request.backend)
     if not kind.__module__.startswith("diffusers."):
         what = (
@@ -59,7 +59,7 @@ def _replace_processor(
         row = Replacement(*where, True, f"{kind.__name__} sends it to the backend {member.value!r}")
         return row, assign(processor, "_attention_backend", member)
     if names & sdpa_redirect.CALLS and not names & sdpa_redirect.OWN_WAY:
-        back = exchange(processor, sdpa_redirect.caught(kind, "__call__", request.mode, request.backend))
+        back = exchange(processor, sdpa_redirect.redirected(kind, "__call__", request.mode, request.backend))
         return Replacement(*where, True, f"{kind.__name__} calls F.scaled_dot_product_attention: on fastattn"), back
     what = (
         f"its processor {kind.__name__} computes the weights itself; give it one that calls torch's SDPA first, "

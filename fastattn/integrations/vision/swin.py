@@ -49,7 +49,7 @@ def replace(path: str, module: Any, request: Request) -> tuple[Replacement, Call
         if backend is None or backend == module.fastattn_backend:
             return row(False, ALREADY), None
         moved = assign(module, "fastattn_backend", backend)
-        return row(True, f"{ALREADY}, now in the room {backend!r}"), moved
+        return row(True, f"{ALREADY}, now on the backend {backend!r}"), moved
     if "forward" in vars(module):
         return row(False, "its forward was replaced on the instance"), None
     function = getattr(sys.modules[HOME], "shifted_window_attention", None)
@@ -92,7 +92,7 @@ def window_attention(module: Any, x: Tensor, backend: str | None) -> Tensor:
     Args:
         module: a ShiftedWindowAttention or ShiftedWindowAttentionV2.
         x: [batch, height, width, channels].
-        backend: the room, by name; None takes the first that can.
+        backend: the backend, by name; None takes the first that can.
 
     Returns:
         As x.
