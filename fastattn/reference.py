@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dropout import dropout_mask
-from fastattn.masked_matmul import visible_sum
+from fastattn.masked_matmul import masked_sum
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.tracing import autograd_inside_operator, holds_many, without_autocast
 
@@ -111,7 +111,7 @@ def _plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     weights, lse = spec.normalizer.eager(scores, keep, sinks)
     if spec.dropout_p > 0:
         weights = apply_dropout(spec, weights, seed)
-    out = visible_sum(weights, value, keep)
+    out = masked_sum(weights, value, keep)
     return torch.where(seen_by_query, out, 0.0).to(spec.dtype), lse
 
 

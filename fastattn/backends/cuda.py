@@ -131,7 +131,7 @@ def _kind(spec: AttnSpec, listed: bool) -> int:
     plain = spec.softcap is None and spec.bias_shape is None and spec.dropout_p == 0 and 0 < spec.scale <= LARGEST_SCALE
     if listed or not plain:
         return EVERYTHING
-    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-program.OPEN, program.OPEN)
+    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-program.UNBOUNDED, program.UNBOUNDED)
     return PLAIN if everything and spec.pages is None else MASKED
 
 
