@@ -1,5 +1,6 @@
 """Masks: which queries see which keys, and the forms in which backends read that. `kinds` is the definition."""
 
+from fastattn.former_names import export
 from fastattn.masks.base import And, Mask, Or, visible_pairs
 from fastattn.masks.kinds import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 
@@ -7,3 +8,5 @@ __all__ = [
     "And", "Causal", "Chunked", "Dense", "Full", "Lengths", "Mask", "Or", "Packed", "Prefix", "Segments", "Window",
     "visible_pairs",
 ]  # fmt: skip
+
+export(globals())

@@ -1,5 +1,8 @@
 """fastattn in diffusers."""
 
-from fastattn.integrations.diffusers.replacement import attention, register
+from fastattn.former_names import export
+from fastattn.integrations.diffusers.replacement import NAME, attention, register
 
-__all__ = ["attention", "register"]
+__all__ = ["NAME", "attention", "register"]
+
+export(globals())

@@ -1,5 +1,6 @@
 """fastattn in Hugging Face transformers. Importing this package registers "fastattn" as an attention implementation."""
 
+from fastattn.former_names import export
 from fastattn.integrations.transformers.attention import (
     NAME,
     TESTED,
@@ -11,3 +12,5 @@ from fastattn.integrations.transformers.attention import (
 )
 
 __all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]
+
+export(globals())
