@@ -8,7 +8,7 @@ if _find_spec("fastattn.kernels") is None:
         "run `make setup` or `pip install --no-build-isolation -e .` there, or leave this folder"
     )
 
-from fastattn import former_names, masks, nn
+from fastattn import masks, nn, stable_names
 from fastattn.cache import KVCache
 from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
@@ -17,7 +17,7 @@ from fastattn.torch_api.mha import multi_head_attention_forward
 from fastattn.torch_api.sdpa import scaled_dot_product_attention
 from fastattn.varlen import varlen_attention
 
-former_names.install()
+stable_names.install()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,7 +1,7 @@
 """Keys and values kept between calls, for decoding: contiguous, or in the blocks of a pool."""
 
 from fastattn.cache.base import CacheView, KVCache
-from fastattn.former_names import export
+from fastattn.stable_names import export
 
 __all__ = ["CacheView", "KVCache"]
 

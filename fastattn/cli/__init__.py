@@ -1,7 +1,7 @@
 """The command line: `fastattn`, and `python -m fastattn.cli`."""
 
 from fastattn.cli.main import main
-from fastattn.former_names import export
+from fastattn.stable_names import export
 
 __all__ = ["main"]
 

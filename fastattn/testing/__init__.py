@@ -1,6 +1,6 @@
 """What holds a backend against the definition: cases, inputs, tolerance, memory filled with NaN."""
 
-from fastattn.former_names import export
+from fastattn.stable_names import export
 from fastattn.testing.cases import (
     CASES,
     LARGE_CASES,

@@ -1,7 +1,7 @@
 """fastattn in diffusers."""
 
-from fastattn.former_names import export
 from fastattn.integrations.diffusers.replacement import NAME, attention, register
+from fastattn.stable_names import export
 
 __all__ = ["NAME", "attention", "register"]
 

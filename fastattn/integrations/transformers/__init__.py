@@ -1,6 +1,5 @@
 """fastattn in Hugging Face transformers. Importing this package registers "fastattn" as an attention implementation."""
 
-from fastattn.former_names import export
 from fastattn.integrations.transformers.attention import (
     NAME,
     TESTED,
@@ -10,6 +9,7 @@ from fastattn.integrations.transformers.attention import (
     replace,
     truncate,
 )
+from fastattn.stable_names import export
 
 __all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]
 

@@ -79,7 +79,7 @@ def _recorded_homes(module):
 
 def _still_there(home, value):
     """Whether a module of that name still has this very object, which is what a pickle that recorded it asks for. The
-    module itself may have moved (fastattn/former_names.py).
+    module itself may have moved (fastattn/stable_names.py).
     """
     try:
         return getattr(importlib.import_module(home), value.__qualname__, None) is value

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastattn.former_names import FORMER_NAMES, FormerNames, install
+from fastattn.stable_names import FORMER_NAMES, FormerNames, install
 
 NEEDS = {"testing.strategies": "hypothesis", "integrations.transformers": "transformers", "bench.gpu": "rich"}
 """What must be installed to import a module whose name begins so."""

@@ -1,4 +1,4 @@
-"""Modules by the names that they had before they moved: pickles, programs and imports that name them still find them.
+"""Names that pickles, programs and imports keep: modules by the names that they had before they moved, and exports.
 
 A finder, asked last, answers `import fastattn.mask` with the module fastattn.masks.base itself, so that classes are the
 same objects under either name. None of them is imported before somebody asks for it.
