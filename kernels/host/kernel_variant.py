@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastattn.kernels.host.lower import Lowered
+from fastattn.kernels.host.mask_lowering import Lowered
 from fastattn.kernels.rules import masks, scores, softmax
 from fastattn.kernels.rules.masks import RULES, Rule
 from fastattn.kernels.rules.scores import SCORES, score_of

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels.host import lower
-from fastattn.kernels.host.configs import (
+from fastattn.kernels.host import mask_lowering
+from fastattn.kernels.host.kernel_variant import bias_axes, kind_of
+from fastattn.kernels.host.tensor_arguments import Pointer, block_table, fill, named, operands, take_out
+from fastattn.kernels.host.tile_table import (
     PROCESSORS,
     TileConfig,
     pick,
@@ -19,8 +21,6 @@ from fastattn.kernels.host.configs import (
     target_of,
     tiles_of,
 )
-from fastattn.kernels.host.kernel_variant import bias_axes, kind_of
-from fastattn.kernels.host.operands import Pointer, block_table, fill, named, operands, take_out
 from fastattn.kernels.passes.attn_bwd_dbias import attn_dbias_kernel
 from fastattn.kernels.passes.attn_bwd_delta import attn_delta_kernel
 from fastattn.kernels.passes.attn_bwd_dkv import attn_dkv_kernel
@@ -41,7 +41,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Launch(NamedTuple):
     """One kernel with all it is launched with, and the row of the tile table behind it.
 
-    In a plan, the places of tensors hold their names (operands.py); bound, they hold the tensors.
+    In a plan, the places of tensors hold their names (tensor_arguments.py); bound, they hold the tensors.
     """
 
     kernel: Any
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
         if self.lists is None:
             return {}
         block_m, block_n, mirror = self.lists
-        lists = lower.block_lists(spec, block_m, block_n, mirror=mirror)
+        lists = mask_lowering.block_lists(spec, block_m, block_n, mirror=mirror)
         return {"counts": lists.counts, "tiles": lists.tiles}
 
     def bound(self, tensors: dict[str, Tensor]) -> "Launch":
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
         """What a call's launches take besides: the mask's tensors, the memory of parts."""
         more: dict[str, Tensor] = {}
         if self.reads_mask:
-            take_out(lower.lower(spec).args, MASK, more)
+            take_out(mask_lowering.lower(spec).args, MASK, more)
         if self.splits > 1:
             out = given["out"]
             parts = torch.empty(self.splits * spec.batch, *out.shape[1:], dtype=torch.float32, device=out.device)
@@ -115,7 +115,7 @@ class Problem:
 
     def __init__(self, spec: AttnSpec, target: str) -> None:
         self.spec, self.target = spec, target
-        self.mask = lower.lower(spec)
+        self.mask = mask_lowering.lower(spec)
         self.mask_tensors: dict[str, Tensor] = {}
         self.mask_args = take_out(self.mask.args, MASK, self.mask_tensors)
         kept = 1.0 - spec.dropout_p
@@ -152,7 +152,7 @@ class Problem:
         walked = lists = None
         if not self.mask.terms:
             walked = row.block_m, row.block_n, mirror
-            made = lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
+            made = mask_lowering.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
             lists = made._replace(counts=Pointer("counts"), tiles=Pointer("tiles"))
         tables = (bias_axes(self.spec) == "qk") + self.mask.rules.count("Dense")
         args = (*operands, self.sizes(programs, section, splits), self.scales, self.mask_args, lists)

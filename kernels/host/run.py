@@ -28,8 +28,8 @@ from fastattn.kernels.host.launch import (
     plan_backward,
     plan_forward,
 )
-from fastattn.kernels.host.operands import TMA_BYTES
-from fastattn.kernels.host.packed import PackedLaunch, pack
+from fastattn.kernels.host.packed_launch import PackedLaunch, pack
+from fastattn.kernels.host.tensor_arguments import TMA_BYTES
 from fastattn.spec import AttnInputs, AttnSpec
 
 MOST_PLANS = 1024

@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastattn.kernels.host import launch
-from fastattn.kernels.host.configs import ANCESTORS, TABLE, shared_limit
 from fastattn.kernels.host.kernel_variant import wide
+from fastattn.kernels.host.tile_table import ANCESTORS, TABLE, shared_limit
 from fastattn.kernels.inspect import amdgcn, sass
 from fastattn.kernels.inspect.budget import RATES, Parts, budget, flop, gather
 from fastattn.kernels.inspect.compile_cases import DTYPES, FORMS, call

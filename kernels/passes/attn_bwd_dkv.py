@@ -37,7 +37,7 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def attn_dkv_kernel(
-    query, key, value, d_out, total, delta, dk, dv,  # pointers or tensor descriptors (operands.py)
+    query, key, value, d_out, total, delta, dk, dv,  # pointers or tensor descriptors (tensor_arguments.py)
     rest,  # bias, sinks, seed, dbias
     strides,  # of query, key, value, d_out, total, delta, dk, dv, bias; () of a descriptor
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

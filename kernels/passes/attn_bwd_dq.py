@@ -47,7 +47,7 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def attn_dq_kernel(
-    query, key, value, d_out, dq,  # pointers or tensor descriptors (operands.py)
+    query, key, value, d_out, dq,  # pointers or tensor descriptors (tensor_arguments.py)
     rest,  # total, delta, bias, sinks, seed, d_lse, dsinks, dbias
     strides,  # of query, key, value, d_out, dq, total, delta, bias; () of a descriptor
     sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -38,7 +38,7 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def attn_fwd_kernel(
-    query,  # pointers or tensor descriptors (operands.py)
+    query,  # pointers or tensor descriptors (tensor_arguments.py)
     key,
     value,
     out,
@@ -47,7 +47,7 @@ def attn_fwd_kernel(
     sizes,  # walk.Sizes
     scales,  # scores.Scales
     mask_args,
-    lists,  # lower.Lists or None
+    lists,  # mask_lowering.Lists or None
     KIND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -11,7 +11,7 @@ A rule is a few jit functions, handed to a kernel as constexprs:
 
 A span says: everything that some of them sees lies in [lo, hi), and all of them see everything in [full_lo, full_hi).
 Bounds may lie outside the problem. A rule without spans (None) is walked by block lists. Each rule is held against the
-mask's own table by one test; `args` are made in lower.py, which also says how rules combine:
+mask's own table by one test; `args` are made in mask_lowering.py, which also says how rules combine:
 
     KIND.TERMS     an OR of ANDs of rules, by their places: at most two terms, all with spans; none where lists are
     KIND.STARTS    walked. For each term, whether a rule of it has a start
@@ -301,7 +301,7 @@ def _prefix_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows_numbers(args, batch, head, q_len, kv_len):
-    """Where this head's rows begin: starts, stops (a number a query); bounds (four a key, see lower.py)."""
+    """Where this head's rows begin: starts, stops (a number a query); bounds (four a key, see mask_lowering.py)."""
     rows = batch.to(tl.int64) * unveil(args[3][0]) + head.to(tl.int64) * unveil(args[3][1])
     bounds = batch.to(tl.int64) * unveil(args[4][0]) + head.to(tl.int64) * unveil(args[4][1])
     return args[0] + rows, args[1] + rows, args[2] + bounds, q_len, kv_len

@@ -49,7 +49,7 @@ def store_tile(
 def _pointers(tensor, strides, batch, head, rows, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[len(rows), BLOCK_D], and which of them lie inside."""
     offs_d = tl.arange(0, BLOCK_D)
-    if len(strides) == 5:  # a pool of blocks: operands.in_blocks
+    if len(strides) == 5:  # a pool of blocks: tensor_arguments._in_blocks
         own, table, width, size, count = strides
         base = tensor
         block = tl.load(table + batch.to(tl.int64) * unveil(width) + rows // unveil(size), mask=rows < length, other=0)

@@ -178,7 +178,7 @@ def _counted(cut, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _listed(lists, batch, head, tile, others):
-    """The same from block lists (lower.Lists): the two counts, and where the tiles are listed."""
+    """The same from block lists (mask_lowering.Lists): the two counts, and where the tiles are listed."""
     counts = lists.counts + batch.to(tl.int64) * unveil(lists.count_strides[0])
     counts += head * unveil(lists.count_strides[1]) + tile
     row = batch.to(tl.int64) * unveil(lists.tile_strides[0]) + head.to(tl.int64) * unveil(lists.tile_strides[1])

@@ -16,8 +16,8 @@ import triton
 from filelock import FileLock
 
 from fastattn.cli.inspect_triton import markdown
-from fastattn.kernels.host import configs
-from fastattn.kernels.host.configs import TABLE
+from fastattn.kernels.host import tile_table
+from fastattn.kernels.host.tile_table import TABLE
 from fastattn.kernels.inspect import compile as compiling
 from fastattn.kernels.inspect.codegen_checks import broken, figure
 
@@ -112,7 +112,7 @@ def test_what_has_no_loop_with_products_says_so(inspected):
 
 
 def test_the_figures_that_chose_the_rows_are_what_this_compiler_makes(inspected):
-    compiler = re.search(r"what Triton (\S+) makes", configs.__doc__)[1]
+    compiler = re.search(r"what Triton (\S+) makes", tile_table.__doc__)[1]
     if compiler != triton.__version__:
         pytest.skip(f"the rows were chosen with triton {compiler}; here is {triton.__version__}")
     made = {}

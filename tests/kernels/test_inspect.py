@@ -15,7 +15,7 @@ pytest.importorskip("rich", reason="fastattn inspect needs rich")
 
 from fastattn import cli
 from fastattn.cli import inspect_triton
-from fastattn.kernels.host.configs import TABLE
+from fastattn.kernels.host.tile_table import TABLE
 from fastattn.kernels.inspect import codegen_checks, compile_pool, sass
 from fastattn.kernels.inspect import compile as compiling
 from fastattn.kernels.inspect.compile import Compiled, Loop, Problem, read_compiled

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fastattn import dispatch
-from fastattn.kernels.host import configs, launch
-from fastattn.kernels.host.configs import ANCESTORS, PASSES, pick, pick_forward, section_of, splits_of, tiles_of
+from fastattn.kernels.host import launch, tile_table
+from fastattn.kernels.host.tile_table import ANCESTORS, PASSES, pick, pick_forward, section_of, splits_of, tiles_of
 from fastattn.kernels.inspect.compile import GPUS, pretending
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Prefix, Segments, Window
 from fastattn.spec import AttnInputs, AttnSpec
@@ -295,7 +295,7 @@ def test_big_problems_have_a_program_for_each_tile(sizes, target):
         block = each.row.block_n if each.row.kernel == "dkv" else each.row.block_m
         tiles = batch * heads * tiles_of(length, block)
         if each.row.persistent:
-            assert each.programs == min(tiles, configs.PROCESSORS[target])
+            assert each.programs == min(tiles, tile_table.PROCESSORS[target])
         else:
             assert each.programs == tiles
         assert each.programs <= MOST_PROGRAMS

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn.kernels.host import kernel_variant, lower  # noqa: E402
+from fastattn.kernels.host import kernel_variant, mask_lowering  # noqa: E402
 from fastattn.kernels.rules import masks  # noqa: E402
 from fastattn.kernels.tiling import walk  # noqa: E402
 from fastattn.masks import blocks  # noqa: E402
@@ -76,7 +76,7 @@ def elements(spec, lowered, made):
 
 def visits(spec, lowered, made, block_m, block_n, *, mirror, splits):
     """For each (batch, head, start of the owner's tile, split): tiles to check, full tiles."""
-    lists = None if lowered.terms else lower.block_lists(spec, block_m, block_n, mirror=mirror)
+    lists = None if lowered.terms else mask_lowering.block_lists(spec, block_m, block_n, mirror=mirror)
     length, block, other, width = (
         (spec.kv_len, block_n, spec.q_len, block_m) if mirror else (spec.q_len, block_m, spec.kv_len, block_n)
     )
@@ -118,7 +118,7 @@ def hold(table, owners, block_rows, block_columns, splits):
 
 def conform(spec, block_m, block_n, splits):
     q_len, kv_len, mask, batch, heads = spec.q_len, spec.kv_len, spec.mask, spec.batch, spec.num_heads
-    lowered = lower.lower(spec)
+    lowered = mask_lowering.lower(spec)
     made = [kernel_variant.kind_of(spec, lowered, interpreted=INTERPRETED, split=split) for split in (False, True)]
     wanted = mask.dense(q_len, kv_len, device=DEVICE).expand(batch, heads, q_len, kv_len)
     kept = elements(spec, lowered, made[0])
@@ -214,5 +214,5 @@ def test_the_conformance_test_sees_wrong_block_lists(wrong, spec_of, monkeypatch
 
 
 def test_every_rule_is_in_the_zoo(zoo, spec_of):
-    used = {rule for each in zoo for rule in lower.lower(spec_of(each, 37, 53)).rules}
+    used = {rule for each in zoo for rule in mask_lowering.lower(spec_of(each, 37, 53)).rules}
     assert used == set(masks.RULES) == set(TELLING)

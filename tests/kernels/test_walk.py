@@ -12,9 +12,9 @@ import triton.language as tl  # noqa: E402
 from fastattn.kernels.host import (  # noqa: E402
     kernel_variant,
     launch,
-    lower,
+    mask_lowering,
 )
-from fastattn.kernels.host.configs import section_of  # noqa: E402
+from fastattn.kernels.host.tile_table import section_of  # noqa: E402
 from fastattn.kernels.tiling import walk  # noqa: E402
 from fastattn.masks import (  # noqa: E402
     Causal,
@@ -63,8 +63,8 @@ def counts_kernel(counts_ptr, sizes, mask_args, lists, KIND: tl.constexpr, MIRRO
 def counts(mask, q_len, kv_len=None, *, mirror=False):
     """[programs, 3]: the tile a program owns, how many it checks, how many it need not."""
     spec = spec_of(mask, q_len, kv_len)
-    lowered = lower.lower(spec)
-    lists = None if lowered.terms else lower.block_lists(spec, BLOCK, BLOCK, mirror=mirror)
+    lowered = mask_lowering.lower(spec)
+    lists = None if lowered.terms else mask_lowering.block_lists(spec, BLOCK, BLOCK, mirror=mirror)
     programs = triton.cdiv(spec.kv_len if mirror else spec.q_len, BLOCK)
     sizes = walk.Sizes(1, 1, 1, 1, spec.q_len, spec.kv_len, programs, 1, 1)
     made = kernel_variant.kind_of(spec, lowered, interpreted=INTERPRETED)
@@ -182,7 +182,7 @@ def test_programs_own_every_tile_once(split):
     splits = 3 if split else 1
     for batch, heads, tiles, section in itertools.product((1, 2), (1, 5), (1, 4), (1, 2, 3, 10, 64)):
         spec = spec_of(Full(), 64, batch=batch, heads=heads)
-        made = kernel_variant.kind_of(spec, lower.lower(spec), interpreted=INTERPRETED, split=split)
+        made = kernel_variant.kind_of(spec, mask_lowering.lower(spec), interpreted=INTERPRETED, split=split)
         programs = batch * heads * tiles * splits
         owners = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
         sizes = walk.Sizes(batch, heads, heads, 1, 64, 64, programs, section, splits)

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn import dispatch
-from fastattn.kernels.host.configs import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, WIDE_FLOAT32, pick, target_of
+from fastattn.kernels.host.tile_table import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, WIDE_FLOAT32, pick, target_of
 from fastattn.masks import Causal, Dense, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from fastattn.kernels.host.operands import Box, Pointer
+from fastattn.kernels.host.tensor_arguments import Box, Pointer
 
 MAP_BYTES = 128
 """Of a CUtensorMap, and what its own address is a multiple of in a PyCUtensorMap (Triton's driver.c)."""
