@@ -58,7 +58,7 @@ def launches(problem):
 def splits(problem):
     """Over how many programs the keys of a tile are split, by the memory that the parts take."""
     first, *merge = launches(problem)
-    assert first.options["KIND"].SPLIT.value == bool(merge)
+    assert first.options["VARIANT"].SPLIT.value == bool(merge)
     return first.args[4].lse.shape[0] // problem.spec.batch
 
 
@@ -68,7 +68,7 @@ def most_splits(problem):
 
 
 def is_packed(problem):
-    return launches(problem)[0].options["KIND"].PACKED.value
+    return launches(problem)[0].options["VARIANT"].PACKED.value
 
 
 def check(problem, grads=False):

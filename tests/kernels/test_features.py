@@ -1,4 +1,4 @@
-"""The Triton room, feature by feature: biases, sinks, soft caps, dropout, widths, strides, gradients, nothing."""
+"""The Triton backend, feature by feature: biases, sinks, soft caps, dropout, widths, strides, gradients, nothing."""
 
 import dataclasses
 import itertools
