@@ -1,5 +1,5 @@
-"""What a launch hands to the driver, through Triton's own launcher and packed_launch, against a stand-in for libcuda. Run
-by test_launcher.py in processes of their own: Triton's interpreter, which the other tests use, has no launcher.
+"""What a launch hands to the driver, through Triton's own launcher and packed_launch, against a stand-in for libcuda.
+Run by test_launcher.py in processes of their own: Triton's interpreter, which the other tests use, has no launcher.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from fastattn.masks import Causal, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 
 CAPABILITIES = {"sm90": 90, "sm80": 80}
-ROWS = [(form, 64, "bf16") for form in compile_cases.FORMS if form != "tf32"]
+ROWS = [(case, 64, "bf16") for case in compile_cases.COMPILE_CASES if case != "tf32"]
 ROWS += [("bare", 64, "fp32"), ("tf32", 64, "fp32"), ("bare", 80, "bf16"), ("causal", 128, "fp16")]
 
 
@@ -37,9 +37,9 @@ def target(request, stub, monkeypatch):
     return request.param
 
 
-def passes(form, head_dim, dtype, target):
-    """The plans of a form's passes with a call's tensors."""
-    spec, inputs = compile_cases.call(compile_cases.FORMS[form], head_dim, compile_cases.DTYPES[dtype], "cpu")
+def passes(case, head_dim, dtype, target):
+    """The plans of a case's passes with a call's tensors."""
+    spec, inputs = compile_cases.call(compile_cases.COMPILE_CASES[case], head_dim, compile_cases.DTYPES[dtype], "cpu")
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     given = launch.forward_tensors(spec, inputs, out, lse)
     yield spec, run.ReadyPlan(launch.plan_forward(spec, given, target)), given
@@ -53,11 +53,11 @@ def passes(form, head_dim, dtype, target):
         yield spec, run.ReadyPlan(launch.plan_backward(spec, given, target)), given
 
 
-@pytest.mark.parametrize(("form", "head_dim", "dtype"), ROWS)
-def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
+@pytest.mark.parametrize(("case", "head_dim", "dtype"), ROWS)
+def test_every_parameter_is_handed_over(stub, target, case, head_dim, dtype):
     """As many as the kernel's PTX declares and as wide, each with the argument's own bytes; packed as by Triton."""
-    seen, wanted = set(), compile_cases.FORMS[form].kernels
-    for spec, ready, given in passes(form, head_dim, dtype, target):
+    seen, wanted = set(), compile_cases.COMPILE_CASES[case].kernels
+    for spec, ready, given in passes(case, head_dim, dtype, target):
         given = given | ready.plan.more_tensors(spec, given)
         for each in ready.launches:
             planned = each.launch
@@ -80,7 +80,7 @@ def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
             assert grid == (planned.programs, 1, 1) and threads == 32 * binary.metadata.num_warps
             assert shared == binary.metadata.shared
             seen.add(planned.row.kernel)
-    assert seen, "the form launches nothing"
+    assert seen, "the case launches nothing"
 
 
 @pytest.fixture
