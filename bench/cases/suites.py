@@ -162,12 +162,8 @@ class Suite:
     device: str
     cells: Callable[[], list[Cell]]
     providers: tuple[str, ...]
-    tiles: bool = False
-    """Whether torch's own tile product is measured beside it."""
 
 
 SUITES = {
-    "cpu-table": Suite(
-        "the CPU room's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"], tiles=True
-    ),
+    "cpu-table": Suite("the CPU backend's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"]),
 }
