@@ -17,7 +17,7 @@ from torch import Tensor
 import fastattn
 from fastattn.bench.cases.module import TorchModule, forward_alone, made_of
 from fastattn.bench.cases.operations import OPS, BenchCase, known
-from fastattn.bench.cases.workload import Made, Problem, recording, tiny
+from fastattn.bench.cases.workload import Made, Workload, recording, tiny
 from fastattn.bench.measure import estimate
 from fastattn.bench.measure.env import cxx
 from fastattn.bench.measure.memory_read import Read
@@ -47,30 +47,30 @@ class Fastattn(Provider):
         self.name = "fastattn" if room is None else f"fastattn-{room}"
         self.forms = ("4-D", "3-D", "3-D mask", "module") if room is None else ("4-D", "module")
 
-    def why_not(self, problem: Problem, mode: str) -> str | None:
+    def why_not(self, workload: Workload, mode: str) -> str | None:
         try:
-            _explain(problem, mode, self.room)
+            _explain(workload, mode, self.room)
         except fastattn.BackendUnavailable:
-            free = _explain(problem, mode)
+            free = _explain(workload, mode)
             return free.reasons[self.room] or free.backward_reasons.get(self.room)
-        return super().why_not(problem, mode) or forward_alone(problem, mode)
+        return super().why_not(workload, mode) or forward_alone(workload, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
         try:
-            found = _explain(Problem(tiny(case), device), mode, self.room)
+            found = _explain(Workload(tiny(case), device), mode, self.room)
         except fastattn.BackendUnavailable:
             return 0
         return estimate.plain_bytes(case, mode) if "reference" in (found.backend, found.backward) else 0
 
-    def make(self, problem: Problem, mode: str) -> Made:
-        mask, room, seed, dropout_p = problem.mask, self.room, problem.seed, problem.op.dropout_p
-        label = say_backends(_explain(problem, mode, room))
-        if problem.op.form == "module":
-            return made_of(problem, fastattn.nn.MultiheadAttention, label, backend=room)
-        if problem.op.form != "4-D":
-            return as_torch_calls(fastattn.scaled_dot_product_attention, problem, label)
+    def make(self, workload: Workload, mode: str) -> Made:
+        mask, room, seed, dropout_p = workload.mask, self.room, workload.seed, workload.op.dropout_p
+        label = say_backends(_explain(workload, mode, room))
+        if workload.op.form == "module":
+            return made_of(workload, fastattn.nn.MultiheadAttention, label, backend=room)
+        if workload.op.form != "4-D":
+            return as_torch_calls(fastattn.scaled_dot_product_attention, workload, label)
         start = time.perf_counter()
-        problem.op.mask(problem.case, problem.device)
+        workload.op.mask(workload.case, workload.device)
         mask_s = time.perf_counter() - start
 
         def forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -81,17 +81,17 @@ class Fastattn(Provider):
         return Made(forward, label, mask_s=mask_s)
 
 
-def _explain(problem: Problem, mode: str, room: str | None = None) -> fastattn.Verdict:
+def _explain(workload: Workload, mode: str, room: str | None = None) -> fastattn.Verdict:
     """What fastattn runs `mode` on: a forward alone wants no gradients, and may run where there is no backward."""
-    query, key, value, *bias = problem.tensors(mode)
+    query, key, value, *bias = workload.tensors(mode)
     with recording(mode):
         return fastattn.explain(
             query,
             key,
             value,
-            mask=problem.mask,
+            mask=workload.mask,
             bias=bias[0] if bias else None,
-            dropout_p=problem.op.dropout_p,
+            dropout_p=workload.op.dropout_p,
             backend=room,
         )
 
@@ -115,10 +115,10 @@ class Sdpa(Provider):
         self.kernel = kernel
         self.name = "sdpa" if kernel is None else f"sdpa-{kernel}"
 
-    def why_not(self, problem: Problem, mode: str) -> str | None:
-        if self.kernel in CUDA_ONLY and problem.device.type != "cuda":
+    def why_not(self, workload: Workload, mode: str) -> str | None:
+        if self.kernel in CUDA_ONLY and workload.device.type != "cuda":
             return "needs CUDA"
-        return super().why_not(problem, mode)
+        return super().why_not(workload, mode)
 
     def extra_bytes(self, case: BenchCase, mode: str, device: torch.device) -> int:
         op = OPS[case.op]
@@ -127,12 +127,15 @@ class Sdpa(Provider):
         unfused = self.kernel == "math" or (device.type == "cpu" and other)
         return (estimate.plain_bytes(case, mode) if unfused else 0) + estimate.mask_bytes(case)
 
-    def make(self, problem: Problem, mode: str) -> Made:
+    def make(self, workload: Workload, mode: str) -> Made:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        made = as_torch_calls(F.scaled_dot_product_attention, problem, self.kernel or "")
-        if problem.op.dropout_p:
-            made.checked_as = (BARE, as_torch_calls(F.scaled_dot_product_attention, problem, "", dropout=False).forward)
+        made = as_torch_calls(F.scaled_dot_product_attention, workload, self.kernel or "")
+        if workload.op.dropout_p:
+            made.checked_as = (
+                BARE,
+                as_torch_calls(F.scaled_dot_product_attention, workload, "", dropout=False).forward,
+            )
         if self.kernel is not None:
             backend = getattr(SDPBackend, SDPA_BACKENDS[self.kernel])
             forward = made.forward
@@ -145,13 +148,13 @@ class Sdpa(Provider):
         return made
 
 
-def as_torch_calls(function: Callable[..., Tensor], problem: Problem, label: str, *, dropout: bool = True) -> Made:
-    """A problem as a call of `scaled_dot_product_attention`, PyTorch's or the one that stands in for it."""
-    case, mask, op = problem.case, problem.mask, problem.op
+def as_torch_calls(function: Callable[..., Tensor], workload: Workload, label: str, *, dropout: bool = True) -> Made:
+    """A workload as a call of `scaled_dot_product_attention`, PyTorch's or the one that stands in for it."""
+    case, mask, op = workload.case, workload.mask, workload.op
     is_causal = isinstance(mask, Causal) and case.q_len == case.kv_len
     visible = isinstance(mask, Full) or is_causal
     start = time.perf_counter()
-    table = None if visible else mask.dense(case.q_len, case.kv_len, device=problem.device)
+    table = None if visible else mask.dense(case.q_len, case.kv_len, device=workload.device)
     mask_s = time.perf_counter() - start
     if table is not None and op.form == "3-D mask":
         table = table[0]
@@ -177,51 +180,51 @@ class Flex(Provider):
     name = "flex"
     compiles = value_dim = True
 
-    def why_not(self, problem: Problem, mode: str) -> str | None:
-        if problem.device.type == "cpu":
+    def why_not(self, workload: Workload, mode: str) -> str | None:
+        if workload.device.type == "cpu":
             if cxx() is None:
                 return "no C++ compiler"
             if mode != "fwd":
                 return "no backward on CPU"
         elif importlib.util.find_spec("triton") is None:
             return "no Triton"
-        if problem.mask.intervals(problem.case.q_len, problem.case.kv_len, problem.device) is None:
+        if workload.mask.intervals(workload.case.q_len, workload.case.kv_len, workload.device) is None:
             return "mask without a rule"
-        return super().why_not(problem, mode)
+        return super().why_not(workload, mode)
 
-    def make(self, problem: Problem, mode: str) -> Made:
+    def make(self, workload: Workload, mode: str) -> Made:
         from torch.nn.attention.flex_attention import flex_attention
 
         # Each case is compiled anew and for its own sizes; the compiler's limit on versions of one function stays away.
         torch.compiler.reset()
         compiled = torch.compile(flex_attention, dynamic=False)
         start = time.perf_counter()
-        block_mask, prepared = _block_mask(problem)
+        block_mask, prepared = _block_mask(workload)
         mask_s = time.perf_counter() - start
-        enable_gqa = problem.case.num_heads != problem.case.num_kv_heads
+        enable_gqa = workload.case.num_heads != workload.case.num_kv_heads
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return compiled(query, key, value, block_mask=block_mask, enable_gqa=enable_gqa)
 
         start = time.perf_counter()
-        leaves = problem.tensors(mode)
+        leaves = workload.tensors(mode)
         with recording(mode):
             out = forward(*leaves)
         if mode != "fwd":
-            torch.autograd.grad(out, leaves, problem.d_out)
-        if problem.device.type == "cuda":
+            torch.autograd.grad(out, leaves, workload.d_out)
+        if workload.device.type == "cuda":
             torch.cuda.synchronize()
         return Made(forward, "compiled", time.perf_counter() - start, prepared, mask_s)
 
 
-def _block_mask(problem: Problem) -> tuple[Any, int]:
+def _block_mask(workload: Workload) -> tuple[Any, int]:
     """FlexAttention's block mask (None where all is visible) and its bytes."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    case, mask = problem.case, problem.mask
+    case, mask = workload.case, workload.mask
     if isinstance(mask, Full):
         return None, 0
-    [(start, stop)] = mask.intervals(case.q_len, case.kv_len, problem.device)  # type: ignore[misc]
+    [(start, stop)] = mask.intervals(case.q_len, case.kv_len, workload.device)  # type: ignore[misc]
     rows = torch.broadcast_shapes(start.shape, (start.dim() and 1, 1, case.q_len))
     start, stop = start.expand(rows).int().contiguous(), stop.expand(rows).int().contiguous()
     many_batches, many_heads = rows[0] > 1, rows[1] > 1
@@ -236,7 +239,7 @@ def _block_mask(problem: Problem) -> tuple[Any, int]:
         rows[1] if many_heads else None,
         case.q_len,
         case.kv_len,
-        device=str(problem.device),
+        device=str(workload.device),
     )
     tensors = [part for part in block_mask.as_tuple() if isinstance(part, Tensor)] + [start, stop]
     return block_mask, sum(tensor.numel() * tensor.element_size() for tensor in tensors)

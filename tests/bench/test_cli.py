@@ -145,7 +145,7 @@ def test_a_room_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
 
 
 def test_out_of_memory_is_a_cell_not_a_crash(bench, monkeypatch):
-    def make(self, problem, mode):
+    def make(self, workload, mode):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
 
     monkeypatch.setattr(Sdpa, "make", make)
@@ -161,8 +161,8 @@ def test_out_of_memory_is_a_cell_not_a_crash(bench, monkeypatch):
 def test_a_wrong_provider_is_flagged_and_not_timed_and_only_ours_fails_the_run(bench, monkeypatch, mode, provider):
     right = provider.make
 
-    def make(self, problem, mode):
-        made = right(self, problem, mode)
+    def make(self, workload, mode):
+        made = right(self, workload, mode)
         honest = made.forward
         made.forward = lambda query, key, value: honest(query, key, value) + 0.01 * query
         return made
@@ -183,7 +183,7 @@ def test_no_check_times_without_the_reference(bench):
 
 
 def test_a_crash_of_fastattn_is_a_failure_of_others_a_cell(bench, monkeypatch):
-    def make(self, problem, mode):
+    def make(self, workload, mode):
         raise RuntimeError("boom\nand a long trace")
 
     with monkeypatch.context() as patched:

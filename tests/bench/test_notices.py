@@ -41,8 +41,8 @@ def warning(monkeypatch, message, when=lambda call, query: True, after=None, cat
     """Makes PyTorch's calls warn, and fail with `after` where there is one."""
     honest = Sdpa.make
 
-    def make(self, problem, mode):
-        made = honest(self, problem, mode)
+    def make(self, workload, mode):
+        made = honest(self, workload, mode)
         forward, calls = made.forward, iter(range(10**9))
 
         def warns(query, key, value):

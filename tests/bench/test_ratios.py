@@ -120,7 +120,7 @@ def test_the_tiny_case_takes_the_same_way(op, cpu):
 def test_who_compiles_for_each_size_or_fails_in_the_tiny_one_has_no_overhead(cpu, monkeypatch):
     assert overhead_us(Flex(), CASE, "fwd", cpu) is None
     sdpa = provider("sdpa")
-    monkeypatch.setattr(sdpa, "make", lambda problem, mode: 1 / 0)
+    monkeypatch.setattr(sdpa, "make", lambda workload, mode: 1 / 0)
     assert overhead_us(sdpa, CASE, "fwd", cpu) is None
 
 

@@ -155,10 +155,10 @@ def test_ctrl_c_writes_what_was_measured_and_resume_goes_on(bench, monkeypatch):
     flags = ("--op", "self,causal", "--providers", "sdpa", "--mode", "fwd")
     honest = Sdpa.make
 
-    def make(self, problem, mode):
-        if problem.case.op == "causal":
+    def make(self, workload, mode):
+        if workload.case.op == "causal":
             raise KeyboardInterrupt
-        return honest(self, problem, mode)
+        return honest(self, workload, mode)
 
     with monkeypatch.context() as patched:
         patched.setattr(Sdpa, "make", make)

@@ -183,7 +183,7 @@ def of_nvcc(module):
 
 def of_the_providers(module):
     if FEW:  # its compiler takes half a minute
-        module.Flex.why_not = lambda self, problem, mode: "the stub does not compile"
+        module.Flex.why_not = lambda self, workload, mode: "the stub does not compile"
 
 
 AFTER = {
