@@ -45,7 +45,7 @@ class Made:
 
     forward: Forward
     label: str
-    """What really runs, for the table: a room or a kernel of PyTorch's."""
+    """What really runs, for the table: a backend or a kernel of PyTorch's."""
     compile_s: float | None = None
     prepared_bytes: int = 0
     """Memory of the mask in the form this provider needs."""
@@ -173,7 +173,7 @@ class Workload:
         return self._by_layout[layout]
 
     def check(self, results: dict[str, Tensor]) -> Verdict:
-        """Hold results against float64 by the library's yardstick."""
+        """Hold results against float64 by the library's tolerance."""
         worst: dict[str, Agreement] = {}
         for part, known, pick in self._truths(forward_alone=set(results) == {"out"}):
             for row in agreement(part, {name: pick(name, tensor) for name, tensor in results.items()}, known):

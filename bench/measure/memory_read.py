@@ -1,4 +1,4 @@
-"""A yardstick for decoding, which is bound by memory: the time in which a plain loop reads the same keys and values."""
+"""A ceiling for decoding, which is bound by memory: the time in which a plain loop reads the same keys and values."""
 
 from __future__ import annotations
 

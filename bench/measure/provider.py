@@ -19,7 +19,7 @@ class Provider:
     bias = dropout = value_dim = False
     """Whether it takes a learned bias, drops weights, has values of another width than keys."""
     attends = True
-    """Whether it computes attention; a yardstick does not, and is not checked as if it did."""
+    """Whether it computes attention; a ceiling does not, and is not checked as if it did."""
 
     def why_not(self, workload: Workload, mode: str) -> str | None:
         """A short reason why this provider cannot run `mode` of `workload`, or None."""

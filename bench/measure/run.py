@@ -27,7 +27,7 @@ from fastattn.bench.options import Options
 from fastattn.bench.report.rows import Row, say_bytes
 
 COARSE = 8.0
-"""Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
+"""Times what the tolerance allows: another library's result within it is timed, and said to be coarse. PyTorch's
 backward on a CPU is: it adds its gradients up in the inputs' dtype."""
 LONGEST_SUSTAINED_MS = 100.0
 """Calls that take longer are left out of the measurement under sustained load: they would be most of it."""

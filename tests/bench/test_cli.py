@@ -131,7 +131,7 @@ def test_flex_has_no_backward_on_a_cpu(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
-def test_a_room_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
+def test_a_backend_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
     from fastattn import dispatch
 
     reasons = {"why_not": None, "needs_asking": None, "why_not_backward": "the moon is wrong"}
@@ -253,7 +253,7 @@ def test_many_lengths_are_drawn_as_lines(bench, tmp_path):
     assert "keys" in (tmp_path / "lines.svg").read_text()
 
 
-def test_info_names_the_machine_and_every_room(capsys, monkeypatch):
+def test_info_names_the_machine_and_every_backend(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
@@ -269,7 +269,7 @@ def test_version(capsys):
 def test_check_passes_the_reference_and_writes_every_figure(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     path = tmp_path / "check.json"
-    assert main(["check", "--rooms", "reference", "--only", "^(kv0|odd|window)$", "--json", str(path), "-v"]) == 0
+    assert main(["check", "--backends", "reference", "--only", "^(kv0|odd|window)$", "--json", str(path), "-v"]) == 0
     text = capsys.readouterr().out
     assert "3 of 3 right" in text and "odd" in text
     rows = json.loads(path.read_text())
@@ -277,7 +277,7 @@ def test_check_passes_the_reference_and_writes_every_figure(capsys, tmp_path, mo
     assert all(row["ok"] and row["share"] <= 1 for row in rows)
 
 
-def test_check_ends_with_1_where_a_room_is_wrong(capsys, monkeypatch):
+def test_check_ends_with_1_where_a_backend_is_wrong(capsys, monkeypatch):
     from fastattn import testing
 
     honest = testing.run
@@ -287,7 +287,7 @@ def test_check_ends_with_1_where_a_room_is_wrong(capsys, monkeypatch):
         return {**results, "dk": results["dk"] * 1.05}
 
     monkeypatch.setattr(testing, "run", wrong)
-    assert main(["check", "--rooms", "reference", "--only", "^full$"]) == 1
+    assert main(["check", "--backends", "reference", "--only", "^full$"]) == 1
     text = capsys.readouterr().out
     assert "0 of 1 right" in text and "dk: RMS error" in text
 
@@ -296,7 +296,7 @@ def test_check_runs_triton_in_a_child_with_the_interpreter(tmp_path, monkeypatch
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "check.json"
-    main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^(kv0|one-by-one)$", "--json", str(path)])
+    main(["check", "--backends", "triton", "--device", "cpu", "--only", "^(kv0|one-by-one)$", "--json", str(path)])
     rows = json.loads(path.read_text())
     assert [row["case"] for row in rows] == ["kv0", "one-by-one"]
     assert all(row["ok"] is not False for row in rows), rows
@@ -306,12 +306,22 @@ def test_a_child_that_dies_fails_its_cases(monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^odd$"]) == 1
+    assert main(["check", "--backends", "triton", "--device", "cpu", "--only", "^odd$"]) == 1
     assert "the child process ended with 1" in capsys.readouterr().out
 
 
+def test_check_still_takes_backends_by_their_former_option(capsys):
+    assert main(["check", "--rooms", "reference", "--only", "^full$"]) == 0
+    assert "1 of 1 right" in capsys.readouterr().out
+    assert main(["check", "--rooms", "basement"]) == 2
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    text = capsys.readouterr().out
+    assert "--backends LIST" in text and "--rooms" not in text
+
+
 @pytest.mark.parametrize(
-    "flags, sentence", [(["--rooms", "basement"], "no room 'basement'"), (["--only", "("], "regular")]
+    "flags, sentence", [(["--backends", "basement"], "no backend 'basement'"), (["--only", "("], "regular")]
 )
 def test_check_refuses_what_it_does_not_know(flags, sentence, capsys):
     try:

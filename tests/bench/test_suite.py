@@ -1,4 +1,4 @@
-"""Suites: the CPU room's table as a list of cells, budgets, and the document's table of ratios."""
+"""Suites: the CPU backend's table as a list of cells, budgets, and the document's table of ratios."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ CELLS = {cell.name: cell for cell in cpu_table()}
         *(f"self/{dtype}/B32-H8-N64-D64/fwd" for dtype in ("bf16", "fp32")),
     ],
 )  # fmt: skip
-def test_the_cpu_rooms_table_has_every_row(name):
+def test_the_cpu_backends_table_has_every_row(name):
     assert name in CELLS
 
 

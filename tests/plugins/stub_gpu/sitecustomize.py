@@ -150,7 +150,7 @@ def of_the_checks(module):
 
     def make_inputs(case, *arguments, **more):
         if "check" in sys.argv:
-            begins(f"check {case.id} by {sys.argv[sys.argv.index('--rooms') + 1]}")
+            begins(f"check {case.id} by {sys.argv[sys.argv.index('--backends') + 1]}")
         return make(case, *arguments, **more)
 
     module.make_inputs = make_inputs
