@@ -1,5 +1,8 @@
 """fastattn in diffusers."""
 
-from fastattn.integrations.diffusers.replacement import attention, register
+from fastattn.integrations.diffusers.replacement import NAME, attention, register
+from fastattn.stable_names import export
 
-__all__ = ["attention", "register"]
+__all__ = ["NAME", "attention", "register"]
+
+export(globals())
