@@ -14,10 +14,11 @@ import torch
 from fastattn.bench.cases.operations import OPS
 from fastattn.bench.cases.presets import PRESETS
 from fastattn.bench.cases.suites import SUITES
-from fastattn.bench.measure import env, estimate, peers
+from fastattn.bench.measure import env, estimate
 from fastattn.bench.measure.clock import clock_for
 from fastattn.bench.measure.progress import progress_on
-from fastattn.bench.measure.providers import known_providers
+from fastattn.bench.measure.providers import peers
+from fastattn.bench.measure.providers.sdpa import known_providers
 from fastattn.bench.measure.roofline import ceilings
 from fastattn.bench.measure.run import budget_for, pick_device, plan, run, too_large
 from fastattn.bench.models import minilm

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastattn import testing
 from fastattn.bench.cases.operations import OPS, BenchCase
 from fastattn.bench.cases.workload import Made, Verdict, Workload
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.measure.providers.base import Provider
 from fastattn.testing.tolerance import Terms, agreement
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.gpu import cells as gpu_cells
-from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.child import Child, Ending
 from fastattn.bench.gpu.children import Outcome, Queue, ended, objects
 from fastattn.bench.report.rows import BACKEND_KEY

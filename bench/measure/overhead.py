@@ -11,7 +11,7 @@ import torch
 from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.cases.workload import Workload, tiny
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.measure.providers.base import Provider
 
 ROUNDS = 7
 CALLS = 50

@@ -8,8 +8,8 @@ import torch
 
 import fastattn
 from fastattn.bench import options
-from fastattn.bench.measure import providers
-from fastattn.bench.measure.providers import Fastattn, Sdpa
+from fastattn.bench.measure.providers import sdpa as flex
+from fastattn.bench.measure.providers.sdpa import Fastattn, Sdpa
 from fastattn.bench.measure.run import plan
 from fastattn.cli import main
 from fastattn.dispatch import BACKENDS
@@ -115,7 +115,7 @@ def test_an_earlier_run_is_shown_again_from_its_json(bench, tmp_path, capsys):
 
 
 def test_a_provider_that_cannot_run_says_why_in_its_cell(bench, monkeypatch):
-    monkeypatch.setattr(providers, "cxx", lambda: None)
+    monkeypatch.setattr(flex, "cxx", lambda: None)
     code, text, report = bench("--op", "self", "--providers", "sdpa,flex,sdpa-cudnn", "--mode", "fwd")
     assert code == 0
     assert rows_of(report, provider="flex")[0]["reason"] == "no C++ compiler"
@@ -124,7 +124,7 @@ def test_a_provider_that_cannot_run_says_why_in_its_cell(bench, monkeypatch):
 
 
 def test_flex_has_no_backward_on_a_cpu(bench, monkeypatch):
-    monkeypatch.setattr(providers, "cxx", lambda: "/usr/bin/c++")
+    monkeypatch.setattr(flex, "cxx", lambda: "/usr/bin/c++")
     code, text, _ = bench("--op", "self", "--providers", "flex", "--mode", "bwd")
     assert code == 3
     assert "Nothing ran" in text.out and "no backward on CPU" in text.out

@@ -8,7 +8,7 @@ from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import run
 from fastattn.bench.measure.clock import Budget, CpuClock, measure
 from fastattn.bench.measure.provider_warnings import LONGEST, Notices, sentence
-from fastattn.bench.measure.providers import Sdpa
+from fastattn.bench.measure.providers.sdpa import Sdpa
 from fastattn.bench.report.rows import Row, say_warnings
 
 

@@ -8,8 +8,8 @@ import torch
 
 from fastattn.bench.cases.operations import bench_cases
 from fastattn.bench.cases.workload import Workload
-from fastattn.bench.measure import peers
-from fastattn.bench.measure.peers import PEERS
+from fastattn.bench.measure.providers import peers
+from fastattn.bench.measure.providers.peers import PEERS
 from fastattn.cli import main
 
 # Their masks, by their own conventions: bottom-right, both ends of a window included, -1 or None without an end.

@@ -15,7 +15,7 @@ from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.cases.suites import Cell, suite
 from fastattn.bench.gpu import cells as gpu_cells
 from fastattn.bench.gpu import pipeline, resume, steps, summary
-from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.children import AFTER_THE_END
 from fastattn.bench.gpu.pipeline import LAST_WORDS, Run, Settings
 from fastattn.bench.gpu.summary import best_two, failures, print_summary

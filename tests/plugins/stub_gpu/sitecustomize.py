@@ -181,7 +181,7 @@ def of_nvcc(module):
         module.shutil = SimpleNamespace(which=lambda *_, **__: None)
 
 
-def of_the_providers(module):
+def of_flex(module):
     if FEW:  # its compiler takes half a minute
         module.Flex.why_not = lambda self, workload, mode: "the stub does not compile"
 
@@ -194,8 +194,8 @@ AFTER = {
     "fastattn.testing": of_the_checks,
     "fastattn.bench.cases.suites": of_the_suite,
     "fastattn.bench.measure.run": of_the_cells,
-    "fastattn.bench.measure.providers": of_the_providers,
-    "fastattn.bench.gpu.tests": of_the_tests,
+    "fastattn.bench.measure.providers.sdpa": of_flex,
+    "fastattn.bench.gpu.run_tests": of_the_tests,
     "fastattn.bench.gpu.cells": of_the_times,
     "fastattn.bench.gpu.steps": of_the_steps,
 }

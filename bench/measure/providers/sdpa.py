@@ -20,9 +20,9 @@ from fastattn.bench.cases.operations import OPS, BenchCase, known
 from fastattn.bench.cases.workload import Made, Workload, recording, tiny
 from fastattn.bench.measure import estimate
 from fastattn.bench.measure.env import cxx
-from fastattn.bench.measure.memory_read import Read
-from fastattn.bench.measure.peers import PEERS
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.measure.providers.base import Provider
+from fastattn.bench.measure.providers.peers import PEERS
+from fastattn.bench.measure.providers.read import Read
 from fastattn.dispatch import BACKENDS
 from fastattn.masks import Causal, Full
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fastattn.bench.cases.workload import Made, Workload
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.measure.providers.base import Provider
 from fastattn.masks import Causal, Full, Window
 
 FOLDER = "PEERS"

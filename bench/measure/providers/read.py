@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastattn.bench.cases.workload import Made, Workload
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.measure.providers.base import Provider
 
 
 class Read(Provider):
