@@ -18,7 +18,7 @@ from fastattn.bench.measure import env, estimate
 from fastattn.bench.measure.clock import clock_for
 from fastattn.bench.measure.progress import progress_on
 from fastattn.bench.measure.providers import peers
-from fastattn.bench.measure.providers.sdpa import known_providers
+from fastattn.bench.measure.providers.table import known_providers
 from fastattn.bench.measure.roofline import ceilings
 from fastattn.bench.measure.run import budget_for, pick_device, plan, run, too_large
 from fastattn.bench.models import minilm

@@ -21,7 +21,7 @@ from fastattn.bench.measure.memory import peak_bytes
 from fastattn.bench.measure.overhead import overhead_us
 from fastattn.bench.measure.progress import Progress
 from fastattn.bench.measure.provider_warnings import Notices
-from fastattn.bench.measure.providers.sdpa import known_providers, provider
+from fastattn.bench.measure.providers.table import known_providers, provider
 from fastattn.bench.measure.ratios import Samples, speedup
 from fastattn.bench.options import Options
 from fastattn.bench.report.rows import Row, say_bytes

@@ -8,7 +8,7 @@ import torch
 
 from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import OPS, bench_cases
-from fastattn.bench.measure.providers.sdpa import provider
+from fastattn.bench.measure.providers.table import provider
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"q_len": [256], "num_heads": [4], "head_dim": [64]} if DEVICE.type == "cpu" else {"q_len": [4096]}

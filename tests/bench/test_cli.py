@@ -8,8 +8,9 @@ import torch
 
 import fastattn
 from fastattn.bench import options
-from fastattn.bench.measure.providers import sdpa as flex
-from fastattn.bench.measure.providers.sdpa import Fastattn, Sdpa
+from fastattn.bench.measure.providers import flex
+from fastattn.bench.measure.providers.fastattn import Fastattn
+from fastattn.bench.measure.providers.sdpa import Sdpa
 from fastattn.bench.measure.run import plan
 from fastattn.cli import main
 from fastattn.dispatch import BACKENDS

@@ -8,7 +8,8 @@ from fastattn import dispatch
 from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import bench_cases
 from fastattn.bench.cases.workload import Workload
-from fastattn.bench.measure.providers.sdpa import Flex, provider
+from fastattn.bench.measure.providers.flex import Flex
+from fastattn.bench.measure.providers.table import provider
 
 NO_BACKWARD = "this backend's backward does not exist yet"
 

@@ -10,7 +10,7 @@ from fastattn.bench.cases.workload import Workload
 from fastattn.bench.measure.clock import Budget, CpuClock, Timing, measure, quartiles
 from fastattn.bench.measure.env import environment
 from fastattn.bench.measure.memory import peak_bytes
-from fastattn.bench.measure.providers.sdpa import provider
+from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.models import minilm
 
 

@@ -8,7 +8,8 @@ import torch
 from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import OPS, BenchCase, bench_cases
 from fastattn.bench.cases.workload import Workload, slices
-from fastattn.bench.measure.providers.sdpa import Sdpa, known_providers, provider
+from fastattn.bench.measure.providers.sdpa import Sdpa
+from fastattn.bench.measure.providers.table import known_providers, provider
 
 SMALL = {"q_len": [40], "num_heads": [4], "head_dim": [16]}
 IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") and not op.dropout_p]
@@ -95,7 +96,7 @@ def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cp
     ],
 )
 def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch, timed):
-    monkeypatch.setattr("fastattn.bench.measure.providers.sdpa.cxx", lambda: "/usr/bin/c++")
+    monkeypatch.setattr("fastattn.bench.measure.providers.flex.cxx", lambda: "/usr/bin/c++")
     [row] = timed(small(op), "fwd", [name])
     assert row.reason == reason and not row.crashed
 

@@ -10,7 +10,8 @@ from fastattn.bench.cases.operations import OPS, BenchCase, bench_cases
 from fastattn.bench.cases.workload import tiny
 from fastattn.bench.measure import ratios
 from fastattn.bench.measure.overhead import overhead_us
-from fastattn.bench.measure.providers.sdpa import Flex, provider
+from fastattn.bench.measure.providers.flex import Flex
+from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.measure.ratios import Samples
 from fastattn.bench.report.growth import growth
 from fastattn.bench.report.rows import Row

@@ -10,7 +10,8 @@ from fastattn.bench import options
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import estimate
 from fastattn.bench.measure.clock import CpuClock
-from fastattn.bench.measure.providers.sdpa import Sdpa, provider
+from fastattn.bench.measure.providers.sdpa import Sdpa
+from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.measure.run import plan, too_large
 from fastattn.bench.options import parse
 from fastattn.bench.report import compare

@@ -7,7 +7,7 @@ import pytest
 
 from fastattn.bench.cases.operations import OPS, BenchCase
 from fastattn.bench.cases.suites import PEERS, SUITES, Cell, cpu_table, headline, suite
-from fastattn.bench.measure.providers.sdpa import known_providers
+from fastattn.bench.measure.providers.table import known_providers
 from fastattn.bench.measure.run import cell_rows, plan
 from fastattn.bench.options import parse
 from fastattn.bench.report import doc_tables, ratio_tables

@@ -194,7 +194,7 @@ AFTER = {
     "fastattn.testing": of_the_checks,
     "fastattn.bench.cases.suites": of_the_suite,
     "fastattn.bench.measure.run": of_the_cells,
-    "fastattn.bench.measure.providers.sdpa": of_flex,
+    "fastattn.bench.measure.providers.flex": of_flex,
     "fastattn.bench.gpu.run_tests": of_the_tests,
     "fastattn.bench.gpu.cells": of_the_times,
     "fastattn.bench.gpu.steps": of_the_steps,
