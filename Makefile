@@ -46,7 +46,7 @@ help:
 	@echo '             a step alone: make $(GPU_STEPS)'
 	@echo 'make lint    set up what is missing, then ruff and mypy'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
-	@echo 'make sanitize   set up what is missing, then the CPU room and the simulator under the sanitizers of g++ or clang++'
+	@echo 'make sanitize   set up what is missing, then the CPU backend and the simulator under the sanitizers of g++ or clang++'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
 	@echo 'make clean   remove .venv and what the builds left'
 

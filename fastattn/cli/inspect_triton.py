@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=_numbers, metavar="LIST", help="default 64,128")
     parser.add_argument("--dtype", type=_words, metavar="LIST", help="bf16, fp16, fp32; default bf16")
     parser.add_argument("--form", type=_words, metavar="LIST", help="bare, causal, ...; default bare,causal")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA room's kernels instead, out of its library")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA backend's kernels instead, out of its library")
     parser.add_argument("--all", action="store_true", help="all that is not chosen by name, instead of the defaults")
     parser.add_argument("--table", action="store_true", help="each row of the tile table for its own target instead")
     parser.add_argument("--json", metavar="FILE", help="every figure as one list; - is standard output")

