@@ -1,15 +1,15 @@
-// The rooms as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any Python.
+// The backends in C++ as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any Python.
 //
-// Each room has a library of its own, with this file in it: FASTATTN_CUDA_ROOM says which. The only file that includes a
+// Each has a library of its own, with this file in it: FASTATTN_CUDA_BACKEND says which. The only file that includes a
 // torch header. The operators check nothing: fastattn/spec.py has done so. They write
-// into the tensors that they are given, and a problem that the room cannot solve becomes an error with its sentence.
+// into the tensors that they are given, and a problem that the backend cannot solve becomes an error with its sentence.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef FASTATTN_CUDA_ROOM
+#ifdef FASTATTN_CUDA_BACKEND
 #include <dlfcn.h>
 #endif
 
@@ -21,10 +21,10 @@
 #include <vector>
 
 #include "common/params.h"
-#ifdef FASTATTN_CUDA_ROOM
+#ifdef FASTATTN_CUDA_BACKEND
 #include "cuda/request.h"
 #else
-#include "cpu/room.h"
+#include "cpu/dispatch.h"
 #endif
 
 namespace {
@@ -37,7 +37,7 @@ using fastattn::Table;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-#ifndef FASTATTN_CUDA_ROOM
+#ifndef FASTATTN_CUDA_BACKEND
 // torch's own pool: where it is busy with this thread already, the parts run one after the other. Parts take the items
 // of one list, so that a thread with too little of a stack leaves them to the others; the caller's has been looked at.
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -242,7 +242,7 @@ void check(const char* sentence) {
   if (sentence != nullptr) throw std::runtime_error(sentence);
 }
 
-#ifndef FASTATTN_CUDA_ROOM
+#ifndef FASTATTN_CUDA_BACKEND
 
 // A Params takes 7,000 bytes of stack, and is not copied.
 void on_cpu(Params& p) {
@@ -314,7 +314,7 @@ void* current_stream(int32_t device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<Current>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(current != nullptr, "the CUDA room needs a torch with CUDA, and this one has none");
+  STD_TORCH_CHECK(current != nullptr, "the CUDA backend needs a torch with CUDA, and this one has none");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(current(device, &stream));
   return stream;
@@ -339,14 +339,14 @@ fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
 
 void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
-                  double dropout_p, int64_t kind, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
+                  double dropout_p, int64_t variant, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
                   Maybe taken, Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
   fastattn::cuda::Request request;
   Params& p = request.problem;
   p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
   p.out = table(out);
   p.lse = pointer<float>(lse);
-  request.kind = static_cast<fastattn::cuda::Kind>(kind);
+  request.variant = static_cast<fastattn::cuda::KernelVariant>(variant);
   request.hides = hides;
   if (list_counts) request.lists = lists_of(*list_counts, list_tiles.value());
   request.splits = static_cast<int32_t>(splits);
@@ -364,11 +364,11 @@ void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
 
 }  // namespace
 
-#ifndef FASTATTN_CUDA_ROOM
+#ifndef FASTATTN_CUDA_BACKEND
 
 extern "C" {
 
-// The instruction set that a call would use now, and all that the machine has: see cpu/room.h.
+// The instruction set that a call would use now, and all that the machine has: see cpu/dispatch.h.
 __attribute__((visibility("default"))) const char* fastattn_cpu_isa() { return fastattn::cpu::isa(); }
 __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return fastattn::cpu::isas(); }
 }
@@ -378,7 +378,7 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? seed, int[] mask_words, " \
   "Tensor[] mask_tensors, float scale, float softcap, float dropout_p, "
 
-#ifdef FASTATTN_CUDA_ROOM
+#ifdef FASTATTN_CUDA_BACKEND
 
 // A simulator's library is told a name of its own, as several may be loaded, and takes tensors on the CPU.
 #ifdef FASTATTN_SIM

@@ -24,7 +24,7 @@ struct Column {
   int64_t stride = 0;
 };
 
-// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
+// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA backend alone, the
 // interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`, and
 // it is cut to [first, end).
 enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
@@ -42,6 +42,8 @@ struct MaskLeaf {
   Column offset, first, end;
 };
 
+// A band's end where it has none: beyond every key; the sum of three fits an int32.
+constexpr int32_t kUnbounded = (1 << 29) - 1;
 constexpr int kMostLeaves = 32;
 constexpr int kMostWords = 64;
 constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
@@ -77,7 +79,7 @@ struct Params {
   uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
   float keep_scale = 1.0f;
   uint64_t seed = 0;
-  const int64_t* seed_on_device = nullptr;  // the CUDA room's
+  const int64_t* seed_on_device = nullptr;  // the CUDA backend's
 
   // Backward.
   Table d_out, dq, dk, dv;

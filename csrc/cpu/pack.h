@@ -248,7 +248,7 @@ INLINE const typename Dot::Word* weight_rows(int keys, const float* weights, typ
     return weights;
   } else {
     char* out = reinterpret_cast<char*>(to);
-    for (int at = 0; at < keys * BLOCK_M; at += VL) Dot::narrow(out + at * 2, load(weights + at));
+    for (int at = 0; at < keys * BLOCK_M; at += VL) Dot::store_rounded(out + at * 2, load(weights + at));
     return to;
   }
 }

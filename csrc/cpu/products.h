@@ -36,7 +36,7 @@ struct BFloat16Dot {
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (vi)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
   }
-  static INLINE void narrow(void* to, vf numbers) {
+  static INLINE void store_rounded(void* to, vf numbers) {
     const __m256bh half = _mm512_cvtneps_pbh((__m512)numbers);
     std::memcpy(to, &half, sizeof half);
   }

@@ -41,7 +41,7 @@ INLINE float to_power(const Params& p) { return to_score(p) * kLog2E; }
 
 // What a tile holds -> weights in place, with the running maximum and sum. The maximum is subtracted before `factor`
 // comes in: its own weight is exactly 1, however large the scores, which rounding a product first would not give.
-static void soften(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
+static void online_softmax_step(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
   for (int n = 0; n < vectors * VL; n += VL) {
     vf found = splat(-kInfinity);
     for (int j = 0; j < keys; ++j) found = larger(found, load(s + j * BLOCK_M + n));

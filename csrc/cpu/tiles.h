@@ -57,7 +57,7 @@ struct KeyTile {
   }
 
   // `pairs` as a tile of queries may use them: themselves, or a copy without the rows that none of them sees.
-  const Word* clean(const Meeting& at, const QueryTile& tile, const float* scores, int64_t width) {
+  const Word* clean(const TilePair& at, const QueryTile& tile, const float* scores, int64_t width) {
     if (finite || at.plain) return pairs;
     std::memcpy(cleaned, pairs, BLOCK_N / Dot::PER_WORD * width * sizeof(Word));
     clear_unseen<Dot>(at.seen(scores, tile.vectors), width, cleaned);

@@ -1,4 +1,4 @@
-// What a forward kernel is launched with. The host fills it in (room.cu); kernels only read it.
+// What a forward kernel is launched with. The host fills it in (dispatch.cu); kernels only read it.
 #pragma once
 
 #include "arch/arch.h"
@@ -6,7 +6,6 @@
 
 namespace fastattn::cuda {
 
-constexpr int32_t kFar = 1 << 29;  // beyond every position; the sum of three fits an int32
 constexpr int kMostProgramLeaves = 8;
 constexpr int kMostProgramWords = 16;
 
@@ -54,7 +53,7 @@ struct ForwardArgs {
   int32_t tile_rows;
   int32_t q_tiles;   // tiles of queries of one head
   int32_t unit_heads;  // of heads that share tiles, units, in one key head
-  int32_t section;   // units whose keys and values stay in the L2 cache together
+  int32_t l2_group;  // units whose keys and values stay in the L2 cache together
   int32_t splits;    // programs that share one tile's keys
   int32_t programs;  // tiles to compute, over all units and splits
   int32_t blocks;    // of the launch
@@ -62,7 +61,7 @@ struct ForwardArgs {
 
   float factor;  // turns scores into powers of two; includes the scale where scores are raw products
   float lowest;  // no score below it is seen: times the factor it is finite
-  float scale, softcap;  // kEverything, whose scores are natural
+  float scale, softcap;  // kGeneral, whose scores are natural
   bool hides;    // keys may be hidden from every query, and their values then be anything
 
   int32_t terms;  // intervals of each query
@@ -82,7 +81,7 @@ struct ForwardArgs {
   int64_t out_stride[3];  // of batch, heads, queries; columns lie side by side
   bool out_aligned;     // to 16 bytes, rows too
   float* parts;         // [splits, batch, num_heads, q_len, part_step]
-  int32_t part_step;    // of room.h, Plan
+  int32_t part_step;    // of dispatch.h, Plan
   float* lse;           // [batch, num_heads, q_len], or the parts' with splits in front
 };
 

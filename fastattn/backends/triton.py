@@ -1,4 +1,4 @@
-"""The door to the Triton room: what it can do, and the way in. Imports triton only when it is about to run."""
+"""The adapter of the Triton backend: what it can do, and the way in. Imports triton only when it is about to run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def why_not(spec: AttnSpec) -> str | None:
-    """The first reason why this room cannot run the call, as a sentence; None if it can."""
+    """The first reason why this backend cannot run the call, as a sentence; None if it can."""
     if spec.device.type != "cuda" and not (spec.device.type == "cpu" and _interpreting()):
         return (
             f"the tensors are on {spec.device.type}, and Triton runs on CUDA devices "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OK, BROKEN, USAGE = 0, 1, 2
 WIDE = 160  # columns, where no terminal says how many there are
 
-KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_4KindE(\d)")
+KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_13KernelVariantE(\d)")
 KINDS = ("plain", "masked", "everything")
 BLOCK = re.compile(r"(?<=<!-- inspect cuda -->\n).*?(?=<!-- /inspect cuda -->)", re.DOTALL)
 LEAST_UNDER_PRODUCTS = 0.9

@@ -13,6 +13,7 @@ from fastattn.tracing import functorch_active
 Length = int | Tensor  # one length for all rows, or one for each row
 Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
 INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+UNBOUNDED = 2**29 - 1  # a band's end where it has none, in every language: the sum of three fits an int32
 FAR = 2**60  # sums of a few still fit an int64
 _CONSTANT = (int, str, bool, type(None))
 _OWN = ("fastattn.masks.base", "fastattn.masks.kinds")

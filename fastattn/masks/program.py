@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import serialize
+from fastattn.masks.base import UNBOUNDED
 from fastattn.masks.kinds import And, Causal, Dense, Full, Interval, Lengths, Mask, Or, Segments, Window
 
 CPU = torch.device("cpu")
@@ -31,8 +32,6 @@ MOST_LEAVES = 32
 MOST_WORDS = 64
 KEPT = 64
 """Masks whose leaves are kept."""
-OPEN = 2**29
-"""A band's end where it has none: beyond every key."""
 LONGEST_KEPT = 2**14
 """Queries; longer tables are made each time, which their attention does not notice."""
 
@@ -126,21 +125,21 @@ def reach(mask: Mask, q_len: int, kv_len: int) -> Reach | None:
         one, other = reach(mask.left, q_len, kv_len), reach(mask.right, q_len, kv_len)
         return None if one is None or other is None else _meet(one, other)
     if isinstance(mask, Full):
-        return Reach(-OPEN, OPEN)
+        return Reach(-UNBOUNDED, UNBOUNDED)
     if isinstance(mask, Lengths):
-        return Reach(-OPEN, OPEN, None, mask.kv_starts, mask.kv_lengths) if mask.q_lengths is None else None
+        return Reach(-UNBOUNDED, UNBOUNDED, None, mask.kv_starts, mask.kv_lengths) if mask.q_lengths is None else None
     if not isinstance(mask, (Causal, Window)):
         return None
     left, right = (None, 0) if isinstance(mask, Causal) else (mask.left, mask.right)
     offset = mask.offset if isinstance(mask.offset, Tensor) else None
     place: Any = 0 if offset is not None else mask.position(0, q_len, kv_len)  # type: ignore[arg-type]
-    low, high = -OPEN if left is None else place - left, OPEN if right is None else place + right + 1
-    return Reach(max(-OPEN, min(OPEN, low)), max(-OPEN, min(OPEN, high)), offset)
+    low, high = -UNBOUNDED if left is None else place - left, UNBOUNDED if right is None else place + right + 1
+    return Reach(max(-UNBOUNDED, min(UNBOUNDED, low)), max(-UNBOUNDED, min(UNBOUNDED, high)), offset)
 
 
 def _meet(one: Reach, other: Reach) -> Reach | None:
     """What both show; None where that would take more than one tensor of a kind."""
-    moved = [each for each in (one, other) if (each.low, each.high) != (-OPEN, OPEN)]
+    moved = [each for each in (one, other) if (each.low, each.high) != (-UNBOUNDED, UNBOUNDED)]
     if len(moved) == 2 and one.offset is not other.offset:
         return None
     if (one.first is not None and other.first is not None) or (one.end is not None and other.end is not None):

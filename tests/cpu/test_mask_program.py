@@ -1,4 +1,4 @@
-"""Masks as the C++ rooms read them, put together again here and held against `dense`."""
+"""Masks as the C++ backends read them, put together again here and held against `dense`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-// The room's passes on threads of our own, without torch: what ThreadSanitizer watches (make sanitize), and a check that
+// The CPU backend's passes on threads of our own, without torch: what ThreadSanitizer watches (make sanitize), and a check that
 // any number of threads gives the same bits.
 #include <cmath>
 #include <cstdio>
@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/room.h"
+#include "../../csrc/cpu/dispatch.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
+"""The CUDA backend on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
 
 Where a test fails here, tests/sim/test_instructions.py says first whether one of the instructions is what is wrong.
 """
@@ -38,7 +38,7 @@ def same(left, right):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case, dtype):
+def test_every_row_is_within_the_tolerance_and_repeats_bit_for_bit(case, dtype):
     bias_dtype = torch.float32 if case.bias_dtype == torch.float32 else dtype
     problem = make_inputs(dataclasses.replace(with_dtype(case, dtype), bias_dtype=bias_dtype), DEVICE)
     results = forward(problem)

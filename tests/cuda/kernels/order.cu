@@ -23,7 +23,7 @@ __global__ void order_kernel(const ForwardArgs a, int32_t* rows) {
 
 extern "C" __attribute__((visibility("default"))) const char* order(int32_t blocks, int32_t batch, int32_t num_kv_heads,
                                                                     int32_t group, int32_t q_tiles, int32_t splits,
-                                                                    int32_t section, int32_t* rows) {
+                                                                    int32_t l2_group, int32_t* rows) {
   using namespace fastattn::cuda;
   ForwardArgs a{};
   a.batch = batch;
@@ -33,7 +33,7 @@ extern "C" __attribute__((visibility("default"))) const char* order(int32_t bloc
   a.tile_rows = BLOCK_M;
   a.q_tiles = q_tiles;
   a.splits = splits;
-  a.section = section;
+  a.l2_group = l2_group;
   a.programs = batch * num_kv_heads * group * q_tiles * splits;
   a.blocks = blocks;
   fastattn::arch::Launch how;

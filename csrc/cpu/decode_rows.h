@@ -41,9 +41,9 @@ struct RowState {
   }
 };
 
-// What pairs hold -> weights in place, with the running maximum and sum: `soften` for numbers side by side.
+// What pairs hold -> weights in place, with the running maximum and sum: `online_softmax_step` for numbers side by side.
 template <int ROWS>
-INLINE void soften_rows(float* s, float factor, RowState& state, int64_t width) {
+INLINE void online_softmax_step_rows(float* s, float factor, RowState& state, int64_t width) {
   constexpr int NUMBERS = BLOCK_N * ROWS, TURN = ROWS > VL ? ROWS : VL;  // lane n of a turn is row n % ROWS
   alignas(64) float found[TURN], shift[TURN];
   for (int n = 0; n < TURN; n += VL) {

@@ -1,4 +1,4 @@
-// What is behind the room's door: how a problem is cut, and the launches that each translation unit makes.
+// What is behind the CUDA backend's entry point (request.h): how a problem is cut, and the launches that each translation unit makes.
 #pragma once
 
 #include "args.h"
@@ -15,10 +15,10 @@ struct Plan {
 };
 
 // How a problem is cut. `by_head`: heads see different keys, so that none share a tile.
-Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors);
+Plan plan(const Params& p, KernelVariant variant, bool by_head, int32_t multiprocessors);
 
 template <class T, int WIDTH, int WIDTH_V>
-const char* launch_forward(Kind kind, const ForwardArgs& args, const arch::Launch& how);
+const char* launch_forward(KernelVariant variant, const ForwardArgs& args, const arch::Launch& how);
 
 template <class T>
 const char* launch_merge(const MergeArgs& args, void* stream);

@@ -1,5 +1,5 @@
 // From a problem to launches: how it is cut, what the kernels are told, which of them run.
-#include "room.h"
+#include "dispatch.h"
 
 #include <cmath>
 #include <cstdio>
@@ -9,7 +9,7 @@
 namespace fastattn::cuda {
 namespace {
 
-constexpr int64_t kCacheBytes = 32 << 20;  // of L2 for the keys and values of a section
+constexpr int64_t kCacheBytes = 32 << 20;  // of L2 for the keys and values of an L2 group
 constexpr double kBusy = 0.8;              // share of the multiprocessors that makes splitting not worth its merge
 constexpr double kNearBest = 0.85;
 constexpr int64_t kLeastTiles = 4;         // of keys, below which they are not split
@@ -29,7 +29,7 @@ const char* refuse(const char* what, const char* why, const Request& request) {
   std::snprintf(said, sizeof said,
                 "%s: %s (device %d, %s, kind %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
                 "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
-                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.kind, request.splits,
+                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.variant, request.splits,
                 number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len), number(p.kv_len),
                 number(p.head_dim), number(p.head_dim_v), number(p.key.blocks ? p.key.block_size : 0));
   return said;
@@ -130,10 +130,10 @@ const char* take_mask(ForwardArgs& a, const Request& request) {
       return "the mask's numbers of each batch item lie too far apart";
     a.interval[n] = interval_of(mask.leaf[n]);
   }
-  if (mask.leaves == 0 && request.kind != kPlain) {  // everything, as an interval
+  if (mask.leaves == 0 && request.variant != kPlain) {  // everything, as an interval
     a.terms = 1;
-    a.interval[0].low = -kFar;
-    a.interval[0].high = kFar;
+    a.interval[0].low = -kUnbounded;
+    a.interval[0].high = kUnbounded;
   }
   return nullptr;
 }
@@ -157,9 +157,9 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   if (programs > INT32_MAX / 2) return "there are too many tiles";
   a.programs = static_cast<int32_t>(programs);
   const int64_t bytes = 2 * p.kv_len * (p.head_dim + p.head_dim_v), fit = kCacheBytes / bytes;
-  const int64_t section = (fit < 1 ? 1 : fit) * a.unit_heads;
-  a.section = static_cast<int32_t>(section < units ? section : units);
-  const bool natural = request.kind == kEverything;
+  const int64_t l2_group = (fit < 1 ? 1 : fit) * a.unit_heads;
+  a.l2_group = static_cast<int32_t>(l2_group < units ? l2_group : units);
+  const bool natural = request.variant == kGeneral;
   a.scale = p.scale;
   a.factor = natural ? kLog2e : p.scale * kLog2e;
   a.lowest = natural ? -kLargest : fmaxf(-kLargest, -kLargestPower / a.factor);
@@ -188,7 +188,7 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   int64_t rows = p.kv_len, items = p.batch;
   int32_t box_rows = cut.tile.block_n;
   if (p.key.blocks) {
-    if (request.kind == kPlain) return "keys in blocks have another kind of kernel";
+    if (request.variant == kPlain) return "keys in blocks have another kind of kernel";
     rows = p.key.block_size;
     items = p.key.block_count;
     if (rows > INT32_MAX || items > INT32_MAX) return "a block is too long, or they are too many";
@@ -200,24 +200,24 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
 }
 
 template <class T>
-const char* launch_width(int32_t width, Kind kind, const ForwardArgs& args, const arch::Launch& how) {
+const char* launch_width(int32_t width, KernelVariant variant, const ForwardArgs& args, const arch::Launch& how) {
   switch (width) {
-    case 0: return launch_forward<T, 64, 64>(kind, args, how);
-    case 1: return launch_forward<T, 96, 96>(kind, args, how);
-    case 2: return launch_forward<T, 128, 128>(kind, args, how);
-    case 3: return launch_forward<T, 192, 128>(kind, args, how);
-    case 4: return launch_forward<T, 192, 192>(kind, args, how);
-    default: return launch_forward<T, 256, 256>(kind, args, how);
+    case 0: return launch_forward<T, 64, 64>(variant, args, how);
+    case 1: return launch_forward<T, 96, 96>(variant, args, how);
+    case 2: return launch_forward<T, 128, 128>(variant, args, how);
+    case 3: return launch_forward<T, 192, 128>(variant, args, how);
+    case 4: return launch_forward<T, 192, 192>(variant, args, how);
+    default: return launch_forward<T, 256, 256>(variant, args, how);
   }
 }
 
 }  // namespace
 
-Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
+Plan plan(const Params& p, KernelVariant variant, bool by_head, int32_t multiprocessors) {
   Plan cut{};
   cut.width = width_index(p.head_dim, p.head_dim_v);
   if (cut.width < 0) return cut;
-  cut.tile = tile_size(kWidths[cut.width][0], kWidths[cut.width][1], kind);
+  cut.tile = tile_size(kWidths[cut.width][0], kWidths[cut.width][1], variant);
   cut.part_step = static_cast<int32_t>(ceil_div(p.head_dim_v, kSectorFloats) * kSectorFloats);
   cut.tile_heads = 1;
   cut.tile_rows = cut.tile.block_m;
@@ -229,7 +229,7 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
   const int64_t units = p.batch * p.num_kv_heads * ceil_div(p.group, cut.tile_heads);
   const int64_t tiles = units * ceil_div(p.q_len, cut.tile_rows);
   cut.splits = choose_splits(tiles, ceil_div(p.kv_len, cut.tile.block_n), multiprocessors);
-  cut.counts = kind != kPlain && tiles * cut.splits > multiprocessors;
+  cut.counts = variant != kPlain && tiles * cut.splits > multiprocessors;
   return cut;
 }
 
@@ -246,18 +246,18 @@ const char* forward(const Request& request) {
   for (int n = 0; n < p.mask.leaves; ++n) by_head = by_head || p.mask.leaf[n].stride[1] != 0;
   const int32_t here = multiprocessors(request.device);
   if (here < 1) return refuse("the CUDA forward", "the device names no multiprocessors", request);
-  const Plan cut = plan(p, request.kind, by_head, here);
+  const Plan cut = plan(p, request.variant, by_head, here);
   if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", request);
   ForwardArgs args{};
   if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
   // Tiles that may differ and have no counter get a block each, whatever number of blocks the caller planned for.
-  const bool alone = request.kind != kPlain && !args.taken;
+  const bool alone = request.variant != kPlain && !args.taken;
   args.blocks = args.programs < here || alone ? args.programs : here;
   how.grid = dim3(args.blocks);
   how.stream = request.stream;
-  const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)
-                                         : launch_width<arch::f16>(cut.width, request.kind, args, how);
+  const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.variant, args, how)
+                                         : launch_width<arch::f16>(cut.width, request.variant, args, how);
   if (why) return refuse("the CUDA forward", why, request);
   if (request.splits == 1) return nullptr;
   MergeArgs merged{};
@@ -312,7 +312,7 @@ int32_t multiprocessors(int32_t device) {
 
 // For the host's side in Python: block_m, block_n, splits, whether a counter is wanted and part_step into `cut`; 1
 // where there is such a kernel, else 0.
-FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32_t by_head, int32_t multiprocessors,
+FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t variant, int32_t by_head, int32_t multiprocessors,
                                        int32_t* cut) {
   fastattn::Params p;
   p.batch = sizes[0];
@@ -324,7 +324,7 @@ FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32
   p.head_dim = sizes[5];
   p.head_dim_v = sizes[6];
   const fastattn::cuda::Plan plan =
-      fastattn::cuda::plan(p, static_cast<fastattn::cuda::Kind>(kind), by_head != 0, multiprocessors);
+      fastattn::cuda::plan(p, static_cast<fastattn::cuda::KernelVariant>(variant), by_head != 0, multiprocessors);
   cut[0] = plan.tile.block_m;
   cut[1] = plan.tile.block_n;
   cut[2] = plan.splits;
