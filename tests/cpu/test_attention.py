@@ -1,5 +1,5 @@
-"""The CPU backend against float64 on every instruction set: forward and every gradient, on poisoned memory, the same bits
-twice and for any number of threads.
+"""The CPU backend against float64 on every instruction set: forward and every gradient, on poisoned memory, the same
+bits twice and for any number of threads.
 """
 
 import dataclasses

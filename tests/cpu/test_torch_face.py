@@ -1,4 +1,4 @@
-"""PyTorch's own interfaces on the CPU backend: modules, replaced modules, patched functions, compilers, a real model."""
+"""PyTorch's own interfaces on the CPU backend: modules, replaced modules, patched functions, compilers, a model."""
 
 import copy
 import importlib.util
