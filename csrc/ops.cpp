@@ -1,4 +1,5 @@
-// The backends in C++ as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any Python.
+// The backends in C++ as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any
+// Python.
 //
 // Each has a library of its own, with this file in it: FASTATTN_CUDA_BACKEND says which. The only file that includes a
 // torch header. The operators check nothing: fastattn/spec.py has done so. They write
@@ -143,9 +144,9 @@ void read_pages(Params& p, const Tensor& blocks, int64_t pool_blocks) {
 //   elements  bool [batch, heads, q_len, kv_len]
 //   ids       int64 [batch, q_len], int64 [batch, kv_len]
 //   band      no tensor: two more words, low and high
-//   reach     three more words, low, high and which of offset (1), first (2) and end (4) there are: int32 or int64 [batch]
-// kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is their
-// table.
+//   reach     three more words: low, high, which of offset (1), first (2) and end (4) there are; int32 or int64 [batch]
+// kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is
+// their table.
 Column column(const Tensor& tensor) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
@@ -303,8 +304,8 @@ void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<
 
 #else
 
-// The stream that torch has made current. Its name is looked up in the library that import torch has loaded: nothing here
-// is linked against it, and a torch without CUDA has none.
+// The stream that torch has made current. Its name is looked up in the library that import torch has loaded: nothing
+// here is linked against it, and a torch without CUDA has none.
 void* current_stream(int32_t device) {
 #ifdef FASTATTN_SIM
   return nullptr;
@@ -321,8 +322,8 @@ void* current_stream(int32_t device) {
 #endif
 }
 
-// Block lists (fastattn/masks/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1, heads or 1,
-// tiles, key tiles].
+// Block lists (fastattn/masks/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1,
+// heads or 1, tiles, key tiles].
 fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
   const Shape count(counts), tile(tiles);
   fastattn::cuda::Lists lists{};

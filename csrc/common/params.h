@@ -24,9 +24,9 @@ struct Column {
   int64_t stride = 0;
 };
 
-// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA backend alone, the
-// interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`, and
-// it is cut to [first, end).
+// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA backend alone,
+// the interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`,
+// and it is cut to [first, end).
 enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
 struct MaskLeaf {
@@ -71,8 +71,8 @@ struct Params {
   Table query, key, value, out, bias;  // bias.data null: none
   const float* sinks = nullptr;        // [num_heads]
   float* lse = nullptr;                // [batch, num_heads, q_len]
-  // What rounding took from out and lse, for the backward, and nullptr where nobody keeps it. out_low is written for half
-  // dtypes alone; lse_low is NaN where a forward did not know it.
+  // What rounding took from out and lse, for the backward, and nullptr where nobody keeps it. out_low is written for
+  // half dtypes alone; lse_low is NaN where a forward did not know it.
   Table out_low;
   float* lse_low = nullptr;            // [batch, num_heads, q_len]
   MaskProgram mask;

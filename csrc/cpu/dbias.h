@@ -11,8 +11,8 @@ static bool owns_dbias(const Params& p) {
          p.bias_shape[3] == p.kv_len;
 }
 
-// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads. `rows` is
-// scratch, [BLOCK_M][BLOCK_N].
+// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads. `rows`
+// is scratch, [BLOCK_M][BLOCK_N].
 static void store_dbias(const Params& p, const QueryTile& tile, const TilePair& at, const float* from, float* rows) {
   const int64_t left = p.kv_len - at.first, last = left < at.high ? left : at.high;
   if (at.low >= last) return;

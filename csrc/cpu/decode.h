@@ -6,8 +6,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Not where a backward follows, which has lse_low: it sums scores as tiles do, and beside large ones another order of the
-// sums would be seen in its weights.
+// Not where a backward follows, which has lse_low: it sums scores as tiles do, and beside large ones another order of
+// the sums would be seen in its weights.
 INLINE bool is_decode(const Params& p) {
   const bool in_one_block = !p.key.blocks || p.key.block_size % BLOCK_N == 0;
   return Unit::rows(p) <= MOST_ROWS && !p.lse_low && p.key.stride[3] == 1 && p.value.stride[3] == 1 &&
@@ -31,8 +31,8 @@ INLINE void decode_sums(const char* key, int64_t key_bytes, int64_t dim, const f
   }
 }
 
-// out[r][d] += sum over j of weights[j][r] * value[j][d], for VECTORS vectors of d and the keys with a bit in `seen`; weights [BLOCK_N][ROWS].
-// `ahead` is how much of a later row to fetch.
+// out[r][d] += sum over j of weights[j][r] * value[j][d], for VECTORS vectors of d and the keys with a bit in `seen`;
+// weights [BLOCK_N][ROWS]. `ahead` is how much of a later row to fetch.
 template <class Read, int ROWS, int VECTORS>
 INLINE void decode_output(const char* value, int64_t value_bytes, uint64_t seen, const float* weights, float* out,
                           int64_t width, int64_t ahead) {

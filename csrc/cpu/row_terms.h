@@ -1,12 +1,12 @@
-// What the backward pass needs of each query row, from out, d_out, lse and d_lse, and from what rounding took from out and
-// lse where the forward has kept it:
+// What the backward pass needs of each query row, from out, d_out, lse and d_lse, and from what rounding took from out
+// and lse where the forward has kept it:
 //
 //   share = exp(lse - log(exp(lse) + exp(sink)))     what the sink leaves of the weights; 1 without sinks
 //   shift = d_lse - share * sum(d_out * out)         so that d score = exp(score - lse) * (share * d weight + shift)
 //
-// The sinks' gradient, and a bias's that is summed, want that sum as the backward's own weights have it: `p_dp_rowsum`, the sum
-// over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over rows of
-// -(1 - share) * p_dp_rowsum.
+// The sinks' gradient, and a bias's that is summed, want that sum as the backward's own weights have it: `p_dp_rowsum`,
+// the sum over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over
+// rows of -(1 - share) * p_dp_rowsum.
 #pragma once
 
 #include "scores.h"

@@ -136,7 +136,8 @@ INLINE void round_scores(const Params& p, const TilePair& at, float* s) {
   for (int pair = at.low * BLOCK_M; pair < at.high * BLOCK_M; pair += VL) store(s + pair, rounded(load(s + pair) * unit));
 }
 
-// What the sink leaves of the weights of a row: exp(lse) / (exp(lse) + exp(sink)); `low` is what rounding took from lse.
+// What the sink leaves of the weights of a row: exp(lse) / (exp(lse) + exp(sink)); `low` is what rounding took from
+// lse.
 INLINE float left_by_sink(float sink, float lse, float low) { return 1.0f / (1.0f + expf(sink - lse - low)); }
 
 INLINE void multiply(const TilePair& pair, float* to, const float* factor) {

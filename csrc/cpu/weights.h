@@ -50,7 +50,8 @@ static void write_weights(const Params& p, const QueryTile& tile, int64_t first_
   }
 }
 
-// exp(score - lse), both rounded as finish_row rounds them, of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
+// exp(score - lse), both rounded as finish_row rounds them, of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false
+// where they see nothing of each other.
 template <class Dot>
 static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float* lse, WeightsWork<Dot>& work) {
   const QueryTile& tile = *work.tile;

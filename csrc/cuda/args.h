@@ -31,7 +31,8 @@ struct Program {
   MaskLeaf leaf[kMostProgramLeaves];
 };
 
-// Keys and values in blocks of a pool (common/params.h, Table). A copy moves `run` keys, which divides a block and a tile.
+// Keys and values in blocks of a pool (common/params.h, Table). A copy moves `run` keys, which divides a block and a
+// tile.
 struct Pages {
   const int32_t* table;  // or null: a tile is one box of the tensor
   int64_t stride;        // of batch

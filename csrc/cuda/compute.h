@@ -14,8 +14,8 @@ template <class F>
 struct Computer {
   using T = typename F::T;
   static constexpr bool NATURAL = F::VARIANT == kGeneral;
-  // The next keys are waited for after the softmax and not at the loop's head: a branch, over which the compiler does not
-  // lift the wait for the values' product. Without it that stands before the softmax, which then has nothing to run
+  // The next keys are waited for after the softmax and not at the loop's head: a branch, over which the compiler does
+  // not lift the wait for the values' product. Without it that stands before the softmax, which then has nothing to run
   // under. A natural softmax has branches of its own, and no register to spare.
   static constexpr bool WAITS_AHEAD = !NATURAL;
 

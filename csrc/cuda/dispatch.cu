@@ -51,7 +51,8 @@ int32_t choose_splits(int64_t tiles, int64_t key_tiles, int32_t multiprocessors)
   return static_cast<int32_t>(splits);
 }
 
-// A tensor in boxes of 64 columns; `step` gets 0 for each of batch (or blocks) and heads that repeats. Null, or why not.
+// A tensor in boxes of 64 columns; `step` gets 0 for each of batch (or blocks) and heads that repeats. Null, or why
+// not.
 const char* describe(arch::TensorMap* map, const Table& table, int64_t columns, int64_t rows, int64_t heads,
                      int64_t batch, int32_t box_rows, int32_t (&step)[2]) {
   arch::TensorShape shape;

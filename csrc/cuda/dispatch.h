@@ -1,4 +1,5 @@
-// What is behind the CUDA backend's entry point (request.h): how a problem is cut, and the launches that each translation unit makes.
+// What is behind the CUDA backend's entry point (request.h): how a problem is cut, and the launches that each
+// translation unit makes.
 #pragma once
 
 #include "args.h"

@@ -146,8 +146,8 @@ struct Loader {
 
   DEVICE bool in_blocks() const { return F::VARIANT != kPlain && a.pages.table; }
 
-  // Where this lane's run of a tile lies, the lanes' runs counted from row `row` of the tile: its row in a block, and the
-  // block; beyond the last key a row that is in none. Asked before the wait for a free place, which it hides under.
+  // Where this lane's run of a tile lies, the lanes' runs counted from row `row` of the tile: its row in a block, and
+  // the block; beyond the last key a row that is in none. Asked before the wait for a free place, which it hides under.
   DEVICE int2 find_run(const Place& at, int32_t first, int32_t row) const {
     if (!in_blocks()) return make_int2(0, 0);
     const int32_t key = first + row + lane() * a.pages.run;

@@ -6,8 +6,8 @@
 
 namespace fastattn::cuda {
 
-// Lists of key tiles for each tile of queries: the checked ones first. Strides of batch and heads are 0 where one serves
-// all.
+// Lists of key tiles for each tile of queries: the checked ones first. Strides of batch and heads are 0 where one
+// serves all.
 struct Lists {
   const int32_t *counts, *tiles;  // counts: checked, then, `to_full` further, full
   int64_t count_stride[2], to_full, tile_stride[2], row;

@@ -39,9 +39,9 @@ struct Softmax {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. Those below `lowest` weigh
-  // 0. `rescale` gets what was accumulated before has to be multiplied by; false: by 1, in every row of the warp. The
-  // maximum stays behind while it rises by little: that saves the multiplication.
+  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. Those below `lowest`
+  // weigh 0. `rescale` gets what was accumulated before has to be multiplied by; false: by 1, in every row of the warp.
+  // The maximum stays behind while it rises by little: that saves the multiplication.
   template <int POLY_EVERY, bool NATURAL, int N>
   DEVICE bool step(float (&x)[N], float factor, float lowest, float (&rescale)[2]) {
     float top[2];

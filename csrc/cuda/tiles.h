@@ -1,4 +1,5 @@
-// The tile table of the forward kernels: how many queries and keys a block works on at a time, and with how many threads.
+// The tile table of the forward kernels: how many queries and keys a block works on at a time, and with how many
+// threads.
 //
 // A block is one warpgroup that loads and 2 or 3 that compute, 64 queries each. What limits a tile: shared memory
 // (227 KiB: the queries, and STAGES tiles of keys and of values), and registers (240 a thread with 2 computing

@@ -1,7 +1,7 @@
 // The walk: which program computes which tile of queries, and which tiles of keys that tile visits, in which order.
 //
-// One warp works it out and tells the others. Tiles of keys go from the last to the first; those in which the mask hides
-// something, or the problem ends, are checked, the others are not. Heavy tiles of queries go first.
+// One warp works it out and tells the others. Tiles of keys go from the last to the first; those in which the mask
+// hides something, or the problem ends, are checked, the others are not. Heavy tiles of queries go first.
 #pragma once
 
 #include "../common/mask.h"
@@ -49,8 +49,8 @@ DEVICE bool needs_check(const Steps& steps, int32_t n, int32_t tile) {
            (tile >= steps.full[1][0] && tile < steps.full[1][1]));
 }
 
-// A block's program after `program`. Equal tiles forth and back over the blocks; others to who is ready, by a counter, or,
-// without one, to nobody: there are no more than blocks.
+// A block's program after `program`. Equal tiles forth and back over the blocks; others to who is ready, by a counter,
+// or, without one, to nobody: there are no more than blocks.
 template <KernelVariant VARIANT>
 DEVICE int32_t next_program(const ForwardArgs& a, int32_t program, int32_t round) {
   if (VARIANT == kPlain) return program + (round & 1 ? 2 * blockIdx.x + 1 : 2 * (a.blocks - blockIdx.x) - 1);

@@ -1,5 +1,5 @@
-// The CPU backend's passes on threads of our own, without torch: what ThreadSanitizer watches (make sanitize), and a check that
-// any number of threads gives the same bits.
+// The CPU backend's passes on threads of our own, without torch: what ThreadSanitizer watches (make sanitize), and a
+// check that any number of threads gives the same bits.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
