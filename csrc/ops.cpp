@@ -56,7 +56,8 @@ DType dtype_of(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   if (dtype == aoti_torch_dtype_bfloat16()) return fastattn::kBFloat16;
   if (dtype == aoti_torch_dtype_float16()) return fastattn::kFloat16;
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "float32, bfloat16 or float16 is needed, got dtype number ", dtype);
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "float32, bfloat16 or float16 is needed, got dtype number ",
+                  dtype);
   return fastattn::kFloat32;
 }
 
@@ -159,7 +160,8 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
   STD_TORCH_CHECK(words.size() <= fastattn::kMostWords, "a mask of at most 64 words is needed, got ", words.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
-    STD_TORCH_CHECK(next < tensors.size(), "a mask's program asks for more tensors than the ", tensors.size(), " given");
+    STD_TORCH_CHECK(next < tensors.size(), "a mask's program asks for more tensors than the ", tensors.size(),
+                    " given");
     return tensors[next++];
   };
   for (size_t at = 0; at < words.size(); ++at) {
@@ -174,7 +176,8 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
     MaskLeaf& leaf = p.mask.leaf[p.mask.leaves++];
     leaf.kind = word == fastattn::kReach ? fastattn::kBand : static_cast<fastattn::LeafKind>(word);
     if (leaf.kind == fastattn::kBand) {
-      STD_TORCH_CHECK(at + (word == fastattn::kReach ? 3 : 2) < words.size(), "a band of a mask's program lacks its ends");
+      STD_TORCH_CHECK(at + (word == fastattn::kReach ? 3 : 2) < words.size(),
+                      "a band of a mask's program lacks its ends");
       leaf.low = words[++at];
       leaf.high = words[++at];
       const int64_t columns = word == fastattn::kReach ? words[++at] : 0;
@@ -375,7 +378,7 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
 }
 #endif
 
-#define FASTATTN_PROBLEM                                                                         \
+#define FASTATTN_PROBLEM                                                                                  \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? seed, int[] mask_words, " \
   "Tensor[] mask_tensors, float scale, float softcap, float dropout_p, "
 
@@ -390,25 +393,27 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
-  m.def(FASTATTN_CUDA_OPERATOR "(" FASTATTN_PROBLEM
+  m.def(FASTATTN_CUDA_OPERATOR
+        "(" FASTATTN_PROBLEM
         "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(e!)? taken, "
         "Tensor(c!)? parts, Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {
-  m.impl(FASTATTN_CUDA_OPERATOR, TORCH_BOX(&cuda_forward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) { m.impl(FASTATTN_CUDA_OPERATOR, TORCH_BOX(&cuda_forward)); }
 
 #else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
-  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low=None, "
+  m.def("cpu_forward(" FASTATTN_PROBLEM
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low=None, "
         "Tensor(d!)? out_low=None) -> ()");
   m.def("cpu_backward(" FASTATTN_PROBLEM
-        "Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+        "Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, "
+        "Tensor(b!) dk, Tensor(c!) dv, "
         "Tensor(d!)? dbias, Tensor(e!)? dsinks, Tensor(f!) row_terms) -> ()");
-  m.def("cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
-        "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");
+  m.def(
+      "cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
+      "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {

@@ -45,7 +45,7 @@ static inline Span empty_span() { return {INT64_MAX, INT64_MIN, INT64_MIN, INT64
 
 template <class Int>
 FASTATTN_ANYWHERE static inline void add_interval(SpanOf<Int>& span, typename SpanOf<Int>::Number start,
-                                          typename SpanOf<Int>::Number stop) {
+                                                  typename SpanOf<Int>::Number stop) {
   if (start < stop) {
     span.lo = start < span.lo ? start : span.lo;
     span.hi = stop > span.hi ? stop : span.hi;

@@ -31,7 +31,7 @@ enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
 struct MaskLeaf {
   LeafKind kind = kInterval;
-  const int32_t* start = nullptr;   // [batch, heads, q_len], inside [0, kv_len]
+  const int32_t* start = nullptr;  // [batch, heads, q_len], inside [0, kv_len]
   const int32_t* stop = nullptr;
   const uint8_t* elements = nullptr;  // [batch, heads, q_len, kv_len]
   const int64_t* q_ids = nullptr;     // [batch, q_len]
@@ -67,14 +67,14 @@ struct Params {
   int64_t q_len = 0, kv_len = 0, head_dim = 0, head_dim_v = 0;
   DType dtype = kFloat32;
   float scale = 1.0f;
-  float softcap = 0.0f;  // 0: none
+  float softcap = 0.0f;                // 0: none
   Table query, key, value, out, bias;  // bias.data null: none
   const float* sinks = nullptr;        // [num_heads]
   float* lse = nullptr;                // [batch, num_heads, q_len]
   // What rounding took from out and lse, for the backward, and nullptr where nobody keeps it. out_low is written for
   // half dtypes alone; lse_low is NaN where a forward did not know it.
   Table out_low;
-  float* lse_low = nullptr;            // [batch, num_heads, q_len]
+  float* lse_low = nullptr;  // [batch, num_heads, q_len]
   MaskProgram mask;
   uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
   float keep_scale = 1.0f;
@@ -86,7 +86,7 @@ struct Params {
   const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
   float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
   float* dsinks = nullptr;       // [num_heads]
-  Table dbias;                   // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
+  Table dbias;  // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;

@@ -37,7 +37,8 @@ inline void release_tiles() { emulated.shaped = false; }
 template <int T>
 void load_tile(const void* from, int64_t row_bytes) {
   need_shape();
-  for (int r = 0; r < TILE_ROWS; ++r) std::memcpy(emulated.word[T][r], static_cast<const char*>(from) + r * row_bytes, 64);
+  for (int r = 0; r < TILE_ROWS; ++r)
+    std::memcpy(emulated.word[T][r], static_cast<const char*>(from) + r * row_bytes, 64);
 }
 
 template <int T>

@@ -11,16 +11,16 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t CHUNK_TILES = 8;                      // of queries
+constexpr int64_t CHUNK_TILES = 8;                        // of queries
 constexpr int64_t PART_TILES = 64, LEAST_PART_TILES = 4;  // of keys
 constexpr int64_t ENOUGH_PARTS = 32;
 constexpr int64_t WAVE_FLOATS = int64_t{8} << 20;  // of unfinished dq at a time, where keys are split
 
 struct BackwardPlan {
   int64_t groups, kv_tiles, parts, part_tiles, streams, tiles, chunks, wave, dq_floats;
-  float* dq = nullptr;                  // [groups of a wave][streams][tiles][gathered_rows][BLOCK_M]
+  float* dq = nullptr;                   // [groups of a wave][streams][tiles][gathered_rows][BLOCK_M]
   std::atomic<int32_t>* turn = nullptr;  // [groups of a wave][streams][chunks]: the part that may add next
-  float* p_dp_rowsum = nullptr;                  // [batch, num_heads, q_len], where somebody wants it
+  float* p_dp_rowsum = nullptr;          // [batch, num_heads, q_len], where somebody wants it
   mutable std::atomic<bool> failed{false};
 
   explicit BackwardPlan(const Params& p) {

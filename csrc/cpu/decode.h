@@ -183,8 +183,10 @@ using DecodeStep = void (*)(const Params&, int64_t, DecodeWork&);
 
 template <class Read>
 static DecodeStep decode_step_for(int rows) {
-  return rows > 4 ? decode_step<Read, 8> : rows > 2 ? decode_step<Read, 4> : rows > 1 ? decode_step<Read, 2>
-                                                                                      : decode_step<Read, 1>;
+  return rows > 4   ? decode_step<Read, 8>
+         : rows > 2 ? decode_step<Read, 4>
+         : rows > 1 ? decode_step<Read, 2>
+                    : decode_step<Read, 1>;
 }
 
 // out and lse of a finished unit.

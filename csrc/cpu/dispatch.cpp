@@ -68,12 +68,13 @@ const InstructionSet* instruction_sets(int* count) {
   __builtin_cpu_init();
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const bool has_amx = has_bf16 && has_tiles();
   static const InstructionSet all[] = {FASTATTN_ENTRY("generic", generic, true), FASTATTN_ENTRY("avx2", avx2, has_avx2),
-                             FASTATTN_ENTRY("avx512", avx512, has_avx512 && !has_bf16),
-                             FASTATTN_ENTRY("avx512", avx512bf16, has_bf16), FASTATTN_ENTRY("amx", amx, has_amx)};
+                                       FASTATTN_ENTRY("avx512", avx512, has_avx512 && !has_bf16),
+                                       FASTATTN_ENTRY("avx512", avx512bf16, has_bf16),
+                                       FASTATTN_ENTRY("amx", amx, has_amx)};
 #else
   static const InstructionSet all[] = {FASTATTN_ENTRY("generic", generic, true)};
 #endif
@@ -115,7 +116,8 @@ struct Stack {
     void* address = nullptr;
     size_t size = 0, guard = 0;
     if (pthread_getattr_np(pthread_self(), &attributes) != 0) return;
-    if (pthread_attr_getstack(&attributes, &address, &size) == 0 && pthread_attr_getguardsize(&attributes, &guard) == 0) {
+    if (pthread_attr_getstack(&attributes, &address, &size) == 0 &&
+        pthread_attr_getguardsize(&attributes, &guard) == 0) {
       low = reinterpret_cast<uintptr_t>(address) + guard;
       high = reinterpret_cast<uintptr_t>(address) + size;
     }
@@ -127,7 +129,7 @@ struct Stack {
   }
 };
 
-const char* run(Pass InstructionSet::*pass, const Params& p) {
+const char* run(Pass InstructionSet::* pass, const Params& p) {
   if (short_of_stack())
     return "this thread has less than 32,768 bytes of stack left, which the CPU kernels may take; give it more "
            "(threading.stack_size), or call from another thread";

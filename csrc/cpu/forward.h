@@ -9,8 +9,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t MOST_TILES = 8;      // tiles of queries an item
-constexpr int64_t ENOUGH_TILES = 64;    // of queries, below which keys are split
+constexpr int64_t MOST_TILES = 8;        // tiles of queries an item
+constexpr int64_t ENOUGH_TILES = 64;     // of queries, below which keys are split
 constexpr int64_t LEAST_KEY_TILES = 16;  // a part of the keys
 
 struct ForwardPlan {
@@ -45,10 +45,10 @@ struct ForwardWork {
   Word* words;
 
   bool take(const Params& p, const ForwardPlan& plan, Scratch& from) {
-    const size_t bytes = KeyTile<Dot>::bytes(p) + TilePair::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
-                         Scratch::bytes_for<QueryTile>(plan.per_item) +
-                         plan.per_item * (QueryRows<Dot>::bytes(p.head_dim, false) +
-                                          Scratch::bytes_for<float>(State::size(p)));
+    const size_t bytes =
+        KeyTile<Dot>::bytes(p) + TilePair::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
+        Scratch::bytes_for<QueryTile>(plan.per_item) +
+        plan.per_item * (QueryRows<Dot>::bytes(p.head_dim, false) + Scratch::bytes_for<float>(State::size(p)));
     if (!from.reset(bytes)) return false;
     keys.take(p, from);
     at.take(from);
@@ -168,13 +168,11 @@ static bool run_decode(const Params& p, const ForwardPlan& plan) {
 
 template <class Dot>
 static bool run_wide(const Params& p, const ForwardPlan& plan) {
-  const bool done = run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
-    return forward_item<Dot>(p, plan, item, scratch);
-  });
+  const bool done = run_items(
+      p, plan.items(), [&](int64_t item, Scratch& scratch) { return forward_item<Dot>(p, plan, item, scratch); });
   if (!done || plan.parts == 1) return done;
-  return run_items(p, plan.units * plan.tiles, [&](int64_t item, Scratch& scratch) {
-    return join_parts(p, plan, item, scratch);
-  });
+  return run_items(p, plan.units * plan.tiles,
+                   [&](int64_t item, Scratch& scratch) { return join_parts(p, plan, item, scratch); });
 }
 
 template <class Dot>

@@ -16,7 +16,7 @@ struct GradientTile {
   QueryRows<Dot> query, d_out;
   // [BLOCK_M]; lse is inf where nothing is seen and NaN where a score overflows, low in powers of two.
   float *lse, *low, *share, *shift, *d_lse;
-  float* dq;                                 // [gathered_rows][BLOCK_M]
+  float* dq;   // [gathered_rows][BLOCK_M]
   bool exact;  // lse and low are those of the forward over these very keys, to the last bit
   bool alone;  // and all the keys that the queries may see are of one tile
 

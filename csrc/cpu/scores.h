@@ -133,7 +133,8 @@ static void finish_scores(const Params& p, const QueryTile& tile, const TilePair
 // Products -> scores, rounded.
 INLINE void round_scores(const Params& p, const TilePair& at, float* s) {
   const vf unit = splat(to_score(p));
-  for (int pair = at.low * BLOCK_M; pair < at.high * BLOCK_M; pair += VL) store(s + pair, rounded(load(s + pair) * unit));
+  for (int pair = at.low * BLOCK_M; pair < at.high * BLOCK_M; pair += VL)
+    store(s + pair, rounded(load(s + pair) * unit));
 }
 
 // What the sink leaves of the weights of a row: exp(lse) / (exp(lse) + exp(sink)); `low` is what rounding took from

@@ -205,7 +205,8 @@ struct Computer {
     }
   }
 
-  DEVICE bool online_softmax_step(int32_t note, const Place& place, Softmax& softmax, float (&x)[F::SCORES], float (&rescale)[2]) {
+  DEVICE bool online_softmax_step(int32_t note, const Place& place, Softmax& softmax, float (&x)[F::SCORES],
+                                  float (&rescale)[2]) {
     const int32_t first = tile_of(note) * F::BLOCK_N + key_of_thread;
     if constexpr (NATURAL) finish_scores(x, a, Rows(a, place, first_row()), first);
     if (checks(note)) hide(place, first, x);
@@ -250,8 +251,9 @@ struct Computer {
 #pragma unroll
       for (int m = 0; m < F::OUT; ++m)
         if (row_of(m) == r) out[m] *= weight;
-      const int64_t row = ((static_cast<int64_t>(place.split) * a.batch + place.batch) * a.num_heads + rows.head[r]) *
-                              a.q_len + rows.q_idx[r];
+      const int64_t row =
+          ((static_cast<int64_t>(place.split) * a.batch + place.batch) * a.num_heads + rows.head[r]) * a.q_len +
+          rows.q_idx[r];
       if (!rows.there[r]) continue;
       if (lane % 4 == 0) arch::store_global(a.lse + row, softmax.template lse<NATURAL>(r, a.factor));
       if (a.parts) write_part(a.parts + row * a.part_step, r, out);

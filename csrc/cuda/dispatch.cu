@@ -12,11 +12,11 @@ namespace {
 constexpr int64_t kCacheBytes = 32 << 20;  // of L2 for the keys and values of an L2 group
 constexpr double kBusy = 0.8;              // share of the multiprocessors that makes splitting not worth its merge
 constexpr double kNearBest = 0.85;
-constexpr int64_t kLeastTiles = 4;         // of keys, below which they are not split
+constexpr int64_t kLeastTiles = 4;  // of keys, below which they are not split
 constexpr int32_t kMostSplits = 128;
-constexpr float kWideCap = 1e30f;          // a cap above it bends no score
-constexpr int64_t kSectorFloats = 8;       // 32 bytes: what memory is written in
-constexpr int64_t kRowBytes = 16;          // what TMA wants addresses and strides to be multiples of
+constexpr float kWideCap = 1e30f;     // a cap above it bends no score
+constexpr int64_t kSectorFloats = 8;  // 32 bytes: what memory is written in
+constexpr int64_t kRowBytes = 16;     // what TMA wants addresses and strides to be multiples of
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
@@ -29,9 +29,10 @@ const char* refuse(const char* what, const char* why, const Request& request) {
   std::snprintf(said, sizeof said,
                 "%s: %s (device %d, %s, kind %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
                 "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
-                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.variant, request.splits,
-                number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len), number(p.kv_len),
-                number(p.head_dim), number(p.head_dim_v), number(p.key.blocks ? p.key.block_size : 0));
+                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.variant,
+                request.splits, number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len),
+                number(p.kv_len), number(p.head_dim), number(p.head_dim_v),
+                number(p.key.blocks ? p.key.block_size : 0));
   return said;
 }
 

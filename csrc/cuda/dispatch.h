@@ -12,7 +12,7 @@ struct Plan {
   int32_t tile_heads, tile_rows;
   int32_t splits;
   int32_t part_step;  // columns from a row of a split's part to the next: head_dim_v in whole sectors, 8 floats each
-  bool counts;  // tiles differ and are more than blocks: a counter hands them out, the heaviest first
+  bool counts;        // tiles differ and are more than blocks: a counter hands them out, the heaviest first
 };
 
 // How a problem is cut. `by_head`: heads see different keys, so that none share a tile.

@@ -24,7 +24,8 @@ const char* launch_forward(KernelVariant variant, const ForwardArgs& args, const
   return launch_variant<Forward<T, WIDTH, WIDTH_V, kGeneral>>(args, how);
 }
 
-template const char* launch_forward<arch::FASTATTN_T, FASTATTN_WIDTH, FASTATTN_WIDTH_V>(KernelVariant, const ForwardArgs&,
-                                                                                         const arch::Launch&);
+template const char* launch_forward<arch::FASTATTN_T, FASTATTN_WIDTH, FASTATTN_WIDTH_V>(KernelVariant,
+                                                                                        const ForwardArgs&,
+                                                                                        const arch::Launch&);
 
 }  // namespace fastattn::cuda

@@ -9,7 +9,7 @@ template <class F>
 struct Loader {
   const ForwardArgs& a;
   Shared<F>& s;
-  Ring<F::STAGES> ring;           // of keys and of values: a tile has the same place in both
+  Ring<F::STAGES> ring;   // of keys and of values: a tile has the same place in both
   uint32_t parities = 0;  // of the queries' and of the landed values' barriers, a bit each
 
   DEVICE Loader(const ForwardArgs& args, Shared<F>& shared) : a(args), s(shared) {}
@@ -117,8 +117,8 @@ struct Loader {
   // A tile of keys or values from `first` on: one box, or one for each run; zeros beyond the last key. `run` is what
   // find_run(at, first, 0) gave.
   template <int PIECES>
-  DEVICE void copy_tile(uint16_t* tile, const arch::TensorMap* map, arch::Mbarrier* full, const Place& at, int32_t first,
-                        const int32_t (&step)[2], int2 run) {
+  DEVICE void copy_tile(uint16_t* tile, const arch::TensorMap* map, arch::Mbarrier* full, const Place& at,
+                        int32_t first, const int32_t (&step)[2], int2 run) {
     if (!in_blocks()) {
       if (leads()) {
 #pragma unroll 1

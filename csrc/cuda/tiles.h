@@ -12,8 +12,8 @@
 namespace fastattn::cuda {
 
 enum KernelVariant : int32_t {
-  kPlain = 0,       // every key is visible
-  kMasked = 1,      // each query sees one or two intervals of keys
+  kPlain = 0,    // every key is visible
+  kMasked = 1,   // each query sees one or two intervals of keys
   kGeneral = 2,  // the same or block lists; bias, soft cap, dropout, scales of any sign and size
 };
 constexpr int kVariants = 3;

@@ -18,12 +18,12 @@ struct Place {
 // The steps of a tile, begin <= n < end, and the tile of keys that each visits.
 struct Steps {
   int32_t begin, end;
-  int32_t count, last[2];     // tile of step n: last[0] - n for the first `count`, then last[1] - (n - count)
-  int32_t cut[2][2];          // tiles from, up to, that an interval touches
-  int32_t full[2][2];         // that it covers: they need no check
-  int32_t checked;            // lists: the first so many are checked
-  const int32_t* listed;      // or null
-  int32_t number[3];          // of an interval's columns, while it is looked at
+  int32_t count, last[2];  // tile of step n: last[0] - n for the first `count`, then last[1] - (n - count)
+  int32_t cut[2][2];       // tiles from, up to, that an interval touches
+  int32_t full[2][2];      // that it covers: they need no check
+  int32_t checked;         // lists: the first so many are checked
+  const int32_t* listed;   // or null
+  int32_t number[3];       // of an interval's columns, while it is looked at
 };
 
 // What the loading warp tells the others: a tile of queries, how many tiles of keys it visits, which come with theirs.
@@ -93,8 +93,10 @@ DEVICE int32_t number_of(const Interval& of, int n, int32_t batch) {
 // The keys that one query sees through a band, x the first, y the one after the last; `number` is what its columns say.
 // An end that is open stays so.
 DEVICE int2 keys_of_band(const Interval& of, const int32_t (&number)[3], int32_t q_idx, int32_t kv_len) {
-  const int32_t low = of.low > -kUnbounded ? of.low + number[0] : of.low, high = of.high < kUnbounded ? of.high + number[0] : of.high;
-  return make_int2(max(clamp(q_idx + low, kv_len), min(number[1], kv_len)), min(clamp(q_idx + high, kv_len), number[2]));
+  const int32_t low = of.low > -kUnbounded ? of.low + number[0] : of.low,
+                high = of.high < kUnbounded ? of.high + number[0] : of.high;
+  return make_int2(max(clamp(q_idx + low, kv_len), min(number[1], kv_len)),
+                   min(clamp(q_idx + high, kv_len), number[2]));
 }
 
 // The same through any interval.

@@ -116,15 +116,18 @@ const char* solve(const Sizes& s, int threads, Results& r) {
 }  // namespace
 
 int main() {
-  const Sizes problems[] = {
-      {1, 1, 1, 300, 300, 32, true}, {2, 4, 2, 70, 130, 40, false}, {1, 2, 1, 1, 900, 64, false}, {1, 3, 1, 5, 0, 8, false}};
+  const Sizes problems[] = {{1, 1, 1, 300, 300, 32, true},
+                            {2, 4, 2, 70, 130, 40, false},
+                            {1, 2, 1, 1, 900, 64, false},
+                            {1, 3, 1, 5, 0, 8, false}};
   for (const Sizes& sizes : problems) {
     Results alone;
     if (const char* refusal = solve(sizes, 1, alone)) return std::printf("%s\n", refusal), 1;
     for (int threads = 2; threads <= 5; ++threads) {
       Results together;
       if (const char* refusal = solve(sizes, threads, together)) return std::printf("%s\n", refusal), 1;
-      if (!(alone == together)) return std::printf("%d threads give other bits, q_len %d\n", threads, (int)sizes.q_len), 1;
+      if (!(alone == together))
+        return std::printf("%d threads give other bits, q_len %d\n", threads, (int)sizes.q_len), 1;
     }
   }
   std::printf("any number of threads gives the same bits (%s)\n", cpu::isa());

@@ -8,9 +8,11 @@ const char* launch_forward(KernelVariant, const ForwardArgs&, const arch::Launch
   return nullptr;
 }
 
-#define NOTHING(WIDTH, WIDTH_V)                                                                                  \
-  template const char* launch_forward<arch::bf16, WIDTH, WIDTH_V>(KernelVariant, const ForwardArgs&, const arch::Launch&); \
-  template const char* launch_forward<arch::f16, WIDTH, WIDTH_V>(KernelVariant, const ForwardArgs&, const arch::Launch&);
+#define NOTHING(WIDTH, WIDTH_V)                                                                      \
+  template const char* launch_forward<arch::bf16, WIDTH, WIDTH_V>(KernelVariant, const ForwardArgs&, \
+                                                                  const arch::Launch&);              \
+  template const char* launch_forward<arch::f16, WIDTH, WIDTH_V>(KernelVariant, const ForwardArgs&,  \
+                                                                 const arch::Launch&);
 
 NOTHING(64, 64)
 NOTHING(96, 96)

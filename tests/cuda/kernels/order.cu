@@ -12,7 +12,8 @@ __global__ void order_kernel(const ForwardArgs a, int32_t* rows) {
   int32_t program = blockIdx.x;
   for (int32_t round = 0; program < a.programs; ++round) {
     const Place place = place_of<BLOCK_M>(a, program);
-    const int32_t row[6] = {static_cast<int32_t>(blockIdx.x), round, place.batch, place.head, place.q_first, place.split};
+    const int32_t row[6] = {
+        static_cast<int32_t>(blockIdx.x), round, place.batch, place.head, place.q_first, place.split};
     for (int n = 0; n < 6; ++n) rows[6 * program + n] = row[n];
     program = next_program<kPlain>(a, program, round);
   }
