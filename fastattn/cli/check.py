@@ -125,7 +125,7 @@ def _in_here(room: str, cases: list[Case], device: str) -> Iterator[Checked]:
     import fastattn
     from fastattn import dispatch, testing
 
-    module = dispatch.get_backend(room)
+    module = dispatch.load(room)
     grads = hasattr(module, "backward")
     for case in cases:
         if case.id in testing.LARGE_CASES and hasattr(module, "ROUNDS_LSE"):

@@ -23,9 +23,7 @@ def forward_only(monkeypatch):
     """Makes a backend one that has a forward alone."""
 
     def stub(name):
-        monkeypatch.setattr(
-            dispatch.get_backend(name), "why_not", lambda spec: NO_BACKWARD if spec.needs_grad else None
-        )
+        monkeypatch.setattr(dispatch.load(name), "why_not", lambda spec: NO_BACKWARD if spec.needs_grad else None)
 
     return stub
 
@@ -50,7 +48,7 @@ def test_the_free_choice_is_asked_and_labelled_mode_by_mode(forward_only, monkey
     for name in dispatch.BACKENDS:
         if name != "reference":
             monkeypatch.setattr(
-                dispatch.get_backend(name), "why_not", lambda spec: None if spec.needs_grad else "training alone"
+                dispatch.load(name), "why_not", lambda spec: None if spec.needs_grad else "training alone"
             )
     problem = problem_of(small("self"), cpu)
     labels = {mode: provider("fastattn").make(problem, mode).label for mode in ("fwd", "bwd", "fwd+bwd")}

@@ -227,7 +227,7 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
     assert verdict.kernel == f"attention forward ({library.isa()}), attention backward ({library.isa()})"
     assert "dtype torch.float64" in explain(*[query.double()] * 3).reasons["cpu"]
     called = []
-    backend = dispatch.get_backend("cpu")
+    backend = dispatch.load("cpu")
     for name in ("forward_with_low", "backward"):
         real = getattr(backend, name)
         monkeypatch.setattr(
@@ -242,7 +242,7 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
 def test_a_bias_that_takes_no_gradient_gets_none(library, monkeypatch, learned, dtype):
     query = torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True)
     bias = torch.randn(1, 2, 8, 8, dtype=dtype, requires_grad=learned)
-    backend, seen = dispatch.get_backend("cpu"), []
+    backend, seen = dispatch.load("cpu"), []
     real = backend.backward
     monkeypatch.setattr(backend, "backward", lambda *args, **more: seen.append(real(*args, **more)) or seen[0])
     attention(query, query, query, bias=bias).sum().backward()

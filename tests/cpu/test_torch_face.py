@@ -18,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("library")
 def calls(monkeypatch):
     """The names of the backend's functions in the order of their calls; the reference's forward would be an error."""
     called = []
-    backend = dispatch.get_backend("cpu")
+    backend = dispatch.load("cpu")
     for name in ("forward", "forward_with_low", "backward", "weights"):
         real, said = getattr(backend, name), name.removesuffix("_with_low")
         spy = lambda *args, real=real, said=said, **named: called.append(said) or real(*args, **named)
         monkeypatch.setattr(backend, name, spy)
-    monkeypatch.setattr(dispatch.get_backend("reference"), "forward", lambda *args: pytest.fail("the reference ran"))
+    monkeypatch.setattr(dispatch.load("reference"), "forward", lambda *args: pytest.fail("the reference ran"))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
     return called
 

@@ -18,7 +18,7 @@ NAMES = [name for name, case in CASES.items() if not case.dropout_p and case.bat
 def by_the_backend(monkeypatch):
     """How often the backend was asked."""
     called = []
-    backend = dispatch.get_backend("cpu")
+    backend = dispatch.load("cpu")
     real = backend.weights
     monkeypatch.setattr(backend, "weights", lambda *args, **named: called.append(1) or real(*args, **named))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)

@@ -37,9 +37,9 @@ def made_up(monkeypatch):
 
     def put(reason=None, needs=None):
         room = Room(reason, needs)
-        real = dispatch.get_backend
+        real = dispatch.load
         monkeypatch.setattr(dispatch, "BACKENDS", ("made-up", "reference"))
-        monkeypatch.setattr(dispatch, "get_backend", lambda name: room if name == "made-up" else real(name))
+        monkeypatch.setattr(dispatch, "load", lambda name: room if name == "made-up" else real(name))
         monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
         return room
 
@@ -128,6 +128,6 @@ def test_explain_mentions_autocast(made_up):
 def test_every_room_answers_the_same_questions():
     """The CUDA backend has no backward yet."""
     for name in dispatch.BACKENDS:
-        room = dispatch.get_backend(name)
+        room = dispatch.load(name)
         assert all(hasattr(room, question) for question in ("why_not", "forward", "kernel_name"))
         assert hasattr(room, "backward") == hasattr(room, "kernel_name_backward") == (name != "cuda")

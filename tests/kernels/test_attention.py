@@ -18,7 +18,7 @@ from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_jun
 from fastattn.testing.strategies import cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOM = dispatch.get_backend("triton")
+ROOM = dispatch.load("triton")
 
 
 def test_the_room_is_there():
