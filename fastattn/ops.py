@@ -74,8 +74,8 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
 def attention_weights(
     inputs: AttnInputs, spec: AttnSpec, backend: str | None, lse: Tensor | None, rows: Tensor | None, *, mean: bool
 ) -> Tensor:
-    """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the room that would run
-    the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
+    """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the backend that would
+    run the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
     """
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec, lse)

@@ -20,7 +20,7 @@ READS_BLOCKS = True
 CAPABILITY = (9, 0)  # Hopper: wgmma and TMA as these kernels use them are there and nowhere else
 MAX_HEAD_DIM = 256
 MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32
-MOST_LEAVES = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
+MOST_TERMS = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
 LARGEST_SCALE = 8.0  # scores of larger ones are subtracted from their maximum before they become powers of two
 ALIGNMENT = 8  # elements: 16 bytes, which the copy engine (TMA) wants addresses and strides to be multiples of
 
@@ -204,8 +204,8 @@ def feature_reason(spec: AttnSpec) -> str | None:
         )
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
-    if _listed(spec) and len(spec.mask.atoms()) > MOST_LEAVES:
-        return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_LEAVES} can be joined"
+    if _listed(spec) and len(spec.mask.atoms()) > MOST_TERMS:
+        return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_TERMS} can be joined"
     return program.why_not(spec.mask)
 
 

@@ -12,7 +12,7 @@ from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.masks import Causal, Lengths, Segments, Window
 from fastattn.masks.base import Mask
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
-from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_junk
+from fastattn.testing.nan_padding import FEATURES, PADDED, hidden_pair, with_junk
 from fastattn.testing.strategies import cases
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -67,7 +67,7 @@ def test_drawn_problems_of_few_tokens_are_within_the_tolerance(case, isa):
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(20, 50), (8, 50), (150, 170)], ids=["", "few-queries", "many"])
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, isa):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")

@@ -7,7 +7,7 @@ import torch
 
 from fastattn import attention, attention_weights, dispatch
 from fastattn.testing import CASES, make_inputs, poison
-from fastattn.testing.nan_padding import HIDING, hidden_pair
+from fastattn.testing.nan_padding import PADDED, hidden_pair
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -60,7 +60,7 @@ def test_the_definitions_weights(name, isa, by_the_backend):
     assert by_the_backend
 
 
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, isa):
     weights = []
     for problem in hidden_pair(mask, 20, 50, "cpu"):

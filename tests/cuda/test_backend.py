@@ -178,7 +178,7 @@ def test_what_is_copied_is_said_of_the_tensors_at_hand(name):
 
 
 MANY = Dense(torch.ones(16, 16, dtype=torch.bool))
-for _ in range(cuda.MOST_LEAVES):
+for _ in range(cuda.MOST_TERMS):
     MANY = MANY & Dense(torch.ones(16, 16, dtype=torch.bool))
 REFUSED = {
     "float32": (spec_of(TENSOR.float()), "torch.float32 has no kernel; float16 and bfloat16 have"),

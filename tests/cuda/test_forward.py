@@ -12,7 +12,7 @@ from fastattn.building import cuda_library
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 from fastattn.masks.program import INTERVAL, REACH
 from fastattn.testing import CASES, Case, check_close, make_inputs, with_dtype
-from fastattn.testing.nan_padding import HIDING, hidden_pair, with_junk
+from fastattn.testing.nan_padding import PADDED, hidden_pair, with_junk
 
 HALVES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -139,7 +139,7 @@ def test_every_feature_at_every_width(width, dtype, backend):
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(20, 50), (8, 50), (150, 170), (200, 300)], ids=str)
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, backend):
     """Keys, values and queries that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")

@@ -31,11 +31,11 @@ def offsets(q_len):
     return torch.tensor(HELD) - q_len
 
 
-@pytest.mark.parametrize("foreign", [False, True], ids=["heads-first", "heads-within-rows"])
+@pytest.mark.parametrize("heads_in_rows", [False, True], ids=["heads-first", "heads-within-rows"])
 @pytest.mark.parametrize("case", [DECODE, PREFILL], ids=lambda case: case.id)
 @pytest.mark.parametrize("size", SIZES)
-def test_blocks_of_any_size_are_read_in_place(size, case, foreign, backend, monkeypatch):
-    whole, paged = in_blocks(case, Causal(offset=offsets(case.q_len)), HELD, size, foreign=foreign)
+def test_blocks_of_any_size_are_read_in_place(size, case, heads_in_rows, backend, monkeypatch):
+    whole, paged = in_blocks(case, Causal(offset=offsets(case.q_len)), HELD, size, heads_in_rows=heads_in_rows)
     monkeypatch.setattr(Paged, "laid_out", None)  # what would copy them
     results = backend.forward(paged)
     check_close(whole, results)

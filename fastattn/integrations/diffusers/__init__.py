@@ -1,5 +1,5 @@
 """fastattn in diffusers."""
 
-from fastattn.integrations.diffusers.replacement import attention, register
+from fastattn.integrations.diffusers.dispatcher import NAME, attention, register
 
-__all__ = ["attention", "register"]
+__all__ = ["NAME", "attention", "register"]
