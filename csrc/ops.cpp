@@ -32,7 +32,7 @@ namespace {
 
 using fastattn::Column;
 using fastattn::DType;
-using fastattn::MaskLeaf;
+using fastattn::MaskTerm;
 using fastattn::Params;
 using fastattn::Table;
 using torch::stable::Tensor;
@@ -140,7 +140,7 @@ void read_pages(Params& p, const Tensor& blocks, int64_t pool_blocks) {
   p.kv_len *= shape.size[3];
 }
 
-// Words: a leaf's kind pushes the next leaf, which takes one tensor or, for ids, two; kAnd and kOr join.
+// Words: a term's kind pushes the next term, which takes one tensor or, for ids, two; kAnd and kOr join.
 //   interval  int32 [2, batch, heads, q_len]: starts, then stops
 //   elements  bool [batch, heads, q_len, kv_len]
 //   ids       int64 [batch, q_len], int64 [batch, kv_len]
@@ -170,40 +170,40 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
       read_pages(p, take(), pool_blocks);
       continue;
     }
-    p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.leaves;
+    p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.terms;
     if (word < 0) continue;
-    STD_TORCH_CHECK(p.mask.leaves < fastattn::kMostLeaves, "a mask of at most 32 leaves is needed");
-    MaskLeaf& leaf = p.mask.leaf[p.mask.leaves++];
-    leaf.kind = word == fastattn::kReach ? fastattn::kBand : static_cast<fastattn::LeafKind>(word);
-    if (leaf.kind == fastattn::kBand) {
+    STD_TORCH_CHECK(p.mask.terms < fastattn::kMostTerms, "a mask of at most 32 terms is needed");
+    MaskTerm& term = p.mask.term[p.mask.terms++];
+    term.kind = word == fastattn::kReach ? fastattn::kBand : static_cast<fastattn::TermKind>(word);
+    if (term.kind == fastattn::kBand) {
       STD_TORCH_CHECK(at + (word == fastattn::kReach ? 3 : 2) < words.size(),
                       "a band of a mask's program lacks its ends");
-      leaf.low = words[++at];
-      leaf.high = words[++at];
+      term.low = words[++at];
+      term.high = words[++at];
       const int64_t columns = word == fastattn::kReach ? words[++at] : 0;
-      if (columns & 1) leaf.offset = column(take());
-      if (columns & 2) leaf.first = column(take());
-      if (columns & 4) leaf.end = column(take());
+      if (columns & 1) term.offset = column(take());
+      if (columns & 2) term.first = column(take());
+      if (columns & 4) term.end = column(take());
       continue;
     }
     const Tensor& first = take();
     const Shape shape(first);
-    if (leaf.kind == fastattn::kInterval) {
-      leaf.start = pointer<int32_t>(first);
-      leaf.stop = leaf.start + shape.stride[0];
-      for (int axis = 0; axis < 3; ++axis) leaf.stride[axis] = shape.stride[axis + 1];
-    } else if (leaf.kind == fastattn::kElements) {
-      leaf.elements = pointer<uint8_t>(first);
-      for (int axis = 0; axis < 4; ++axis) leaf.stride[axis] = shape.stride[axis];
+    if (term.kind == fastattn::kInterval) {
+      term.start = pointer<int32_t>(first);
+      term.stop = term.start + shape.stride[0];
+      for (int axis = 0; axis < 3; ++axis) term.stride[axis] = shape.stride[axis + 1];
+    } else if (term.kind == fastattn::kElements) {
+      term.elements = pointer<uint8_t>(first);
+      for (int axis = 0; axis < 4; ++axis) term.stride[axis] = shape.stride[axis];
     } else {
       const Tensor& second = take();
       const Shape keys(second);
-      leaf.q_ids = pointer<int64_t>(first);
-      leaf.kv_ids = pointer<int64_t>(second);
-      leaf.stride[0] = shape.stride[2];
-      leaf.stride[2] = shape.stride[3];
-      leaf.kv_id_stride[0] = keys.stride[2];
-      leaf.kv_id_stride[1] = keys.stride[3];
+      term.q_ids = pointer<int64_t>(first);
+      term.kv_ids = pointer<int64_t>(second);
+      term.stride[0] = shape.stride[2];
+      term.stride[2] = shape.stride[3];
+      term.kv_id_stride[0] = keys.stride[2];
+      term.kv_id_stride[1] = keys.stride[3];
     }
   }
 }

@@ -27,10 +27,10 @@ struct Column {
 // What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA backend alone,
 // the interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`,
 // and it is cut to [first, end).
-enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
+enum TermKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
-struct MaskLeaf {
-  LeafKind kind = kInterval;
+struct MaskTerm {
+  TermKind kind = kInterval;
   const int32_t* start = nullptr;  // [batch, heads, q_len], inside [0, kv_len]
   const int32_t* stop = nullptr;
   const uint8_t* elements = nullptr;  // [batch, heads, q_len, kv_len]
@@ -44,18 +44,18 @@ struct MaskLeaf {
 
 // A band's end where it has none: beyond every key; the sum of three fits an int32.
 constexpr int32_t kUnbounded = (1 << 29) - 1;
-constexpr int kMostLeaves = 32;
+constexpr int kMostTerms = 32;
 constexpr int kMostWords = 64;
-constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
+constexpr int32_t kPages = 4;  // no term: the tensor that goes with it says where keys and values lie
 constexpr int32_t kReach = 5;  // a kBand with columns
 constexpr int32_t kAnd = -1;
 constexpr int32_t kOr = -2;
 
-// The mask in postfix: a leaf's number pushes it, kAnd and kOr join the two on top. No words: everything is visible.
+// The mask in postfix: a term's number pushes it, kAnd and kOr join the two on top. No words: everything is visible.
 struct MaskProgram {
-  int32_t leaves = 0;
+  int32_t terms = 0;
   int32_t words = 0;
-  MaskLeaf leaf[kMostLeaves];
+  MaskTerm term[kMostTerms];
   int32_t word[kMostWords];
 };
 

@@ -6,7 +6,7 @@
 
 namespace fastattn::cuda {
 
-constexpr int kMostProgramLeaves = 8;
+constexpr int kMostProgramTerms = 8;
 constexpr int kMostProgramWords = 16;
 
 // An int of each batch item, of 32 or 64 bits, `step` bytes apart. data null: none.
@@ -17,7 +17,7 @@ struct Numbers {
 };
 
 // An interval of keys for each query: from tables, or, where they are null, [query + low, query + high), moved and cut
-// by what the columns say of the batch item (common/params.h, MaskLeaf).
+// by what the columns say of the batch item (common/params.h, MaskTerm).
 struct Interval {
   const int32_t *start, *stop;  // inside [0, kv_len]
   int64_t stride[3];            // of batch, heads, queries
@@ -25,10 +25,10 @@ struct Interval {
   Numbers column[3];  // offset, first, end
 };
 
-// What the mask shows of one pair, where lists of tiles are walked: leaves joined in postfix (common/params.h).
+// What the mask shows of one pair, where lists of tiles are walked: terms joined in postfix (common/params.h).
 struct Program {
   int32_t words, word[kMostProgramWords];
-  MaskLeaf leaf[kMostProgramLeaves];
+  MaskTerm term[kMostProgramTerms];
 };
 
 // Keys and values in blocks of a pool (common/params.h, Table). A copy moves `run` keys, which divides a block and a

@@ -95,19 +95,19 @@ const char* describe_queries(ForwardArgs& a, const Params& p) {
 
 bool is_near(const Column& column) { return column.stride * 8 <= INT32_MAX && column.stride * 8 >= INT32_MIN; }
 
-Interval interval_of(const MaskLeaf& leaf) {
+Interval interval_of(const MaskTerm& term) {
   Interval interval{};
-  if (leaf.kind == kBand) {
-    interval.low = static_cast<int32_t>(leaf.low);
-    interval.high = static_cast<int32_t>(leaf.high);
-    const Column* columns[3] = {&leaf.offset, &leaf.first, &leaf.end};
+  if (term.kind == kBand) {
+    interval.low = static_cast<int32_t>(term.low);
+    interval.high = static_cast<int32_t>(term.high);
+    const Column* columns[3] = {&term.offset, &term.first, &term.end};
     for (int n = 0; n < 3; ++n)
       interval.column[n] = {static_cast<const char*>(columns[n]->data),
                             static_cast<int32_t>(columns[n]->stride * (columns[n]->wide ? 8 : 4)), columns[n]->wide};
   } else {
-    interval.start = leaf.start;
-    interval.stop = leaf.stop;
-    for (int axis = 0; axis < 3; ++axis) interval.stride[axis] = leaf.stride[axis];
+    interval.start = term.start;
+    interval.stop = term.stop;
+    for (int axis = 0; axis < 3; ++axis) interval.stride[axis] = term.stride[axis];
   }
   return interval;
 }
@@ -116,23 +116,22 @@ const char* take_mask(ForwardArgs& a, const Request& request) {
   const MaskProgram& mask = request.problem.mask;
   a.listed = request.lists.counts != nullptr;
   if (a.listed) {
-    if (mask.leaves > kMostProgramLeaves || mask.words > kMostProgramWords) return "the mask has too many leaves";
+    if (mask.terms > kMostProgramTerms || mask.words > kMostProgramWords) return "the mask has too many terms";
     a.lists = request.lists;
     a.program.words = mask.words;
     for (int n = 0; n < mask.words; ++n) a.program.word[n] = mask.word[n];
-    for (int n = 0; n < mask.leaves; ++n) a.program.leaf[n] = mask.leaf[n];
+    for (int n = 0; n < mask.terms; ++n) a.program.term[n] = mask.term[n];
     return nullptr;
   }
-  a.terms = mask.leaves;
-  if (mask.leaves > 2 || (mask.leaves == 2 && mask.word[2] != kOr))
-    return "the mask is not one or two intervals a query";
-  for (int n = 0; n < mask.leaves; ++n) {
-    if (mask.leaf[n].kind != kInterval && mask.leaf[n].kind != kBand) return "the mask has no intervals";
-    if (!is_near(mask.leaf[n].offset) || !is_near(mask.leaf[n].first) || !is_near(mask.leaf[n].end))
+  a.terms = mask.terms;
+  if (mask.terms > 2 || (mask.terms == 2 && mask.word[2] != kOr)) return "the mask is not one or two intervals a query";
+  for (int n = 0; n < mask.terms; ++n) {
+    if (mask.term[n].kind != kInterval && mask.term[n].kind != kBand) return "the mask has no intervals";
+    if (!is_near(mask.term[n].offset) || !is_near(mask.term[n].first) || !is_near(mask.term[n].end))
       return "the mask's numbers of each batch item lie too far apart";
-    a.interval[n] = interval_of(mask.leaf[n]);
+    a.interval[n] = interval_of(mask.term[n]);
   }
-  if (mask.leaves == 0 && request.variant != kPlain) {  // everything, as an interval
+  if (mask.terms == 0 && request.variant != kPlain) {  // everything, as an interval
     a.terms = 1;
     a.interval[0].low = -kUnbounded;
     a.interval[0].high = kUnbounded;
@@ -245,7 +244,7 @@ const char* forward(const Request& request) {
   if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", request);
   const bool listed = request.lists.counts != nullptr;
   bool by_head = listed;
-  for (int n = 0; n < p.mask.leaves; ++n) by_head = by_head || p.mask.leaf[n].stride[1] != 0;
+  for (int n = 0; n < p.mask.terms; ++n) by_head = by_head || p.mask.term[n].stride[1] != 0;
   const int32_t here = multiprocessors(request.device);
   if (here < 1) return refuse("the CUDA forward", "the device names no multiprocessors", request);
   const Plan cut = plan(p, request.variant, by_head, here);

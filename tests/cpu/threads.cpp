@@ -91,11 +91,11 @@ const char* solve(const Sizes& s, int threads, Results& r) {
     ends[s.q_len + i] = static_cast<int32_t>(stop < 0 ? 0 : stop > s.kv_len ? s.kv_len : stop);
   }
   if (s.causal) {
-    p.mask.leaves = p.mask.words = 1;
+    p.mask.terms = p.mask.words = 1;
     p.mask.word[0] = 0;
-    p.mask.leaf[0].start = ends.data();
-    p.mask.leaf[0].stop = ends.data() + s.q_len;
-    p.mask.leaf[0].stride[2] = 1;
+    p.mask.term[0].start = ends.data();
+    p.mask.term[0].stop = ends.data() + s.q_len;
+    p.mask.term[0].stride[2] = 1;
   }
   p.threads = threads;
   p.parallel_for = threads > 1 ? on_threads : nullptr;

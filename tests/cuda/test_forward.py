@@ -88,8 +88,8 @@ REACHES = {
 def test_what_a_batch_item_sees_needs_no_table(name, backend):
     """Offsets, lengths and starts of a batch are read as they are: nothing is made of them for a call."""
     mask = REACHES[name]()
-    leaves = cuda._launch(make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask)).spec).mask_program
-    assert leaves.words[0] == REACH and {each.data_ptr() for each in leaves.tensors} <= {
+    found = cuda._launch(make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask)).spec).mask_program
+    assert found.words[0] == REACH and {each.data_ptr() for each in found.tensors} <= {
         each.data_ptr() for each in mask.tensors
     }
     problem = make_inputs(Case(name, 203, 300, 2, 2, 1, 64, mask=lambda *_: mask))
