@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA room, for a GPU that need not be here: the promises about the machine code."""
+"""What nvcc makes of the CUDA backend, for a GPU that need not be here: the promises about the machine code."""
 
 import itertools
 import json

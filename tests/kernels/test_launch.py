@@ -337,7 +337,7 @@ def scratch(monkeypatch):
     """scratch(**call) -> bytes taken by both passes, beyond the inputs and what is returned."""
     monkeypatch.setattr(launch.Launch, "run", lambda self: None)
     monkeypatch.setattr(launch, "target_for", lambda device: "sm90")
-    backend = dispatch.room("triton")
+    backend = dispatch.load("triton")
 
     def of(**arguments):
         spec, inputs = call(**arguments)

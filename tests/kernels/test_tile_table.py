@@ -64,5 +64,5 @@ def test_what_a_problem_carries_chooses_smaller_tiles():
 
 def test_the_adapter_knows_the_tables_limits():
     """It names them itself, so that a refusal does not import triton."""
-    adapter = dispatch.room("triton")
+    adapter = dispatch.load("triton")
     assert (adapter.MAX_HEAD_DIM, adapter.WIDE_FLOAT32) == (MAX_HEAD_DIM, WIDE_FLOAT32)
