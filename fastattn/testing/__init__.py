@@ -1,5 +1,6 @@
 """What holds a backend against the definition: cases, inputs, tolerance, memory filled with NaN."""
 
+from fastattn.stable_names import export
 from fastattn.testing.cases import (  # noqa: F401 (the rest is what tests share)
     CASES,
     HALF,
@@ -24,3 +25,5 @@ __all__ = [
     "Agreement", "CASES", "Case", "LARGE_CASES", "Problem", "agreement", "check_close", "lengths", "make_inputs",
     "poison", "run",
 ]  # fmt: skip
+
+export(globals())

@@ -1,4 +1,4 @@
-"""Masks as the C++ rooms read them, put together again here and held against `dense`."""
+"""Masks as the C++ backends read them, put together again here and held against `dense`."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_a_mask_of_equal_numbers_is_made_once_and_one_with_tensors_each_time():
     assert torch.equal(program.make_program(lengths, 4, 9).tensors[0][1], before[1] + 1)
 
 
-def test_every_row_has_leaves():
+def test_every_row_has_a_mask_program():
     from fastattn.testing import make_inputs
 
     assert {name: program.why_not(make_inputs(case).spec.mask) for name, case in CASES.items()} == dict.fromkeys(CASES)

@@ -1,4 +1,4 @@
-"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
+"""The CUDA backend on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
 
 Where a test fails here, tests/sim/test_instructions.py says first whether one of the instructions is what is wrong.
 """
@@ -38,7 +38,7 @@ def same(left, right):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case, dtype):
+def test_every_row_is_within_the_tolerance_and_repeats_bit_for_bit(case, dtype):
     bias_dtype = torch.float32 if case.bias_dtype == torch.float32 else dtype
     problem = make_inputs(dataclasses.replace(with_dtype(case, dtype), bias_dtype=bias_dtype), DEVICE)
     results = forward(problem)
@@ -82,13 +82,13 @@ def test_decoding_splits_the_keys(q_len):
     same(results, forward(problem))
 
 
-@pytest.mark.parametrize("foreign", [False, True], ids=["heads-first", "heads-within-rows"])
+@pytest.mark.parametrize("heads_in_rows", [False, True], ids=["heads-first", "heads-within-rows"])
 @pytest.mark.parametrize("size", [1, 3, 16, 48, 64, 128, 256])
 @pytest.mark.parametrize("q_len", [1, 150])
-def test_blocks_of_any_size_are_read_in_place(q_len, size, foreign):
+def test_blocks_of_any_size_are_read_in_place(q_len, size, heads_in_rows):
     """Boxes of fewer than eight rows begin within the pattern of a swizzle."""
     case = Case("blocks", q_len, 1500, 3, 8, 2, 128)
-    whole, paged = in_blocks(case, None, (1500, 700, 0), size, heads_in_rows=foreign, device=DEVICE)
+    whole, paged = in_blocks(case, None, (1500, 700, 0), size, heads_in_rows=heads_in_rows, device=DEVICE)
     results = forward(paged)
     check_close(whole, results)
     for _ in range(5):
