@@ -3,6 +3,10 @@ For backends: `serialize` (primitives, pytrees), `program` (postfix, for C++), `
 torch's own: `flex` takes a CausalBias or BlockMask; `mask_mod` reads its function by the rules of `mask_mod_rules`.
 """
 
+from dataclasses import InitVar  # noqa: F401
+
+from torch import Tensor  # noqa: F401
+
 from fastattn.masks.base import And, Mask, Or, visible_pairs
 from fastattn.masks.kinds import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 from fastattn.stable_names import export
@@ -12,4 +16,5 @@ __all__ = [
     "visible_pairs",
 ]  # fmt: skip
 
+# InitVar, Tensor: typing.get_type_hints looks for the names of a class's annotations in its __module__.
 export(globals())

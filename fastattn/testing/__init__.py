@@ -1,5 +1,10 @@
 """What holds a backend against the definition: cases, inputs, tolerance, memory filled with NaN."""
 
+import torch  # noqa: F401
+from torch import Tensor  # noqa: F401
+
+from fastattn.masks import Mask  # noqa: F401
+from fastattn.spec import AttnInputs  # noqa: F401
 from fastattn.stable_names import export
 from fastattn.testing.cases import (  # noqa: F401 (the rest is what tests share)
     CASES,
@@ -7,6 +12,7 @@ from fastattn.testing.cases import (  # noqa: F401 (the rest is what tests share
     LARGE_CASES,
     LAYOUTS,
     Case,
+    MaskMaker,
     Problem,
     both,
     is_,
@@ -26,4 +32,6 @@ __all__ = [
     "poison", "run",
 ]  # fmt: skip
 
+# torch, Tensor, Mask, AttnInputs, MaskMaker: typing.get_type_hints looks in a class's __module__ for what its
+# annotations name.
 export(globals())

@@ -21,12 +21,6 @@ from fastattn.dropout import check_dropout
 from fastattn.functional import attention
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Mask, Packed, Prefix, Segments, Window
 from fastattn.spec import AttnInputs, AttnSpec
-from fastattn.testing.tolerance import Agreement, agreement, check_close
-
-__all__ = [
-    "Agreement", "CASES", "Case", "LARGE_CASES", "Problem", "agreement", "check_close", "lengths", "make_inputs",
-    "poison", "run",
-]  # fmt: skip
 
 HALF = torch.bfloat16
 MaskMaker = Callable[["Case", torch.device], Mask | None]

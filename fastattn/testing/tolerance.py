@@ -19,7 +19,6 @@ differentiating the definition: each checks the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,10 +26,8 @@ from torch import Tensor
 from fastattn import reference
 from fastattn.dropout import dropout_mask
 from fastattn.spec import AttnSpec
+from fastattn.testing.cases import Problem
 from fastattn.testing.tolerance_elements import EPS, Pairs, bounds
-
-if TYPE_CHECKING:
-    from fastattn.testing.cases import Problem
 
 LIMITS = {True: (1.25, 2.0), False: (1.5, 3.0)}  # half dtypes or not: RMS, worst element
 LSE_HALF = 1e-4
