@@ -2,7 +2,6 @@
 silence.
 """
 
-import importlib
 import inspect
 import typing
 
@@ -252,7 +251,7 @@ FACES = [attention, attention_weights, varlen_attention, sdpa.scaled_dot_product
 @pytest.mark.parametrize("face", FACES, ids=lambda face: face.__qualname__)
 def test_no_tensor_is_left_out(face):
     """A new tensor argument needs a row above."""
-    hints = typing.get_type_hints(face, {**vars(importlib.import_module(face.__module__)), "Tensor": Tensor})
+    hints = typing.get_type_hints(face, {**face.__globals__, "Tensor": Tensor})
     takes = {name for name in inspect.signature(face).parameters if "Tensor" in str(hints.get(name, ""))} - {"return"}
     given = {name for known, _, make in GIVEN.values() if known is face for name in make()}
     if face is attention_weights:
