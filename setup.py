@@ -1,10 +1,10 @@
-"""Maps the top-level rooms to package names: kernels/ is fastattn.kernels, bench/ fastattn.bench, csrc/ fastattn.csrc.
+"""Maps top-level folders to package names: kernels/ is fastattn.kernels, bench/ fastattn.bench, csrc/ fastattn.csrc.
 
 Bare `kernels` and `bench` belong to other projects on PyPI, so none is ever installed under its folder's name.
 A wheel holds the C++ sources and is the same everywhere; with FASTATTN_BUILD=force in the environment it also holds the
 libraries that they make, for this platform: FASTATTN_BUILD=force pip wheel --no-build-isolation --no-deps .
-The CPU room's is built for it; the CUDA room's, which takes minutes, is taken along where `fastattn build --cuda` has
-been run.
+The CPU backend's is built for it; the CUDA backend's, which takes minutes, is taken along where `fastattn build --cuda`
+has been run.
 Everything else is in pyproject.toml.
 """
 
@@ -27,16 +27,16 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
-ROOMS = {"fastattn": "fastattn", "fastattn.kernels": "kernels", "fastattn.bench": "bench"}
+PACKAGES = {"fastattn": "fastattn", "fastattn.kernels": "kernels", "fastattn.bench": "bench"}
 SOURCES = "fastattn.csrc", "csrc"
 WITH_LIBRARY = os.environ.get("FASTATTN_BUILD") == "force"
 
 
-def room_packages() -> list[str]:
-    """Each room and its sub-packages, under their installed names."""
+def python_packages() -> list[str]:
+    """Each package and its sub-packages, under their installed names."""
     return [
-        *ROOMS,
-        *(f"{room}.{sub}" for room, folder in ROOMS.items() for sub in find_packages(str(HERE / folder))),
+        *PACKAGES,
+        *(f"{package}.{sub}" for package, folder in PACKAGES.items() for sub in find_packages(str(HERE / folder))),
     ]
 
 
@@ -90,8 +90,8 @@ class TaggedWheel(bdist_wheel):
 
 
 setup(
-    package_dir=ROOMS | dict([SOURCES]),
-    packages=room_packages() + source_packages(),
+    package_dir=PACKAGES | dict([SOURCES]),
+    packages=python_packages() + source_packages(),
     distclass=PlatformDistribution,
     cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": TaggedWheel},
 )

@@ -42,7 +42,7 @@ NO_TORCH_HINT = (
     "check the network, or name a Python that already has torch 2.11 or newer: make PYTHON=/path/to/python; "
     "another build of torch: make TORCH=torch==<version>"
 )
-NO_TRITON_HINT = "everything but the Triton room works without it; to try once more: make clean setup"
+NO_TRITON_HINT = "everything but the Triton backend works without it; to try once more: make clean setup"
 OFFLINE_HINT = f"it is built with {BUILD_WITH} of this Python"
 NETWORK_HINT = "check the network and run make again: what is already installed stays"
 

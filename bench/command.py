@@ -14,11 +14,11 @@ import torch
 from fastattn.bench.cases.operations import OPS
 from fastattn.bench.cases.presets import PRESETS
 from fastattn.bench.cases.suites import SUITES
-from fastattn.bench.measure import env, estimate, peers
-from fastattn.bench.measure.brgemm import brgemm_tflops
+from fastattn.bench.measure import env, estimate
 from fastattn.bench.measure.clock import clock_for
 from fastattn.bench.measure.progress import progress_on
-from fastattn.bench.measure.providers import known_providers
+from fastattn.bench.measure.providers import peers
+from fastattn.bench.measure.providers.table import known_providers
 from fastattn.bench.measure.roofline import ceilings
 from fastattn.bench.measure.run import budget_for, pick_device, plan, run, too_large
 from fastattn.bench.models import minilm
@@ -88,8 +88,6 @@ def _measure(
     settings = _settings(rows, options, device)
     if rows and "ceilings" not in environment:
         environment["ceilings"] = ceilings(list(dict.fromkeys(row.case.dtype for row in rows)), device)
-        if any(SUITES[name].tiles for name in options.presets if name in SUITES):
-            environment["ceilings"]["tile_tflops"] = brgemm_tflops()
     result, stopped = None, False
     with progress_on(console, len(rows) + options.wants_model) as progress:
         try:

@@ -26,7 +26,7 @@ examples:
   fastattn bench llama3-8b-prefill vit-b             attention of known models
   fastattn bench --op truncated -N 1k:8k:*2 --window 256 --mode fwd
   fastattn bench --op all --providers fastattn,sdpa,sdpa-math --dtype bf16,fp32 --md report.md
-  fastattn bench cpu-table --save table --budget 600 the CPU room's speed table; --resume goes on
+  fastattn bench cpu-table --save table --budget 600 the CPU backend's speed table; --resume goes on
   fastattn bench --model minilm                      the real model alone
 """
 

@@ -8,7 +8,7 @@ if _find_spec("fastattn.kernels") is None:
         "run `make setup` or `pip install --no-build-isolation -e .` there, or leave this folder"
     )
 
-from fastattn import masks, nn
+from fastattn import masks, nn, stable_names
 from fastattn.cache import KVCache
 from fastattn.dispatch import BackendUnavailable, Verdict
 from fastattn.functional import attention, attention_weights, dropout_mask, explain
@@ -16,6 +16,8 @@ from fastattn.integrations.torch import patch, replace_attention
 from fastattn.torch_api.mha import multi_head_attention_forward
 from fastattn.torch_api.sdpa import scaled_dot_product_attention
 from fastattn.varlen import varlen_attention
+
+stable_names.install()
 
 __version__ = "0.1.0"
 __all__ = [

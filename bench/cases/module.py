@@ -1,7 +1,7 @@
 """nn.MultiheadAttention as people call it: one input for query, key and value, projections inside, weights asked for.
 
-A problem of its own beside `Problem`: the same sizes, but weights of a module and an input [batch, length, embed_dim]
-with embed_dim = num_heads * head_dim.
+`ModuleWorkload` beside `Workload`: the same sizes, but weights of a module and an input [batch, length, embed_dim] with
+embed_dim = num_heads * head_dim.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from torch import Tensor, nn
 
 from fastattn import testing
 from fastattn.bench.cases.operations import OPS, BenchCase
-from fastattn.bench.cases.workload import Made, Problem, Verdict
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.cases.workload import Made, Verdict, Workload
 from fastattn.testing.tolerance import Terms, agreement
 
 
-def problem_of(case: BenchCase, device: torch.device) -> Problem:
+def workload_of(case: BenchCase, device: torch.device) -> Workload:
     """The case made real, in the form that its operation has."""
-    return ModuleProblem(case, device) if OPS[case.op].form == "module" else Problem(case, device)
+    return ModuleWorkload(case, device) if OPS[case.op].form == "module" else Workload(case, device)
 
 
-class ModuleProblem(Problem):
+class ModuleWorkload(Workload):
     """A module's weights and an input. Held against torch's own module in float64; torch's in the input's dtype is the
-    twin.
+    low-precision baseline.
     """
 
     def __init__(self, case: BenchCase, device: torch.device):
@@ -40,7 +39,7 @@ class ModuleProblem(Problem):
         self.tokens = self.d_out.transpose(1, 2).flatten(2).contiguous()
 
     def filled(self, kind: Callable[..., nn.Module], **more: object) -> nn.Module:
-        """A module of `kind` in evaluation, with this problem's weights once there are some."""
+        """A module of `kind` in evaluation, with this workload's weights once there are some."""
         case = self.case
         module = kind(
             self.embed_dim,
@@ -84,30 +83,6 @@ class ModuleProblem(Problem):
         known = tuple(dict(zip(names, each, strict=True)) for each in (golden, near))
         rows = agreement(self.made, results, (known[0], (known[1], terms)))
         return Verdict(rows, case.batch * case.num_heads, case.batch * case.num_heads)
-
-
-class TorchModule(Provider):
-    """torch.nn.MultiheadAttention with torch's own defaults: in evaluation it takes torch's fast path."""
-
-    name = "mha"
-    forms = ("module",)
-
-    def why_not(self, problem: Problem, mode: str) -> str | None:
-        return super().why_not(problem, mode) or forward_alone(problem, mode)
-
-    def make(self, problem: Problem, mode: str) -> Made:
-        return made_of(problem, nn.MultiheadAttention, "torch.nn.MultiheadAttention")
-
-
-def made_of(problem: Problem, kind: Callable[..., nn.Module], label: str, **more: object) -> Made:
-    if not isinstance(problem, ModuleProblem):
-        raise ValueError(f"{label} needs a case in the form of a module, got {problem.case.name}")
-    return Made(problem.filled(kind, **more), label)
-
-
-def forward_alone(problem: Problem, mode: str) -> str | None:
-    """Why a mode of a module in evaluation is not timed."""
-    return "evaluation has no backward" if problem.op.form == "module" and mode != "fwd" else None
 
 
 def _evaluated(made: Made, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The problems that the benchmark times: one row an operation, sizes as lists.
+"""What the benchmark times: one row an operation, sizes as lists.
 
 Shapes and masks are here and nowhere in bench/; floating-point operations and bytes come from `AttnSpec`.
 Sizes stand for real layers: the CPU's for one layer of a small encoder, the GPU's for one layer of a large decoder.
@@ -23,7 +23,7 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class BenchCase:
-    """One attention problem: `op` names its mask, sizes are in tokens, heads and numbers a head."""
+    """One attention call to time: `op` names its mask, sizes are in tokens, heads and numbers a head."""
 
     op: str
     dtype: str
@@ -55,7 +55,7 @@ class BenchCase:
         return f"{self.op}/{self.dtype}/{self.sizes}"
 
     def row(self) -> Case:
-        """The same problem as a row of `fastattn.testing`, which makes its tensors and holds results to float64."""
+        """The same call as a row of `fastattn.testing`, which makes its tensors and holds results to float64."""
         import torch
 
         from fastattn.testing import Case

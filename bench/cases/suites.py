@@ -1,6 +1,6 @@
 """Lists of cells, the most telling first: a budget that ends early has answered the first questions.
 
-What `make gpu` times on each device, and the table by which the CPU room is judged (`fastattn bench cpu-table`).
+What `make gpu` times on each device, and the table by which the CPU backend is judged (`fastattn bench cpu-table`).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ UNFUSED = ("dropout", "biased", "wide-values", "unbatched", "head-masks")
 
 
 def cpu_table() -> list[Cell]:
-    """The CPU room's speed table: eight heads, one sequence, unless the row says otherwise."""
+    """The CPU backend's speed table: eight heads, one sequence, unless the row says otherwise."""
     return list(dict.fromkeys(_cpu_table()))
 
 
@@ -162,12 +162,8 @@ class Suite:
     device: str
     cells: Callable[[], list[Cell]]
     providers: tuple[str, ...]
-    tiles: bool = False
-    """Whether torch's own tile product is measured beside it."""
 
 
 SUITES = {
-    "cpu-table": Suite(
-        "the CPU room's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"], tiles=True
-    ),
+    "cpu-table": Suite("the CPU backend's speed table; long, so give it a --budget", "cpu", cpu_table, PEERS["cpu"]),
 }

@@ -22,7 +22,7 @@ Forward = Callable[..., Tensor]
 """query, key, value and, where the operation has one, bias -> out; the first three in the layout of the `Made`."""
 
 SLICE_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""(query, key) pairs of a float64 table that one check makes at a time; larger problems are checked head by head."""
+"""(query, key) pairs of a float64 table that one check makes at a time; larger workloads are checked head by head."""
 
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "bhld": (lambda tensor: tensor, lambda tensor: tensor),
@@ -41,11 +41,11 @@ class NoBackward(RuntimeError):
 
 @dataclass
 class Made:
-    """A provider ready for one problem."""
+    """A provider ready for one workload."""
 
     forward: Forward
     label: str
-    """What really runs, for the table: a room or a kernel of PyTorch's."""
+    """What really runs, for the table: a backend or a kernel of PyTorch's."""
     compile_s: float | None = None
     prepared_bytes: int = 0
     """Memory of the mask in the form this provider needs."""
@@ -60,7 +60,7 @@ class Made:
 
 Pick = Callable[[str, Tensor], Tensor]
 Part = tuple[testing.Problem, Truth, Pick]
-"""Part of a problem, its truth, and how to cut the same part out of a result by its name."""
+"""Part of a workload, its truth, and how to cut the same part out of a result by its name."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Verdict:
         return max(self.agreements, key=_badness)
 
 
-class Problem:
+class Workload:
     """A case on a device. `leaves` (query, key, value, and bias where the operation has one) take gradients; `d_out` is
     the gradient that arrives from above.
     """
@@ -173,7 +173,7 @@ class Problem:
         return self._by_layout[layout]
 
     def check(self, results: dict[str, Tensor]) -> Verdict:
-        """Hold results against float64 by the library's yardstick."""
+        """Hold results against float64 by the library's tolerance."""
         worst: dict[str, Agreement] = {}
         for part, known, pick in self._truths(forward_alone=set(results) == {"out"}):
             for row in agreement(part, {name: pick(name, tensor) for name, tensor in results.items()}, known):
@@ -182,7 +182,7 @@ class Problem:
         return Verdict(list(worst.values()), self.case.batch * self.case.num_heads, checked)
 
     def _truths(self, forward_alone: bool) -> list[Part]:
-        """Parts of the problem that are checked; where one head is too large, the forward by some of its queries."""
+        """Parts of the workload that are checked; where one head is too large, the forward by some of its queries."""
         plan = slices(self.case, self.device.type, forward_alone)
         by_query = plan is not None and plan.queries < self.case.q_len
         if by_query not in self._known:
@@ -241,7 +241,7 @@ class Slices(NamedTuple):
 
 
 def slices(case: BenchCase, kind: str, forward_alone: bool) -> Slices | None:
-    """How a large problem is checked in parts on a device of that kind; None: whole, as are those with random bits."""
+    """How a large workload is checked in parts on a device of that kind; None: whole, as are those with random bits."""
     pairs = case.batch * case.num_heads * case.q_len * case.kv_len
     at_once = SLICE_PAIRS.get(kind, SLICE_PAIRS["cpu"])
     if pairs <= at_once or OPS[case.op].dropout_p:

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from fastattn.bench.gpu import watchdog
 
-ROOM_TO_SAY = 12
+LAST_LINES = 12
 """Last lines that an ending keeps."""
 
-ROOM_FOR_STACKS = 400
+STACK_LINES = 400
 """Last lines in which the stacks of a process that hung are looked for."""
 
 
@@ -112,7 +112,7 @@ class Child:
                     why = ""
                     return
                 heard = self.now()
-                tail = [*tail, line][-ROOM_FOR_STACKS:]
+                tail = [*tail, line][-STACK_LINES:]
                 yield line
         finally:
             if why:
@@ -120,7 +120,7 @@ class Child:
             code = process.wait()
             stack = () if why else watchdog.stack(tail) or ()
             words = why or ("hung" if stack else "" if code == 0 else _how(code))
-            self.ending = Ending(None if why else code, words, tuple(tail[-ROOM_TO_SAY:]), stack)
+            self.ending = Ending(None if why else code, words, tuple(tail[-LAST_LINES:]), stack)
 
 
 def _pump(process: subprocess.Popen[str], said: queue.Queue[str | None]) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 from fastattn.bench.gpu import resume as earlier
 from fastattn.bench.gpu import watchdog
 from fastattn.bench.gpu.child import Child
+from fastattn.bench.gpu.run_tests import NOTHING_TO_RUN
 from fastattn.bench.gpu.steps import DOES, STEPS
-from fastattn.bench.gpu.tests import NOTHING_TO_RUN
 from fastattn.bench.measure import env
 from fastattn.bench.measure.run import pick_device
 from fastattn.bench.options import Parser

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.gpu import cells as gpu_cells
-from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.child import Child, Ending
 from fastattn.bench.gpu.children import Outcome, Queue, ended, objects
+from fastattn.bench.report.rows import BACKEND_KEY
 from fastattn.building import nvcc
 from fastattn.building.compiler import BuildError
 from fastattn.testing import CASES
@@ -35,7 +36,7 @@ SILENCE = 30.0
 SMOKE_SILENCE = 25.0
 """The same for a smallest call, once torch is imported: it is named before LONGEST_SMOKE ends it without a stack."""
 
-ROOM_FOR_MEMCHECK = 40
+MEMCHECK_LINES = 40
 """Lines of compute-sanitizer that are kept."""
 
 
@@ -123,7 +124,7 @@ def _memcheck(run: Run, seconds: float) -> list[str]:
     launch_by_launch = {"CUDA_LAUNCH_BLOCKING": "1"}
     child = run.child(["fastattn.bench.gpu.smoke", "cuda", "cuda"], seconds, float("inf"), launch_by_launch, under)
     lines = list(run.listen(child))
-    return [*lines[:ROOM_FOR_MEMCHECK], *filter(None, [ended(child).words])]
+    return [*lines[:MEMCHECK_LINES], *filter(None, [ended(child).words])]
 
 
 def backends(run: Run) -> list[str]:
@@ -140,23 +141,25 @@ def check(run: Run, seconds: float) -> Outcome:
 
     def verdict(backend: str, case: str) -> bool | None:
         """None for a case that has not run; a refusal is as good as a result."""
-        of_case = [row for row in rows if (row["room"], row["case"]) == (backend, case)]
+        of_case = [row for row in rows if (row[BACKEND_KEY], row["case"]) == (backend, case)]
         return None if not of_case else of_case[0]["ok"] is not False
 
     def put(row: dict[str, Any]) -> None:
-        if verdict(row["room"], row["case"]) is False:
-            before = next(each for each in rows if (each["room"], each["case"]) == (row["room"], row["case"]))
-            run.once_more("check", f"{row['room']}, {row['case']}", before["words"])
-        rows[:] = [each for each in rows if (each["room"], each["case"]) != (row["room"], row["case"])] + [row]
+        if verdict(row[BACKEND_KEY], row["case"]) is False:
+            before = next(each for each in rows if (each[BACKEND_KEY], each["case"]) == (row[BACKEND_KEY], row["case"]))
+            run.once_more("check", f"{row[BACKEND_KEY]}, {row['case']}", before["words"])
+        rows[:] = [each for each in rows if (each[BACKEND_KEY], each["case"]) != (row[BACKEND_KEY], row["case"])] + [
+            row
+        ]
 
     def one(backend: str) -> None:
         def command(cases: list[str], seconds: float) -> Child:
             only = f"^({'|'.join(map(re.escape, cases))})$"
-            flags = ["--device", run.settings.device, "--rooms", backend, "--only", only, "--lines"]
+            flags = ["--device", run.settings.device, "--backends", backend, "--only", only, "--lines"]
             return run.child(["fastattn.cli", "check", *flags], seconds, SILENCE)
 
         def lost(case: str, ending: Ending) -> None:
-            row = {"room": backend, "case": case, "ok": False, "words": ending.sentence}
+            row = {BACKEND_KEY: backend, "case": case, "ok": False, "words": ending.sentence}
             put(row | {"stack": list(ending.stack), "tail": list(ending.tail)})
 
         names = [name for name in CASES if run.wanted(verdict(backend, name))]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.measure.env import headline, say_busy
 from fastattn.bench.measure.ratios import Samples, Speedup, speedup
-from fastattn.bench.report.rows import Row, rate_unit, say_rate, say_speedup, say_time
+from fastattn.bench.report.rows import BACKEND_KEY, Row, rate_unit, say_rate, say_speedup, say_time
 from fastattn.bench.report.terminal import say_case
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def failures(record: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "backends": [f"{backend}'s smallest call: {_first(each['words'])}" for backend, each in smoke.items()],
         "files": [f"{name}: {_last(each['words'])}" for name, each in files if each["outcome"] == "failed"],
-        "checks": [f"{row['room']}, {row['case']}: {_first(row['words'])}" for row in checks],
+        "checks": [f"{row[BACKEND_KEY]}, {row['case']}: {_first(row['words'])}" for row in checks],
         "results": list(dict.fromkeys(f"{row.name}: {row.reason}" for row in rows)),
         "crashes": [f"{name}: {_first(each['words'])}" for name, each in crashed],
         "tests": [

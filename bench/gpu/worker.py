@@ -16,9 +16,9 @@ import torch
 
 from fastattn.bench.cases.suites import Cell, suite
 from fastattn.bench.gpu.watchdog import BROKEN_DEVICE, Watch, broken_device
-from fastattn.bench.measure import peers
 from fastattn.bench.measure.clock import Budget, clock_for
 from fastattn.bench.measure.progress import Progress
+from fastattn.bench.measure.providers import peers
 from fastattn.bench.measure.run import CaseRunner, cell_rows
 from fastattn.bench.report.rows import Row
 

@@ -8,10 +8,10 @@ import warnings
 
 import torch
 
-from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import BenchCase
-from fastattn.bench.cases.workload import Problem, tiny
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.cases.workload import Workload, tiny
+from fastattn.bench.measure.providers.base import Provider
 
 ROUNDS = 7
 CALLS = 50
@@ -25,18 +25,18 @@ def overhead_us(who: Provider, case: BenchCase, mode: str, device: torch.device)
     """
     if who.compiles:
         return None
-    problem = problem_of(tiny(case), device)
+    workload = workload_of(tiny(case), device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tiny case, which is not the row's
         try:
-            return None if who.why_not(problem, mode) is not None else _time(who, problem, mode)
+            return None if who.why_not(workload, mode) is not None else _time(who, workload, mode)
         except Exception:
             return None
 
 
-def _time(who: Provider, problem: Problem, mode: str) -> float:
-    device = problem.device
-    call = problem.call(mode, who.make(problem, mode))
+def _time(who: Provider, workload: Workload, mode: str) -> float:
+    device = workload.device
+    call = workload.call(mode, who.make(workload, mode))
     times = []
     for _ in range(ROUNDS + 1):
         _wait(device)

@@ -1,11 +1,14 @@
-"""A progress line: a bar on a terminal, plain lines to stderr elsewhere."""
+"""Progress of a run: rich's bar on a terminal, plain lines to stderr elsewhere, for which rich has no mode."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich import progress
     from rich.console import Console
 
 
@@ -14,16 +17,10 @@ MANY = 100
 
 
 class Progress:
-    """`step` begins the next of `total` pieces, `say` changes the words. A context manager. This base shows nothing."""
+    """`step` begins the next of `total` pieces, `say` changes the words. This base shows nothing."""
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        pass
 
     def step(self, words: str) -> None:
         self.done += 1
@@ -43,29 +40,11 @@ class Lines(Progress):
 
 
 class Bar(Progress):
-    """rich's bar at the bottom of the terminal, tables scroll above it."""
+    """A task of rich's."""
 
-    def __init__(self, total: int, console: Console):
+    def __init__(self, total: int, bar: progress.Progress):
         super().__init__(total)
-        from rich import progress
-
-        self.bar = progress.Progress(
-            progress.SpinnerColumn(),
-            progress.TextColumn("{task.description:<34.34}"),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self.task: Any = self.bar.add_task("setting up", total=total)
-
-    def __enter__(self) -> Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        self.bar.stop()
+        self.bar, self.task = bar, bar.add_task("setting up", total=total)
 
     def step(self, words: str) -> None:
         super().step(words)
@@ -75,5 +54,20 @@ class Bar(Progress):
         self.bar.update(self.task, description=words)
 
 
-def progress_on(console: Console, total: int) -> Progress:
-    return Bar(total, console) if console.is_terminal else Lines(total)
+@contextmanager
+def progress_on(console: Console, total: int) -> Iterator[Progress]:
+    """On a terminal a bar at its bottom, above which tables scroll and which is gone at the end."""
+    if not console.is_terminal:
+        yield Lines(total)
+        return
+    from rich import progress
+
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description:<34.34}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        yield Bar(total, bar)

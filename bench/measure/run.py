@@ -10,24 +10,24 @@ from itertools import groupby
 import torch
 
 from fastattn.bench import options as flags
-from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import DEFAULT_OPS, OPS, BenchCase, bench_cases, known
 from fastattn.bench.cases.presets import PRESETS, preset_cases
 from fastattn.bench.cases.suites import SUITES, Cell
-from fastattn.bench.cases.workload import Made, NoBackward, Problem
+from fastattn.bench.cases.workload import Made, NoBackward, Workload
 from fastattn.bench.measure import env, estimate, nvidia_smi, tiny_calls
 from fastattn.bench.measure.clock import SUSTAINED, Budget, Clock, Timing, clock_for, measure
 from fastattn.bench.measure.memory import peak_bytes
 from fastattn.bench.measure.overhead import overhead_us
 from fastattn.bench.measure.progress import Progress
 from fastattn.bench.measure.provider_warnings import Notices
-from fastattn.bench.measure.providers import known_providers, provider
+from fastattn.bench.measure.providers.table import known_providers, provider
 from fastattn.bench.measure.ratios import Samples, speedup
 from fastattn.bench.options import Options
 from fastattn.bench.report.rows import Row, say_bytes
 
 COARSE = 8.0
-"""Times what the yardstick allows: another library's result within it is timed, and said to be coarse. PyTorch's
+"""Times what the tolerance allows: another library's result within it is timed, and said to be coarse. PyTorch's
 backward on a CPU is: it adds its gradients up in the inputs' dtype."""
 LONGEST_SUSTAINED_MS = 100.0
 """Calls that take longer are left out of the measurement under sustained load: they would be most of it."""
@@ -139,7 +139,7 @@ def run(rows: list[Row], options: Options, device: torch.device, progress: Progr
 
 
 class CaseRunner:
-    """The rows of one case; the problem and its float64 truth are shared by the modes."""
+    """The rows of one case; the workload and its float64 truth are shared by the modes."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class CaseRunner:
     ):
         self.case, self.device, self.clock, self.budget, self.check = case, device, clock, budget, check
         self.progress = progress
-        self.problems: dict[BenchCase, Problem] = {}
+        self.workloads: dict[BenchCase, Workload] = {}
         if device.type == "cuda":
             nvidia_smi.sampler()  # its first line takes a while
             torch.cuda.empty_cache()  # what the last case left in pieces
@@ -220,19 +220,19 @@ class CaseRunner:
             row.reason = too_large(row, self.device)
             if row.reason is not None:
                 return None
-            problem = self._problem()
-            row.useful_flops = problem.flops(row.mode, useful=True)
-            row.dense_flops = problem.flops(row.mode, useful=False)
-            row.least_bytes = problem.bytes(row.mode)
-            row.reason = who.why_not(problem, row.mode)
+            workload = self._workload()
+            row.useful_flops = workload.flops(row.mode, useful=True)
+            row.dense_flops = workload.flops(row.mode, useful=False)
+            row.least_bytes = workload.bytes(row.mode)
+            row.reason = who.why_not(workload, row.mode)
             if row.reason is not None:
                 return None
-            made = who.make(problem, row.mode)
+            made = who.make(workload, row.mode)
             row.label, row.compile_s, row.mask_s = made.label, made.compile_s, made.mask_s
-            row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, problem)
-            if who.attends and self._checks(row.mode) and not self._right(row, problem, made):
+            row.first_call_s = (made.compile_s or 0.0) + self._first_call(row.mode, made, workload)
+            if who.attends and self._checks(row.mode) and not self._right(row, workload, made):
                 return None
-            call = problem.call(row.mode, made)
+            call = workload.call(row.mode, made)
             row.overhead_us = overhead_us(who, self.case, row.mode, self.device)
             peak, row.memory_method = peak_bytes(call, self.device)
             row.peak_bytes = None if peak is None else peak + made.prepared_bytes
@@ -246,22 +246,22 @@ class CaseRunner:
         free = estimate.free_bytes(self.device)
         return self.check and (free is None or estimate.check_bytes(self.case, mode, self.device) < free)
 
-    def _first_call(self, mode: str, made: Made, problem: Problem) -> float:
+    def _first_call(self, mode: str, made: Made, workload: Workload) -> float:
         """Seconds; what it allocates for good is not in the peak of later ones."""
         start = time.perf_counter()
-        problem.call(mode, made)()
+        workload.call(mode, made)()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
-    def _right(self, row: Row, problem: Problem, made: Made) -> bool:
+    def _right(self, row: Row, workload: Workload, made: Made) -> bool:
         if made.checked_as is not None:
             op, forward = made.checked_as
-            problem = self._problem(op)
+            workload = self._workload(op)
             made = dataclasses.replace(made, forward=forward)
-        results = problem.results(row.mode, made, poisoned=made.compile_s is None)
+        results = workload.results(row.mode, made, poisoned=made.compile_s is None)
         try:
-            verdict = problem.check(results)
+            verdict = workload.check(results)
         except Exception as failure:
             if not _out_of_memory(failure):
                 raise
@@ -276,12 +276,12 @@ class CaseRunner:
         row.reason = f"wrong: {verdict.worst}"
         return False
 
-    def _problem(self, op: str | None = None) -> Problem:
-        """The case's problem, or the same tensors under another operation."""
+    def _workload(self, op: str | None = None) -> Workload:
+        """The case's workload, or the same tensors under another operation."""
         case = dataclasses.replace(self.case, op=op or self.case.op)
-        if case not in self.problems:
-            self.problems[case] = problem_of(case, self.device)
-        return self.problems[case]
+        if case not in self.workloads:
+            self.workloads[case] = workload_of(case, self.device)
+        return self.workloads[case]
 
 
 def _compare(rows: list[Row]) -> None:

@@ -24,7 +24,7 @@ from fastattn.masks import Dense
 SEED = 11
 STEPS = 4
 """Tokens that are decoded one by one."""
-ROOM = 2
+SPARE_SLOTS = 2
 """Empty slots of a static cache."""
 FACTOR, SLACK = 2.0, 8.0
 """What is right: at most FACTOR times eager's own distance from float64, and SLACK roundings more."""
@@ -205,12 +205,12 @@ def _decode(net: Any, inputs: Inputs, *, static: bool) -> Tensor:
     length = TARGET if paired else LENGTH
     config = net.config.get_text_config(decoder=True)
 
-    def make(room: int) -> Any:
+    def make(slots: int) -> Any:
         if static:
-            return transformers.StaticCache(config=config, max_cache_len=room)
+            return transformers.StaticCache(config=config, max_cache_len=slots)
         return transformers.DynamicCache(config=config)
 
-    cache = make(length + ROOM)
+    cache = make(length + SPARE_SLOTS)
     fixed: dict[str, Any] = {}
     if paired:
         cache = transformers.EncoderDecoderCache(cache, make(LENGTH))

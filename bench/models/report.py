@@ -11,6 +11,7 @@ import torch
 from fastattn.bench.models.compare import FACTOR, SLACK, Compared
 from fastattn.bench.models.overhead import CALLS, ROUNDS, Overhead
 from fastattn.bench.models.zoo import ZOO, Model
+from fastattn.bench.report.rows import BACKEND_KEY
 
 PACKAGES = ("transformers", "diffusers")
 DTYPES = ("float32", "bfloat16")
@@ -69,7 +70,7 @@ def record(block: dict[str, Any], rows: list[Compared], overheads: list[Overhead
     return {
         "environment": block,
         "packages": {name: _version(name) for name in PACKAGES},
-        "room": f"{verdict.backend}, {verdict.kernel}",
+        BACKEND_KEY: f"{verdict.backend}, {verdict.kernel}",
         "rows": [{**asdict(row), "seen": _seen(row), "ok": row.ok} for row in rows],
         "overheads": [{**asdict(each), "more_us": each.more_us, "interval_us": each.interval_us} for each in overheads],
     }
@@ -85,7 +86,7 @@ def markdown(measured: dict[str, Any]) -> str:
     models = {model.name: model for model in ZOO.values()}
     packages = ", ".join(f"{name} {version}" for name, version in measured["packages"].items() if version)
     block = measured["environment"]
-    said = " · ".join([headline(block), packages, f"room: {measured['room']}", block["date"][:10]])
+    said = " · ".join([headline(block), packages, f"backend: {measured[BACKEND_KEY]}", block["date"][:10]])
     lines = [
         *HEAD.format(factor=FACTOR, slack=SLACK, said=said).splitlines(),
         "",

@@ -46,7 +46,7 @@ LEAST_LINE = 3
 FOOT = 0.17
 """Inches at a figure's foot, for the line about the machine."""
 
-ROOM = 1.5
+BEYOND_BARS = 1.5
 """Times the longest bar: as wide as a panel is, for what is written behind the bar."""
 
 
@@ -106,7 +106,7 @@ def draw(paths: list[Path], rows: list[Row], environment: dict[str, Any]) -> Non
                 last.tick_params(axis="x", labelbottom=True)
                 measured = timed if len(modes) == 1 else [row for shown in of_column for row in shown if row.timed]
                 rates = [row.tflops(row.quartiles_ms[0]) for row in measured]
-                last.set_xlim(0, max(rates, default=1.0) * scale * ROOM)
+                last.set_xlim(0, max(rates, default=1.0) * scale * BEYOND_BARS)
         dtypes = ", ".join(dict.fromkeys(row.case.dtype for row in rows))
         where = environment["gpu"] or f"{environment['cpu']}, {say_threads(environment)}"
         baseline = f"; speed-up against {rows[0].baseline}" if rows[0].baseline else ""

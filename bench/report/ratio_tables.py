@@ -33,16 +33,14 @@ def markdown(rows: list[Row]) -> list[str]:
 
 
 def ceilings(environment: dict[str, Any]) -> list[str]:
-    """What the machine can do, where that was measured: its products, one thread's tiles, its copies."""
+    """What the machine can do, where that was measured: its products, its copies."""
     measured = environment.get("ceilings")
     if not measured:
         return []
     unit, scale = rate_unit(environment["device"])
     rates = [f"{dtype} {three(scale * rate)}" for dtype, rate in measured["tflops"].items()]
-    tiles = [f"{dtype} {three(scale * rate)}" for dtype, rate in measured.get("tile_tflops", {}).items()]
     parts = [
         f"torch's matrix product, all threads: {', '.join(rates)} {unit}" if rates else "",
-        f"its tile product (`brgemm`), one thread: {', '.join(tiles)} {unit}" if tiles else "",
         f"copies: {three(measured['gb_per_s'])} GB/s",
     ]
     return ["", "Ceilings of the machine in the same run: " + "; ".join(filter(None, parts)) + "."]

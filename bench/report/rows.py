@@ -11,6 +11,9 @@ from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure.clock import quartiles
 from fastattn.bench.measure.ratios import Interval, Samples
 
+BACKEND_KEY = "room"
+"""The backend's key in the JSON of `fastattn check`, `fastattn models` and `make gpu`: kept files have it."""
+
 
 @dataclass
 class Row:
@@ -22,7 +25,7 @@ class Row:
     turns. `speedup_low`, `speedup_high`: the 95% interval of the speed-up. `sustained_...`: the same figures under
     lasting load, `sustained_calls` calls a sample; empty where that was not measured. `warnings`: what the provider
     warned of, each sentence once. `coarse`: another library's result beyond the
-    yardstick's bounds, yet so near that it is timed.
+    tolerance, yet so near that it is timed.
     Exactly one of `reason` (why there is no time) and `samples_ms` is filled once the row has run.
     """
 
@@ -74,7 +77,7 @@ class Row:
 
     @property
     def who(self) -> str:
-        """The provider, and for fastattn's free choice the room that it took."""
+        """The provider, and for fastattn's free choice the backend that it took."""
         return f"{self.provider} ({self.label})" if self.label and self.provider == "fastattn" else self.provider
 
     @property
@@ -88,7 +91,7 @@ class Row:
 
     @property
     def ours(self) -> bool:
-        """A row of fastattn's, by choice or by room."""
+        """A row of fastattn's, by choice or by backend."""
         return self.provider.startswith("fastattn")
 
     @property

@@ -79,15 +79,15 @@ def print_legend(console: Console, rows: list[Row]) -> None:
     )
     console.print(
         f"Time: median. {against}{sustained}{unit}: on visible pairs alone. Memory: a call's peak beyond its inputs, "
-        "mask tables included. Error: the worst against float64; ✓ within the bounds of fastattn's yardstick"
+        "mask tables included. Error: the worst against float64; ✓ within fastattn's tolerance"
         + (", ~ beyond them, but near." if any(row.coarse for row in rows) else "."),
         style="dim",
     )
     slow = [row for row in rows if row.provider == "fastattn" and row.label == "reference" and row.timed]
     if slow:
         console.print(
-            "fastattn ran its `reference` room, the plain definition in PyTorch: right everywhere, fast nowhere. "
-            "`fastattn info` says which rooms this machine can run.",
+            "fastattn ran its `reference` backend, the plain definition in PyTorch: right everywhere, fast nowhere. "
+            "`fastattn info` says which backends this machine can run.",
             style="yellow",
         )
     partly = [row for row in rows if row.heads_checked and row.heads_checked < row.case.batch * row.case.num_heads]

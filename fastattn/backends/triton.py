@@ -29,7 +29,7 @@ ROUNDS_LSE: str | None = (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
-MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32, and so does a veiled one
+MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32, and so does an opaque one
 SMALLEST_CAPABILITY = (8, 0)
 WIDE_FLOAT32 = (256, 163 * 1024)  # float32 gradients of wider heads need this much shared memory, in bytes
 

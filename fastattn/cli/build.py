@@ -14,7 +14,7 @@ OK, WRONG = 0, 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the sub-command."""
     parser.add_argument("--force", action="store_true", help="build it even if it is there")
-    parser.add_argument("--cuda", action="store_true", help="the CUDA room's library, with nvcc; default the CPU's")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA backend's library, with nvcc; default the CPU's")
 
 
 def run(namespace: argparse.Namespace, argv: list[str]) -> int:

@@ -80,9 +80,9 @@ def said_of(name, outcome="passed", words="", stack=()):
     }
 
 
-def check_lines(room, *ok):
+def check_lines(backend, *ok):
     """A row for each case; None where it is refused."""
-    rows = [{"room": room, "case": case, "ok": each, "words": None} for case, each in zip(CASES, ok, strict=True)]
+    rows = [{"room": backend, "case": case, "ok": each, "words": None} for case, each in zip(CASES, ok, strict=True)]
     return Script([line for row in rows for line in ({"begin": row["case"]}, {"done": row["case"], "row": row})])
 
 
@@ -94,8 +94,8 @@ GOOD = {
     "fastattn.cli info": Script(["machine"]),
     "fastattn.bench.gpu.smoke": SMOKE,
     "pytest": PYTEST,
-    "fastattn.cli check --device cpu --rooms cpu": check_lines("cpu", True, None),
-    "fastattn.cli check --device cpu --rooms reference": check_lines("reference", True, True),
+    "fastattn.cli check --device cpu --backends cpu": check_lines("cpu", True, None),
+    "fastattn.cli check --device cpu --backends reference": check_lines("reference", True, True),
 }
 
 

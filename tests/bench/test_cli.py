@@ -8,8 +8,9 @@ import torch
 
 import fastattn
 from fastattn.bench import options
-from fastattn.bench.measure import providers
-from fastattn.bench.measure.providers import Fastattn, Sdpa
+from fastattn.bench.measure.providers import flex
+from fastattn.bench.measure.providers.fastattn import Fastattn
+from fastattn.bench.measure.providers.sdpa import Sdpa
 from fastattn.bench.measure.run import plan
 from fastattn.cli import main
 from fastattn.dispatch import BACKENDS
@@ -115,7 +116,7 @@ def test_an_earlier_run_is_shown_again_from_its_json(bench, tmp_path, capsys):
 
 
 def test_a_provider_that_cannot_run_says_why_in_its_cell(bench, monkeypatch):
-    monkeypatch.setattr(providers, "cxx", lambda: None)
+    monkeypatch.setattr(flex, "cxx", lambda: None)
     code, text, report = bench("--op", "self", "--providers", "sdpa,flex,sdpa-cudnn", "--mode", "fwd")
     assert code == 0
     assert rows_of(report, provider="flex")[0]["reason"] == "no C++ compiler"
@@ -124,14 +125,14 @@ def test_a_provider_that_cannot_run_says_why_in_its_cell(bench, monkeypatch):
 
 
 def test_flex_has_no_backward_on_a_cpu(bench, monkeypatch):
-    monkeypatch.setattr(providers, "cxx", lambda: "/usr/bin/c++")
+    monkeypatch.setattr(flex, "cxx", lambda: "/usr/bin/c++")
     code, text, _ = bench("--op", "self", "--providers", "flex", "--mode", "bwd")
     assert code == 3
     assert "Nothing ran" in text.out and "no backward on CPU" in text.out
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
-def test_a_room_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
+def test_a_backend_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
     from fastattn import dispatch
 
     reasons = {"why_not": None, "needs_asking": None, "why_not_backward": "the moon is wrong"}
@@ -145,7 +146,7 @@ def test_a_room_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
 
 
 def test_out_of_memory_is_a_cell_not_a_crash(bench, monkeypatch):
-    def make(self, problem, mode):
+    def make(self, workload, mode):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
 
     monkeypatch.setattr(Sdpa, "make", make)
@@ -161,8 +162,8 @@ def test_out_of_memory_is_a_cell_not_a_crash(bench, monkeypatch):
 def test_a_wrong_provider_is_flagged_and_not_timed_and_only_ours_fails_the_run(bench, monkeypatch, mode, provider):
     right = provider.make
 
-    def make(self, problem, mode):
-        made = right(self, problem, mode)
+    def make(self, workload, mode):
+        made = right(self, workload, mode)
         honest = made.forward
         made.forward = lambda query, key, value: honest(query, key, value) + 0.01 * query
         return made
@@ -183,7 +184,7 @@ def test_no_check_times_without_the_reference(bench):
 
 
 def test_a_crash_of_fastattn_is_a_failure_of_others_a_cell(bench, monkeypatch):
-    def make(self, problem, mode):
+    def make(self, workload, mode):
         raise RuntimeError("boom\nand a long trace")
 
     with monkeypatch.context() as patched:
@@ -253,7 +254,7 @@ def test_many_lengths_are_drawn_as_lines(bench, tmp_path):
     assert "keys" in (tmp_path / "lines.svg").read_text()
 
 
-def test_info_names_the_machine_and_every_room(capsys, monkeypatch):
+def test_info_names_the_machine_and_every_backend(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["info"]) == 0
     text = capsys.readouterr().out
@@ -269,7 +270,7 @@ def test_version(capsys):
 def test_check_passes_the_reference_and_writes_every_figure(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     path = tmp_path / "check.json"
-    assert main(["check", "--rooms", "reference", "--only", "^(kv0|odd|window)$", "--json", str(path), "-v"]) == 0
+    assert main(["check", "--backends", "reference", "--only", "^(kv0|odd|window)$", "--json", str(path), "-v"]) == 0
     text = capsys.readouterr().out
     assert "3 of 3 right" in text and "odd" in text
     rows = json.loads(path.read_text())
@@ -277,7 +278,7 @@ def test_check_passes_the_reference_and_writes_every_figure(capsys, tmp_path, mo
     assert all(row["ok"] and row["share"] <= 1 for row in rows)
 
 
-def test_check_ends_with_1_where_a_room_is_wrong(capsys, monkeypatch):
+def test_check_ends_with_1_where_a_backend_is_wrong(capsys, monkeypatch):
     from fastattn import testing
 
     honest = testing.run
@@ -287,7 +288,7 @@ def test_check_ends_with_1_where_a_room_is_wrong(capsys, monkeypatch):
         return {**results, "dk": results["dk"] * 1.05}
 
     monkeypatch.setattr(testing, "run", wrong)
-    assert main(["check", "--rooms", "reference", "--only", "^full$"]) == 1
+    assert main(["check", "--backends", "reference", "--only", "^full$"]) == 1
     text = capsys.readouterr().out
     assert "0 of 1 right" in text and "dk: RMS error" in text
 
@@ -296,7 +297,7 @@ def test_check_runs_triton_in_a_child_with_the_interpreter(tmp_path, monkeypatch
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path = tmp_path / "check.json"
-    main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^(kv0|one-by-one)$", "--json", str(path)])
+    main(["check", "--backends", "triton", "--device", "cpu", "--only", "^(kv0|one-by-one)$", "--json", str(path)])
     rows = json.loads(path.read_text())
     assert [row["case"] for row in rows] == ["kv0", "one-by-one"]
     assert all(row["ok"] is not False for row in rows), rows
@@ -306,12 +307,22 @@ def test_a_child_that_dies_fails_its_cases(monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert main(["check", "--rooms", "triton", "--device", "cpu", "--only", "^odd$"]) == 1
+    assert main(["check", "--backends", "triton", "--device", "cpu", "--only", "^odd$"]) == 1
     assert "the child process ended with 1" in capsys.readouterr().out
 
 
+def test_check_still_takes_backends_by_their_former_option(capsys):
+    assert main(["check", "--rooms", "reference", "--only", "^full$"]) == 0
+    assert "1 of 1 right" in capsys.readouterr().out
+    assert main(["check", "--rooms", "basement"]) == 2
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    text = capsys.readouterr().out
+    assert "--backends LIST" in text and "--rooms" not in text
+
+
 @pytest.mark.parametrize(
-    "flags, sentence", [(["--rooms", "basement"], "no room 'basement'"), (["--only", "("], "regular")]
+    "flags, sentence", [(["--backends", "basement"], "no backend 'basement'"), (["--only", "("], "regular")]
 )
 def test_check_refuses_what_it_does_not_know(flags, sentence, capsys):
     try:

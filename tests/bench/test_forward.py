@@ -5,10 +5,11 @@ import torch
 
 import fastattn
 from fastattn import dispatch
-from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import bench_cases
-from fastattn.bench.cases.workload import Problem
-from fastattn.bench.measure.providers import Flex, provider
+from fastattn.bench.cases.workload import Workload
+from fastattn.bench.measure.providers.flex import Flex
+from fastattn.bench.measure.providers.table import provider
 
 NO_BACKWARD = "this backend's backward does not exist yet"
 
@@ -50,8 +51,8 @@ def test_the_free_choice_is_asked_and_labelled_mode_by_mode(forward_only, monkey
             monkeypatch.setattr(
                 dispatch.load(name), "why_not", lambda spec: None if spec.needs_grad else "training alone"
             )
-    problem = problem_of(small("self"), cpu)
-    labels = {mode: provider("fastattn").make(problem, mode).label for mode in ("fwd", "bwd", "fwd+bwd")}
+    workload = workload_of(small("self"), cpu)
+    labels = {mode: provider("fastattn").make(workload, mode).label for mode in ("fwd", "bwd", "fwd+bwd")}
     assert labels["fwd"] == "reference" and "reference" not in (labels["bwd"], labels["fwd+bwd"])
 
 
@@ -87,5 +88,5 @@ def test_flex_compiles_what_its_mode_needs(mode, wants, cpu, monkeypatch):
         return query * key * value
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: attend)
-    Flex().make(Problem(small("self"), cpu), mode)
+    Flex().make(Workload(small("self"), cpu), mode)
     assert calls == [(wants, wants)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fastattn.bench.cases.operations import OPS, bench_cases
-from fastattn.bench.cases.workload import Problem
+from fastattn.bench.cases.workload import Workload
 from fastattn.bench.measure.clock import Budget, CpuClock, Timing, measure, quartiles
 from fastattn.bench.measure.env import environment
 from fastattn.bench.measure.memory import peak_bytes
-from fastattn.bench.measure.providers import provider
+from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.models import minilm
 
 
@@ -99,10 +99,10 @@ IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") a
 @pytest.mark.parametrize("op", IN_PARTS)
 def test_large_cases_are_checked_head_by_head_with_the_same_verdict(op, cpu, monkeypatch):
     [case] = bench_cases("cpu", ops=[op], q_len=[24], num_heads=[8], head_dim=[8], batch=[2])
-    whole = Problem(case, cpu)
+    whole = Workload(case, cpu)
     results = whole.results("fwd+bwd", provider("sdpa-math").make(whole, "fwd+bwd"))
     monkeypatch.setattr("fastattn.bench.cases.workload.SLICE_PAIRS", {"cpu": 1})
-    by_head = Problem(case, cpu)
+    by_head = Workload(case, cpu)
     everything, parts = whole.check(results), by_head.check(results)
     assert everything.ok and parts.ok
     assert everything.heads_checked == parts.heads_checked == 16

@@ -8,7 +8,7 @@ from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import run
 from fastattn.bench.measure.clock import Budget, CpuClock, measure
 from fastattn.bench.measure.provider_warnings import LONGEST, Notices, sentence
-from fastattn.bench.measure.providers import Sdpa
+from fastattn.bench.measure.providers.sdpa import Sdpa
 from fastattn.bench.report.rows import Row, say_warnings
 
 
@@ -41,8 +41,8 @@ def warning(monkeypatch, message, when=lambda call, query: True, after=None, cat
     """Makes PyTorch's calls warn, and fail with `after` where there is one."""
     honest = Sdpa.make
 
-    def make(self, problem, mode):
-        made = honest(self, problem, mode)
+    def make(self, workload, mode):
+        made = honest(self, workload, mode)
         forward, calls = made.forward, iter(range(10**9))
 
         def warns(query, key, value):

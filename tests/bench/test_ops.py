@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from fastattn.bench.cases.module import problem_of
+from fastattn.bench.cases.module import workload_of
 from fastattn.bench.cases.operations import OPS, BenchCase, bench_cases
-from fastattn.bench.cases.workload import Problem, slices
-from fastattn.bench.measure.providers import Sdpa, known_providers, provider
+from fastattn.bench.cases.workload import Workload, slices
+from fastattn.bench.measure.providers.sdpa import Sdpa
+from fastattn.bench.measure.providers.table import known_providers, provider
 
 SMALL = {"q_len": [40], "num_heads": [4], "head_dim": [16]}
 IN_PARTS = [name for name, op in OPS.items() if op.form in ("4-D", "3-D mask") and not op.dropout_p]
@@ -34,28 +35,28 @@ def test_an_operation_is_right_in_each_of_its_modes(op, dtype, cpu, timed):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_wrong_result_of_an_operation_is_found(op, cpu):
-    problem = problem_of(small(op), cpu)
+    workload = workload_of(small(op), cpu)
     for mode in OPS[op].modes:
-        made = provider("fastattn").make(problem, mode)
-        for name in problem.results(mode, made):
-            results = problem.results(mode, made)
+        made = provider("fastattn").make(workload, mode)
+        for name in workload.results(mode, made):
+            results = workload.results(mode, made)
             results[name] = results[name].clone()
             results[name].view(-1)[-1] += 0.05
-            assert not problem.check(results).ok, name
+            assert not workload.check(results).ok, name
 
 
 @pytest.mark.parametrize("op", IN_PARTS)
 def test_where_a_head_is_too_large_some_of_its_queries_are_checked(op, cpu, monkeypatch):
     case = small(op, q_len=[64])
     monkeypatch.setattr("fastattn.bench.cases.workload.SLICE_PAIRS", {"cpu": 1024})
-    problem = Problem(case, cpu)
+    workload = Workload(case, cpu)
     plan = slices(case, "cpu", forward_alone=True)
     if case.q_len > 1:
         assert 1 <= plan.queries < case.q_len and slices(case, "cpu", forward_alone=False).queries == case.q_len
-    results = problem.results("fwd", provider("fastattn").make(problem, "fwd"))
-    assert problem.check(results).ok
+    results = workload.results("fwd", provider("fastattn").make(workload, "fwd"))
+    assert workload.check(results).ok
     results["out"][..., -1, :] += 0.1
-    assert not problem.check(results).ok
+    assert not workload.check(results).ok
 
 
 def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatch, timed):
@@ -64,19 +65,19 @@ def test_random_bits_are_checked_whole_and_pytorchs_without_them(cpu, monkeypatc
     assert slices(case, "cpu", True) is None
     ours, other = timed(case, "fwd", ["fastattn", "sdpa"])
     assert ours.correct and other.correct
-    problem = Problem(case, cpu)
-    made = provider("sdpa").make(problem, "fwd")
-    first, second = (problem.results("fwd", made)["out"] for _ in range(2))
+    workload = Workload(case, cpu)
+    made = provider("sdpa").make(workload, "fwd")
+    first, second = (workload.results("fwd", made)["out"] for _ in range(2))
     assert not torch.equal(first, second) and made.checked_as[0] == "self"
 
 
 def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cpu):
-    flat = problem_of(small("unbatched"), cpu)
+    flat = workload_of(small("unbatched"), cpu)
     query = flat._leaves(provider("sdpa").make(flat, "fwd").layout)[0][0]
     assert query.shape == (4, 40, 16)
-    two = problem_of(small("unbatched", batch=[2]), cpu)
+    two = workload_of(small("unbatched", batch=[2]), cpu)
     assert provider("sdpa").why_not(two, "fwd") == "3-D tensors have no batch, and 2 were asked for"
-    biased = problem_of(small("biased"), cpu)
+    biased = workload_of(small("biased"), cpu)
     assert biased.bias.shape == (1, 4, 40, 40) and biased.bias.requires_grad
     wide = small("wide-values")
     assert (wide.value_dim, wide.sizes) == (32, "B1-H4-N40-D16-V32")
@@ -95,7 +96,7 @@ def test_what_pytorchs_fused_kernel_does_not_take_is_called_as_people_call_it(cp
     ],
 )
 def test_who_cannot_do_an_operation_says_so(op, name, reason, cpu, monkeypatch, timed):
-    monkeypatch.setattr("fastattn.bench.measure.providers.cxx", lambda: "/usr/bin/c++")
+    monkeypatch.setattr("fastattn.bench.measure.providers.flex.cxx", lambda: "/usr/bin/c++")
     [row] = timed(small(op), "fwd", [name])
     assert row.reason == reason and not row.crashed
 
@@ -124,9 +125,9 @@ def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu, timed):
     case = small("decode", q_len=[1], kv_len=[256])
     [row] = timed(case, "fwd", ["read"])
     assert row.timed and row.correct is None
-    problem = Problem(case, cpu)
-    total = sum(each.detach().contiguous().view(torch.int64).sum() for each in problem.qkv[1:])
-    assert provider("read").make(problem, "fwd").forward(*problem.tensors("fwd")) == total
+    workload = Workload(case, cpu)
+    total = sum(each.detach().contiguous().view(torch.int64).sum() for each in workload.qkv[1:])
+    assert provider("read").make(workload, "fwd").forward(*workload.tensors("fwd")) == total
 
 
 @pytest.mark.parametrize("times, coarse", [(4.0, True), (20.0, False)])
@@ -134,14 +135,14 @@ def test_the_read_loop_reads_keys_and_values_and_is_not_checked(cpu, timed):
 def test_another_librarys_result_near_the_bounds_is_timed_and_called_coarse(
     name, times, coarse, cpu, monkeypatch, timed
 ):
-    honest = Problem.check
+    honest = Workload.check
 
     def check(self, results):
         verdict = honest(self, results)
         worse = [dataclasses.replace(row, max_error=times * row.max_bound) for row in verdict.agreements]
         return dataclasses.replace(verdict, agreements=worse)
 
-    monkeypatch.setattr(Problem, "check", check)
+    monkeypatch.setattr(Workload, "check", check)
     [row] = timed(small("self"), "fwd", [name])
     expected = coarse and name == "sdpa"
     assert row.correct is False and (row.coarse, row.timed, row.reason is None) == (expected,) * 3

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastattn.bench.cases.operations import bench_cases
-from fastattn.bench.cases.workload import Problem
-from fastattn.bench.measure import peers
-from fastattn.bench.measure.peers import PEERS
+from fastattn.bench.cases.workload import Workload
+from fastattn.bench.measure.providers import peers
+from fastattn.bench.measure.providers.peers import PEERS
 from fastattn.cli import main
 
 # Their masks, by their own conventions: bottom-right, both ends of a window included, -1 or None without an end.
@@ -95,17 +95,17 @@ def folder(tmp_path, monkeypatch):
     forget()
 
 
-def problem(op, cpu, dtype="bf16", **sizes):
+def workload(op, cpu, dtype="bf16", **sizes):
     [case] = bench_cases(
         "cpu", ops=[op], dtypes=[dtype], **{"q_len": [24], "num_heads": [4], "head_dim": [16], **sizes}
     )
-    return Problem(case, cpu)
+    return Workload(case, cpu)
 
 
 @pytest.mark.parametrize("op", ["self", "causal", "truncated", "cross", "gqa", "decode"])
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_gets_each_mask_by_its_own_convention(folder, cpu, name, op):
-    made_of = problem(op, cpu)
+    made_of = workload(op, cpu)
     mode = "fwd" if name == "xformers" and op == "gqa" else "fwd+bwd"
     assert PEERS[name].why_not(made_of, mode) is None
     made = PEERS[name].make(made_of, mode)
@@ -117,7 +117,7 @@ def test_a_peer_gets_each_mask_by_its_own_convention(folder, cpu, name, op):
 
 
 def test_tensors_are_laid_out_once_and_outside_the_call(folder, cpu, monkeypatch):
-    made_of = problem("causal", cpu)
+    made_of = workload("causal", cpu)
     call = made_of.call("fwd", PEERS["fa2"].make(made_of, "fwd"))
     call()
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda self: 1 / 0)
@@ -140,11 +140,11 @@ def test_what_a_peer_does_not_do_is_its_reason(folder, cpu, name, op, mode, more
     if "without" in more:
         (folder / more["without"]).unlink()
     sizes = {key: value for key, value in more.items() if key != "without"}
-    assert PEERS[name].why_not(problem(op, cpu, **sizes), mode) == reason
+    assert PEERS[name].why_not(workload(op, cpu, **sizes), mode) == reason
 
 
 def test_a_peer_that_is_not_there_or_lacks_a_part_says_so(folder, cpu):
-    made_of = problem("self", cpu)
+    made_of = workload("self", cpu)
     (folder / "xformers/ops.py").write_text("import a_part_of_it")
     (folder / "flash_attn_interface.py").write_text("raise OSError('libcudart.so.13: cannot open')")
     (folder / "fa3_fwd_interface.py").unlink()
@@ -161,7 +161,7 @@ def test_the_folder_comes_last_on_the_path(folder):
 
 
 def test_peers_need_a_gpu(cpu):
-    assert {peer.why_not(problem("self", cpu), "fwd") for peer in PEERS.values()} == {"needs CUDA"}
+    assert {peer.why_not(workload("self", cpu), "fwd") for peer in PEERS.values()} == {"needs CUDA"}
 
 
 def test_the_folder_is_an_option_and_must_exist(folder, bench, capsys, monkeypatch):

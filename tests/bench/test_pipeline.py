@@ -15,7 +15,7 @@ from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.cases.suites import Cell, suite
 from fastattn.bench.gpu import cells as gpu_cells
 from fastattn.bench.gpu import pipeline, resume, steps, summary
-from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.children import AFTER_THE_END
 from fastattn.bench.gpu.pipeline import LAST_WORDS, Run, Settings
 from fastattn.bench.gpu.summary import best_two, failures, print_summary
@@ -92,7 +92,9 @@ def test_a_backend_whose_smallest_call_fails_is_noted_first_and_left_out(go, cap
     run, _, machine = go({**whole, "fastattn.bench.gpu.smoke": [bad, SMOKE]})
     assert run.record["smoke"]["cpu"]["words"] == "hung: synchronize.py:1083 in synchronize"
     asked = [command for command, _ in machine.asked]
-    assert not any("--rooms cpu" in command for command in asked) and not any("pytest" in command for command in asked)
+    assert not any("--backends cpu" in command for command in asked) and not any(
+        "pytest" in command for command in asked
+    )
     tasks = [json.loads(command.split(" ", 1)[1]) for command in asked if "gpu.worker" in command]
     assert all("fastattn" not in task["providers"] for task in tasks)
     print_summary(Console(width=110, highlight=False, markup=False), run.record)
@@ -131,7 +133,7 @@ def test_a_check_that_hangs_costs_its_case_alone(go):
     hung = Script([{"begin": "causal"}], 1, words="hung", stack=("x.py:1 in f",))
     rest = check_lines("cpu", True, True)
     rest.lines = rest.lines[2:]
-    run, *_ = go({"fastattn.cli check --device cpu --rooms cpu": [hung, rest]}, steps=("check",))
+    run, *_ = go({"fastattn.cli check --device cpu --backends cpu": [hung, rest]}, steps=("check",))
     rows = {(row["room"], row["case"]): row for row in run.record["checks"]}
     assert rows["cpu", "causal"]["words"] == "hung: x.py:1 in f" and rows["cpu", "bias"]["ok"]
     assert len(rows) == 4 and run.record["steps"]["check"]["words"] == "3 right, 1 wrong, 0 refused"
@@ -164,8 +166,8 @@ def test_a_step_alone_may_take_it_all(go):
 
 
 def test_failures_come_first_and_ratios_last(go, capsys):
-    checks = {"fastattn.cli check --device cpu --rooms cpu": check_lines("cpu", True, False)}
-    checks["fastattn.cli check --device cpu --rooms cpu"].lines[-1]["row"]["words"] = "dq is off"
+    checks = {"fastattn.cli check --device cpu --backends cpu": check_lines("cpu", True, False)}
+    checks["fastattn.cli check --device cpu --backends cpu"].lines[-1]["row"]["words"] = "dq is off"
     wrong = worker("self")
     wrong.lines += [{"done": CELLS[1].name, "rows": [row_of(CELLS[1]) | {"correct": False}]}]
     run, *_ = go({"pytest": FAILING, **checks, **workers([wrong], [worker("cross", "gqa")])})

@@ -10,7 +10,8 @@ from fastattn.bench.cases.operations import OPS, BenchCase, bench_cases
 from fastattn.bench.cases.workload import tiny
 from fastattn.bench.measure import ratios
 from fastattn.bench.measure.overhead import overhead_us
-from fastattn.bench.measure.providers import Flex, provider
+from fastattn.bench.measure.providers.flex import Flex
+from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.measure.ratios import Samples
 from fastattn.bench.report.growth import growth
 from fastattn.bench.report.rows import Row
@@ -120,7 +121,7 @@ def test_the_tiny_case_takes_the_same_way(op, cpu):
 def test_who_compiles_for_each_size_or_fails_in_the_tiny_one_has_no_overhead(cpu, monkeypatch):
     assert overhead_us(Flex(), CASE, "fwd", cpu) is None
     sdpa = provider("sdpa")
-    monkeypatch.setattr(sdpa, "make", lambda problem, mode: 1 / 0)
+    monkeypatch.setattr(sdpa, "make", lambda workload, mode: 1 / 0)
     assert overhead_us(sdpa, CASE, "fwd", cpu) is None
 
 

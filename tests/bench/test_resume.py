@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("rich", reason="make gpu needs rich")
 
-from fastattn.bench.gpu import tests as gpu_tests
+from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.pipeline import Run
 
 SCRIPTED = runpy.run_path(str(Path(__file__).with_name("scripted.py")))

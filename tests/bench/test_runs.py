@@ -10,7 +10,8 @@ from fastattn.bench import options
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import estimate
 from fastattn.bench.measure.clock import CpuClock
-from fastattn.bench.measure.providers import Sdpa, provider
+from fastattn.bench.measure.providers.sdpa import Sdpa
+from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.measure.run import plan, too_large
 from fastattn.bench.options import parse
 from fastattn.bench.report import compare
@@ -155,10 +156,10 @@ def test_ctrl_c_writes_what_was_measured_and_resume_goes_on(bench, monkeypatch):
     flags = ("--op", "self,causal", "--providers", "sdpa", "--mode", "fwd")
     honest = Sdpa.make
 
-    def make(self, problem, mode):
-        if problem.case.op == "causal":
+    def make(self, workload, mode):
+        if workload.case.op == "causal":
             raise KeyboardInterrupt
-        return honest(self, problem, mode)
+        return honest(self, workload, mode)
 
     with monkeypatch.context() as patched:
         patched.setattr(Sdpa, "make", make)

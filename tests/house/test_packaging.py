@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {"fastattn": "fastattn", "kernels": "fastattn/kernels", "bench": "fastattn/bench", "csrc": "fastattn/csrc"}
+PACKAGES = {"fastattn": "fastattn", "kernels": "fastattn/kernels", "bench": "fastattn/bench", "csrc": "fastattn/csrc"}
 NOT_CODE = {".git", ".venv", "build", "dist", "out"}
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{0}(sys.argv[1]))"
 
@@ -105,7 +105,7 @@ def tried(python, cwd):
 
 
 def check(found, base):
-    """`base` is where the rooms must lie; None: anywhere in the environment."""
+    """`base` is where the packages must lie; None: anywhere in the environment."""
     assert found["bare"] == []
     assert found["typed"] and found["sentences"]
     assert set(found["extras"]) == {"triton", "test", "lint", "bench", "plot", "models", "vision", "all"}
@@ -114,10 +114,10 @@ def check(found, base):
     assert all(str(Path(file).resolve()).startswith(str(base.resolve())) for file in found["files"])
 
 
-def test_the_wheel_holds_every_file_of_the_rooms_and_no_other(wheel):
+def test_the_wheel_holds_every_file_of_the_packages_and_no_other(wheel):
     expected = {
         f"{package}/{path.relative_to(ROOT / folder)}"
-        for folder, package in ROOMS.items()
+        for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".h", ".cpp", ".cu")
         or path.name == "py.typed"
@@ -143,7 +143,7 @@ echo made > "$last"
 @pytest.mark.skipif(sys.platform == "win32", reason="compilers that are shell scripts")
 @pytest.mark.parametrize("built", [False, True], ids=["the CUDA library is not built", "the CUDA library is built"])
 def test_a_wheel_brings_the_libraries(checkout, tmp_path, built):
-    """The CPU room's is built for the wheel, the CUDA room's taken along."""
+    """The CPU backend's is built for the wheel, the CUDA backend's taken along."""
     nvcc = made_up(tmp_path / "cuda" / "bin" / "nvcc", "nvcc: release 13.0, V13.0.0")
     tools = {
         "CXX": str(made_up(tmp_path / "bin" / "c++", "made-up 1.0")),
@@ -161,9 +161,9 @@ def test_a_wheel_brings_the_libraries(checkout, tmp_path, built):
     name = name.split()[-1]
     assert name.startswith("fastattn-") and name.split("-")[-1] != "any.whl"
     inside = {Path(each).name for each in zipfile.ZipFile(tmp_path / name).namelist() if "fastattn/lib/" in each}
-    rooms = {"cpu", "cuda"} if built else {"cpu"}
+    backends = {"cpu", "cuda"} if built else {"cpu"}
     within = "from fastattn.building.{0}_library import LIBRARY; print(LIBRARY.shipped_name())"
-    names = {run([sys.executable, "-c", within.format(room)], checkout).strip() for room in rooms}
+    names = {run([sys.executable, "-c", within.format(backend)], checkout).strip() for backend in backends}
     assert inside == names | {str(Path(name).with_suffix(".json")) for name in names}
 
 
@@ -192,11 +192,11 @@ def test_an_editable_install_works_and_follows_edits(checkout, python, tmp_path)
     added.unlink()
 
 
-@pytest.mark.parametrize("room", ["kernels", "bench"])
-def test_a_room_says_so_when_it_is_imported_under_its_folders_name(checkout, room):
-    done = subprocess.run([sys.executable, "-c", f"import {room}"], cwd=checkout, capture_output=True, text=True)
+@pytest.mark.parametrize("package", ["kernels", "bench"])
+def test_a_package_says_so_when_it_is_imported_under_its_folders_name(checkout, package):
+    done = subprocess.run([sys.executable, "-c", f"import {package}"], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"is imported as fastattn.{room}, not as a top-level '{room}'" in done.stderr
+    assert f"is imported as fastattn.{package}, not as a top-level '{package}'" in done.stderr
 
 
 def test_a_checkout_that_is_not_installed_says_so(checkout, python, tmp_path):

@@ -1,4 +1,4 @@
-"""The Triton room against float64: forward and every gradient, on poisoned memory, the same bits twice."""
+"""The Triton backend against float64: forward and every gradient, on poisoned memory, the same bits twice."""
 
 import subprocess
 import sys
@@ -18,12 +18,14 @@ from fastattn.testing.nan_padding import FEATURES, PADDED, hidden_pair, with_jun
 from fastattn.testing.strategies import cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOM = dispatch.load("triton")
+ADAPTER = dispatch.load("triton")
 
 
-def test_the_room_is_there():
+def test_the_backend_is_there():
     """It refuses no row: if this fails, the rest of this file ran nothing."""
-    assert {name: ROOM.why_not(make_inputs(case, DEVICE).spec) for name, case in CASES.items()} == dict.fromkeys(CASES)
+    assert {name: ADAPTER.why_not(make_inputs(case, DEVICE).spec) for name, case in CASES.items()} == dict.fromkeys(
+        CASES
+    )
 
 
 TWICE = ("gqa", "table", "packed-causal", "segments-scattered", "bias", "everything")

@@ -15,8 +15,8 @@ def pytest_collection_finish(session):
     for plugin in session.config.pluginmanager.get_plugins():
         if hasattr(plugin, "ON_GPU"):
             of_wrappers(plugin)
-        if hasattr(plugin, "simulated") and hasattr(plugin, "Room"):
-            of_the_room(plugin)
+        if hasattr(plugin, "simulated") and hasattr(plugin, "take_cpu_tensors"):
+            of_the_backend(plugin)
     for item in session.items:
         item.module.DEVICE = "cpu"
 
@@ -33,8 +33,8 @@ def of_wrappers(conftest):
     conftest.compiled = lambda name: (simulator.build(conftest.KERNELS / f"{name}.cu"), "")
 
 
-def of_the_room(conftest):
-    """tests/cuda: the room takes tensors on the CPU, and its library is the simulator's. Triton's backward is its
+def of_the_backend(conftest):
+    """tests/cuda: the backend takes tensors on the CPU, and its library is the simulator's. Triton's backward is its
     interpreter's, which TRITON_INTERPRET=1 must have asked for.
     """
     conftest.take_cpu_tensors(setattr, conftest.simulated("plain").library)

@@ -9,5 +9,8 @@ from fastattn.integrations.transformers.attention import (
     replace,
     truncate,
 )
+from fastattn.stable_names import export
 
 __all__ = ["NAME", "TESTED", "attention_forward", "attention_mask", "register", "replace", "truncate"]
+
+export(globals())

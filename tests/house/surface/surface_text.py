@@ -58,9 +58,33 @@ def names(module):
     given = next(names for name, _, names in MODULES if name == module)
     loaded = importlib.import_module(module)
     lines = []
+    recorded = _recorded_homes(module)
     for name in sorted(loaded.__all__ if given is None else given):
-        lines += _described(name, getattr(loaded, name))
+        value = getattr(loaded, name)
+        described = _described(name, value)
+        now, home = getattr(value, "__module__", None), recorded.get(name)
+        if home and home != now and _still_there(home, value):
+            described[0] = described[0].replace(f" of {now}", f" of {home}")
+        lines += described
     return lines
+
+
+def _recorded_homes(module):
+    """The `__module__` that names.txt has for each function and class of a public module."""
+    path = Path(__file__).with_name("names.txt")
+    lines = parse(path.read_text(encoding="utf-8")).get(module, []) if path.exists() else []
+    found = (re.match(r"(\w+): (?:function|class) of ([\w.]+)", line) for line in lines)
+    return {each[1]: each[2] for each in found if each}
+
+
+def _still_there(home, value):
+    """Whether a module of that name still has this very object, which is what a pickle that recorded it asks for. The
+    module itself may have moved (fastattn/stable_names.py).
+    """
+    try:
+        return getattr(importlib.import_module(home), value.__qualname__, None) is value
+    except ImportError:
+        return False
 
 
 def _described(name, value):

@@ -150,7 +150,7 @@ def of_the_checks(module):
 
     def make_inputs(case, *arguments, **more):
         if "check" in sys.argv:
-            begins(f"check {case.id} by {sys.argv[sys.argv.index('--rooms') + 1]}")
+            begins(f"check {case.id} by {sys.argv[sys.argv.index('--backends') + 1]}")
         return make(case, *arguments, **more)
 
     module.make_inputs = make_inputs
@@ -181,9 +181,9 @@ def of_nvcc(module):
         module.shutil = SimpleNamespace(which=lambda *_, **__: None)
 
 
-def of_the_providers(module):
+def of_flex(module):
     if FEW:  # its compiler takes half a minute
-        module.Flex.why_not = lambda self, problem, mode: "the stub does not compile"
+        module.Flex.why_not = lambda self, workload, mode: "the stub does not compile"
 
 
 AFTER = {
@@ -194,8 +194,8 @@ AFTER = {
     "fastattn.testing": of_the_checks,
     "fastattn.bench.cases.suites": of_the_suite,
     "fastattn.bench.measure.run": of_the_cells,
-    "fastattn.bench.measure.providers": of_the_providers,
-    "fastattn.bench.gpu.tests": of_the_tests,
+    "fastattn.bench.measure.providers.flex": of_flex,
+    "fastattn.bench.gpu.run_tests": of_the_tests,
     "fastattn.bench.gpu.cells": of_the_times,
     "fastattn.bench.gpu.steps": of_the_steps,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.bench.cases.operations import BenchCase
-from fastattn.bench.cases.workload import Made, Problem
+from fastattn.bench.cases.workload import Made, Workload
 
 
 class Provider:
@@ -19,11 +19,11 @@ class Provider:
     bias = dropout = value_dim = False
     """Whether it takes a learned bias, drops weights, has values of another width than keys."""
     attends = True
-    """Whether it computes attention; a yardstick does not, and is not checked as if it did."""
+    """Whether it computes attention; a ceiling does not, and is not checked as if it did."""
 
-    def why_not(self, problem: Problem, mode: str) -> str | None:
-        """A short reason why this provider cannot run `mode` of `problem`, or None."""
-        op, case = problem.op, problem.case
+    def why_not(self, workload: Workload, mode: str) -> str | None:
+        """A short reason why this provider cannot run `mode` of `workload`, or None."""
+        op, case = workload.op, workload.case
         if op.form not in self.forms:
             return f"no {op.form} call"
         if op.form == "3-D" and case.batch > 1:
@@ -46,6 +46,6 @@ class Provider:
         """Bytes, about, that `mode` of `case` will take beside its inputs and outputs."""
         return 0
 
-    def make(self, problem: Problem, mode: str) -> Made:
-        """What runs `mode` of `problem`: compiled, built and labelled for this mode."""
+    def make(self, workload: Workload, mode: str) -> Made:
+        """What runs `mode` of `workload`: compiled, built and labelled for this mode."""
         raise NotImplementedError

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattn.bench.cases.workload import Made, Problem
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.cases.workload import Made, Workload
+from fastattn.bench.measure.providers.base import Provider
 from fastattn.masks import Causal, Full, Window
 
 FOLDER = "PEERS"
@@ -67,23 +67,23 @@ class Peer(Provider):
                 )
         return reasons[0] if reasons else f"no module {' or '.join(self.modules)}"
 
-    def why_not(self, problem: Problem, mode: str) -> str | None:
-        case = problem.case
-        if problem.device.type not in self.devices:
+    def why_not(self, workload: Workload, mode: str) -> str | None:
+        case = workload.case
+        if workload.device.type not in self.devices:
             return f"needs {' or '.join(self.devices).upper()}"
         if case.dtype not in self.dtypes:
             return f"no {case.dtype}"
         if case.head_dim > self.most_head_dim or case.head_dim % 8:
             return f"no head dim {case.head_dim}"
-        if not isinstance(problem.mask, (Full, Causal, Window)):
-            return f"no {type(problem.mask).__name__} mask"
-        reason = super().why_not(problem, mode)
+        if not isinstance(workload.mask, (Full, Causal, Window)):
+            return f"no {type(workload.mask).__name__} mask"
+        reason = super().why_not(workload, mode)
         if reason is not None:
             return reason
         module = self.module()
-        return module if isinstance(module, str) else self.cannot(module, problem, mode)
+        return module if isinstance(module, str) else self.cannot(module, workload, mode)
 
-    def cannot(self, module: ModuleType, problem: Problem, mode: str) -> str | None:
+    def cannot(self, module: ModuleType, workload: Workload, mode: str) -> str | None:
         """What this library, once it is there, does not do."""
         return None
 
@@ -99,18 +99,18 @@ class FlashAttention(Peer):
         self.name, self.modules = name, modules
         vars(self).update(differs)
 
-    def cannot(self, module: ModuleType, problem: Problem, mode: str) -> str | None:
+    def cannot(self, module: ModuleType, workload: Workload, mode: str) -> str | None:
         if module.__name__ in self.forward_only:
             if mode != "fwd":
                 return f"no backward in {module.__name__}"
-            if isinstance(problem.mask, Window):
+            if isinstance(workload.mask, Window):
                 return f"no window in {module.__name__}"
         return None if hasattr(module, "flash_attn_func") else f"{module.__name__} has no flash_attn_func"
 
-    def make(self, problem: Problem, mode: str) -> Made:
+    def make(self, workload: Workload, mode: str) -> Made:
         module = self.module()
         attend: Callable[..., Any] = module.flash_attn_func  # type: ignore[union-attr]
-        mask, options = problem.mask, {}
+        mask, options = workload.mask, {}
         if isinstance(mask, Causal):
             options["causal"] = True
         elif isinstance(mask, Window):
@@ -131,15 +131,15 @@ class Xformers(Peer):
     modules = ("xformers.ops",)
     dtypes = (*HALF, "fp32")
 
-    def cannot(self, module: ModuleType, problem: Problem, mode: str) -> str | None:
-        if isinstance(problem.mask, Window) and problem.mask.right is None:
+    def cannot(self, module: ModuleType, workload: Workload, mode: str) -> str | None:
+        if isinstance(workload.mask, Window) and workload.mask.right is None:
             return "no window without an end"
-        if mode != "fwd" and problem.case.num_heads != problem.case.num_kv_heads:
+        if mode != "fwd" and workload.case.num_heads != workload.case.num_kv_heads:
             return "no backward with shared key heads"
         return None
 
-    def make(self, problem: Problem, mode: str) -> Made:
-        module, case, mask = self.module(), problem.case, problem.mask
+    def make(self, workload: Workload, mode: str) -> Made:
+        module, case, mask = self.module(), workload.case, workload.mask
         biases = module.fmha.attn_bias  # type: ignore[union-attr]
         bias = None
         if isinstance(mask, Causal):

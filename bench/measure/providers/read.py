@@ -1,12 +1,12 @@
-"""A yardstick for decoding, which is bound by memory: the time in which a plain loop reads the same keys and values."""
+"""A ceiling for decoding, which is bound by memory: the time in which a plain loop reads the same keys and values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastattn.bench.cases.workload import Made, Problem
-from fastattn.bench.measure.provider import Provider
+from fastattn.bench.cases.workload import Made, Workload
+from fastattn.bench.measure.providers.base import Provider
 
 
 class Read(Provider):
@@ -15,14 +15,14 @@ class Read(Provider):
     name = "read"
     attends = False
 
-    def why_not(self, problem: Problem, mode: str) -> str | None:
+    def why_not(self, workload: Workload, mode: str) -> str | None:
         if mode != "fwd":
             return "reads once, for the forward"
-        if problem.case.q_len > 1:
+        if workload.case.q_len > 1:
             return "bounds one query alone"
-        return super().why_not(problem, mode)
+        return super().why_not(workload, mode)
 
-    def make(self, problem: Problem, mode: str) -> Made:
+    def make(self, workload: Workload, mode: str) -> Made:
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return key.view(torch.int64).sum() + value.view(torch.int64).sum()
 
