@@ -25,6 +25,7 @@ RESUME ?=
 AS_MODULE := -c 'import runpy, sys; sys.path[:] = filter(None, sys.path); del sys.argv[0]; \
 	runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)'
 RUN := .venv/bin/python $(AS_MODULE)
+CLANG_FORMAT := .venv/bin/python -c 'import clang_format; clang_format.clang_format()'
 BEGAN := $(shell date +%s)
 # A machine with a GPU may have no network: an environment of its own, of PYTHON's torch and what lies beside it.
 GPU_VENV := $(if $(filter cpu,$(DEVICE)),.venv,.venv-offline)
@@ -44,7 +45,7 @@ help:
 	@echo 'make gpu     on a machine with an NVIDIA GPU: test, check and time everything in BUDGET=$(BUDGET) seconds, with'
 	@echo '             what PYTHON has (no network): OUT=$(OUT) PEERS=folder RESUME=1; DEVICE=cpu tries it without a GPU'
 	@echo '             a step alone: make $(GPU_STEPS)'
-	@echo 'make lint    set up what is missing, then ruff and mypy'
+	@echo 'make lint    set up what is missing, then ruff, mypy and clang-format'
 	@echo 'make compile-all   set up what is missing, then compile every GPU kernel for every target (no GPU needed)'
 	@echo 'make sanitize   set up what is missing, then the CPU backend and the simulator under the sanitizers of g++ or clang++'
 	@echo 'make setup   the set-up alone, in .venv: PYTHON=$(PYTHON) TORCH=$(TORCH) TRITON=$(TRITON)'
@@ -80,6 +81,7 @@ lint: setup
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+	@$(CLANG_FORMAT) --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 compile-all: setup
 	@$(RUN) fastattn.cli inspect --all --jobs $(JOBS) $(ARGS)

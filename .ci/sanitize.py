@@ -1,5 +1,5 @@
-"""The CPU room and the simulated CUDA room under sanitizers: their tests with addresses and undefined behaviour
-watched, the CPU room's threads with races watched. What `make sanitize` runs; needs a g++ or clang++ with its
+"""The CPU backend and the simulated CUDA backend under sanitizers: their tests with addresses and undefined behaviour
+watched, the CPU backend's threads with races watched. What `make sanitize` runs; needs a g++ or clang++ with its
 sanitizers, on Linux.
 
 Races between a kernel's threads are no matter of this: the simulator's own checks look for them in every test run.
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def addresses(found: compiler.Compiler, folder: Path, arguments: list[str]) -> int:
-    """The rooms' tests, on libraries of their own."""
+    """The backends' tests, on libraries of their own."""
     environment = simulator.sanitized() | {"CXXFLAGS": " ".join(ADDRESSES), "FASTATTN_CACHE_DIR": str(folder)}
     # The compiler itself runs without them: they slow it down.
     compiling = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
@@ -54,7 +54,7 @@ def addresses(found: compiler.Compiler, folder: Path, arguments: list[str]) -> i
 
 
 def races(found: compiler.Compiler, folder: Path) -> int:
-    """The room without torch on threads of our own, on each instruction set."""
+    """The backend without torch on threads of our own, on each instruction set."""
     steps = [step for step in compiler.plan(found, "library")[:-1] if step.output != "ops.o"]
     steps = [compiler.Step(step.output, (*step.command, *RACES)) for step in steps]
     driver = ("-std=c++17", *RACES, "-c", str(ROOT / "tests" / "cpu" / "threads.cpp"), "-o", "threads.o")

@@ -1,15 +1,16 @@
-// The rooms as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any Python.
+// The backends in C++ as torch operators, on the LibTorch stable ABI: one binary for every torch from 2.11 on and any
+// Python.
 //
-// Each room has a library of its own, with this file in it: FASTATTN_CUDA_ROOM says which. The only file that includes a
+// Each has a library of its own, with this file in it: FASTATTN_CUDA_BACKEND says which. The only file that includes a
 // torch header. The operators check nothing: fastattn/spec.py has done so. They write
-// into the tensors that they are given, and a problem that the room cannot solve becomes an error with its sentence.
+// into the tensors that they are given, and a problem that the backend cannot solve becomes an error with its sentence.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#ifdef FASTATTN_CUDA_ROOM
+#ifdef FASTATTN_CUDA_BACKEND
 #include <dlfcn.h>
 #endif
 
@@ -21,23 +22,23 @@
 #include <vector>
 
 #include "common/params.h"
-#ifdef FASTATTN_CUDA_ROOM
+#ifdef FASTATTN_CUDA_BACKEND
 #include "cuda/request.h"
 #else
-#include "cpu/room.h"
+#include "cpu/dispatch.h"
 #endif
 
 namespace {
 
 using fastattn::Column;
 using fastattn::DType;
-using fastattn::MaskLeaf;
+using fastattn::MaskTerm;
 using fastattn::Params;
 using fastattn::Table;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-#ifndef FASTATTN_CUDA_ROOM
+#ifndef FASTATTN_CUDA_BACKEND
 // torch's own pool: where it is busy with this thread already, the parts run one after the other. Parts take the items
 // of one list, so that a thread with too little of a stack leaves them to the others; the caller's has been looked at.
 void parallel_for(int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -55,7 +56,8 @@ DType dtype_of(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   if (dtype == aoti_torch_dtype_bfloat16()) return fastattn::kBFloat16;
   if (dtype == aoti_torch_dtype_float16()) return fastattn::kFloat16;
-  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "float32, bfloat16 or float16 is needed, got dtype number ", dtype);
+  STD_TORCH_CHECK(dtype == aoti_torch_dtype_float32(), "float32, bfloat16 or float16 is needed, got dtype number ",
+                  dtype);
   return fastattn::kFloat32;
 }
 
@@ -138,14 +140,14 @@ void read_pages(Params& p, const Tensor& blocks, int64_t pool_blocks) {
   p.kv_len *= shape.size[3];
 }
 
-// Words: a leaf's kind pushes the next leaf, which takes one tensor or, for ids, two; kAnd and kOr join.
+// Words: a term's kind pushes the next term, which takes one tensor or, for ids, two; kAnd and kOr join.
 //   interval  int32 [2, batch, heads, q_len]: starts, then stops
 //   elements  bool [batch, heads, q_len, kv_len]
 //   ids       int64 [batch, q_len], int64 [batch, kv_len]
 //   band      no tensor: two more words, low and high
-//   reach     three more words, low, high and which of offset (1), first (2) and end (4) there are: int32 or int64 [batch]
-// kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is their
-// table.
+//   reach     three more words: low, high, which of offset (1), first (2) and end (4) there are; int32 or int64 [batch]
+// kPages, first where it is there, pushes nothing: key and value are pools, and its tensor int32 [batch, blocks] is
+// their table.
 Column column(const Tensor& tensor) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
@@ -158,7 +160,8 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
   STD_TORCH_CHECK(words.size() <= fastattn::kMostWords, "a mask of at most 64 words is needed, got ", words.size());
   size_t next = 0;
   const auto take = [&]() -> const Tensor& {
-    STD_TORCH_CHECK(next < tensors.size(), "a mask's program asks for more tensors than the ", tensors.size(), " given");
+    STD_TORCH_CHECK(next < tensors.size(), "a mask's program asks for more tensors than the ", tensors.size(),
+                    " given");
     return tensors[next++];
   };
   for (size_t at = 0; at < words.size(); ++at) {
@@ -167,39 +170,40 @@ void read_mask(Params& p, const std::vector<int64_t>& words, const std::vector<T
       read_pages(p, take(), pool_blocks);
       continue;
     }
-    p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.leaves;
+    p.mask.word[p.mask.words++] = word < 0 ? static_cast<int32_t>(word) : p.mask.terms;
     if (word < 0) continue;
-    STD_TORCH_CHECK(p.mask.leaves < fastattn::kMostLeaves, "a mask of at most 32 leaves is needed");
-    MaskLeaf& leaf = p.mask.leaf[p.mask.leaves++];
-    leaf.kind = word == fastattn::kReach ? fastattn::kBand : static_cast<fastattn::LeafKind>(word);
-    if (leaf.kind == fastattn::kBand) {
-      STD_TORCH_CHECK(at + (word == fastattn::kReach ? 3 : 2) < words.size(), "a band of a mask's program lacks its ends");
-      leaf.low = words[++at];
-      leaf.high = words[++at];
+    STD_TORCH_CHECK(p.mask.terms < fastattn::kMostTerms, "a mask of at most 32 terms is needed");
+    MaskTerm& term = p.mask.term[p.mask.terms++];
+    term.kind = word == fastattn::kReach ? fastattn::kBand : static_cast<fastattn::TermKind>(word);
+    if (term.kind == fastattn::kBand) {
+      STD_TORCH_CHECK(at + (word == fastattn::kReach ? 3 : 2) < words.size(),
+                      "a band of a mask's program lacks its ends");
+      term.low = words[++at];
+      term.high = words[++at];
       const int64_t columns = word == fastattn::kReach ? words[++at] : 0;
-      if (columns & 1) leaf.offset = column(take());
-      if (columns & 2) leaf.first = column(take());
-      if (columns & 4) leaf.end = column(take());
+      if (columns & 1) term.offset = column(take());
+      if (columns & 2) term.first = column(take());
+      if (columns & 4) term.end = column(take());
       continue;
     }
     const Tensor& first = take();
     const Shape shape(first);
-    if (leaf.kind == fastattn::kInterval) {
-      leaf.start = pointer<int32_t>(first);
-      leaf.stop = leaf.start + shape.stride[0];
-      for (int axis = 0; axis < 3; ++axis) leaf.stride[axis] = shape.stride[axis + 1];
-    } else if (leaf.kind == fastattn::kElements) {
-      leaf.elements = pointer<uint8_t>(first);
-      for (int axis = 0; axis < 4; ++axis) leaf.stride[axis] = shape.stride[axis];
+    if (term.kind == fastattn::kInterval) {
+      term.start = pointer<int32_t>(first);
+      term.stop = term.start + shape.stride[0];
+      for (int axis = 0; axis < 3; ++axis) term.stride[axis] = shape.stride[axis + 1];
+    } else if (term.kind == fastattn::kElements) {
+      term.elements = pointer<uint8_t>(first);
+      for (int axis = 0; axis < 4; ++axis) term.stride[axis] = shape.stride[axis];
     } else {
       const Tensor& second = take();
       const Shape keys(second);
-      leaf.q_ids = pointer<int64_t>(first);
-      leaf.kv_ids = pointer<int64_t>(second);
-      leaf.stride[0] = shape.stride[2];
-      leaf.stride[2] = shape.stride[3];
-      leaf.kv_id_stride[0] = keys.stride[2];
-      leaf.kv_id_stride[1] = keys.stride[3];
+      term.q_ids = pointer<int64_t>(first);
+      term.kv_ids = pointer<int64_t>(second);
+      term.stride[0] = shape.stride[2];
+      term.stride[2] = shape.stride[3];
+      term.kv_id_stride[0] = keys.stride[2];
+      term.kv_id_stride[1] = keys.stride[3];
     }
   }
 }
@@ -242,7 +246,7 @@ void check(const char* sentence) {
   if (sentence != nullptr) throw std::runtime_error(sentence);
 }
 
-#ifndef FASTATTN_CUDA_ROOM
+#ifndef FASTATTN_CUDA_BACKEND
 
 // A Params takes 7,000 bytes of stack, and is not copied.
 void on_cpu(Params& p) {
@@ -303,8 +307,8 @@ void cpu_weights(Tensor query, Tensor key, Maybe bias, Maybe sinks, std::vector<
 
 #else
 
-// The stream that torch has made current. Its name is looked up in the library that import torch has loaded: nothing here
-// is linked against it, and a torch without CUDA has none.
+// The stream that torch has made current. Its name is looked up in the library that import torch has loaded: nothing
+// here is linked against it, and a torch without CUDA has none.
 void* current_stream(int32_t device) {
 #ifdef FASTATTN_SIM
   return nullptr;
@@ -314,15 +318,15 @@ void* current_stream(int32_t device) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<Current>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(current != nullptr, "the CUDA room needs a torch with CUDA, and this one has none");
+  STD_TORCH_CHECK(current != nullptr, "the CUDA backend needs a torch with CUDA, and this one has none");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(current(device, &stream));
   return stream;
 #endif
 }
 
-// Block lists (fastattn/masks/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1, heads or 1,
-// tiles, key tiles].
+// Block lists (fastattn/masks/blocks.py): counts int32 [2, batch or 1, heads or 1, tiles], tiles int32 [batch or 1,
+// heads or 1, tiles, key tiles].
 fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
   const Shape count(counts), tile(tiles);
   fastattn::cuda::Lists lists{};
@@ -339,14 +343,14 @@ fastattn::cuda::Lists lists_of(const Tensor& counts, const Tensor& tiles) {
 
 void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sinks, Maybe seed,
                   std::vector<int64_t> mask_words, std::vector<Tensor> mask_tensors, double scale, double softcap,
-                  double dropout_p, int64_t kind, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
+                  double dropout_p, int64_t variant, bool hides, Maybe list_counts, Maybe list_tiles, int64_t splits,
                   Maybe taken, Maybe parts, Maybe part_lse, Tensor out, Tensor lse) {
   fastattn::cuda::Request request;
   Params& p = request.problem;
   p = problem(query, key, value, bias, sinks, seed, mask_words, mask_tensors, scale, softcap, dropout_p);
   p.out = table(out);
   p.lse = pointer<float>(lse);
-  request.kind = static_cast<fastattn::cuda::Kind>(kind);
+  request.variant = static_cast<fastattn::cuda::KernelVariant>(variant);
   request.hides = hides;
   if (list_counts) request.lists = lists_of(*list_counts, list_tiles.value());
   request.splits = static_cast<int32_t>(splits);
@@ -364,21 +368,21 @@ void cuda_forward(Tensor query, Tensor key, Tensor value, Maybe bias, Maybe sink
 
 }  // namespace
 
-#ifndef FASTATTN_CUDA_ROOM
+#ifndef FASTATTN_CUDA_BACKEND
 
 extern "C" {
 
-// The instruction set that a call would use now, and all that the machine has: see cpu/room.h.
+// The instruction set that a call would use now, and all that the machine has: see cpu/dispatch.h.
 __attribute__((visibility("default"))) const char* fastattn_cpu_isa() { return fastattn::cpu::isa(); }
 __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return fastattn::cpu::isas(); }
 }
 #endif
 
-#define FASTATTN_PROBLEM                                                                         \
+#define FASTATTN_PROBLEM                                                                                  \
   "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? seed, int[] mask_words, " \
   "Tensor[] mask_tensors, float scale, float softcap, float dropout_p, "
 
-#ifdef FASTATTN_CUDA_ROOM
+#ifdef FASTATTN_CUDA_BACKEND
 
 // A simulator's library is told a name of its own, as several may be loaded, and takes tensors on the CPU.
 #ifdef FASTATTN_SIM
@@ -389,25 +393,27 @@ __attribute__((visibility("default"))) const char* fastattn_cpu_isas() { return 
 #endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
-  m.def(FASTATTN_CUDA_OPERATOR "(" FASTATTN_PROBLEM
+  m.def(FASTATTN_CUDA_OPERATOR
+        "(" FASTATTN_PROBLEM
         "int kind, bool hides, Tensor? list_counts, Tensor? list_tiles, int splits, Tensor(e!)? taken, "
         "Tensor(c!)? parts, Tensor(d!)? part_lse, Tensor(a!) out, Tensor(b!) lse) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) {
-  m.impl(FASTATTN_CUDA_OPERATOR, TORCH_BOX(&cuda_forward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastattn, FASTATTN_CUDA_KEY, m) { m.impl(FASTATTN_CUDA_OPERATOR, TORCH_BOX(&cuda_forward)); }
 
 #else
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
-  m.def("cpu_forward(" FASTATTN_PROBLEM "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low=None, "
+  m.def("cpu_forward(" FASTATTN_PROBLEM
+        "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? lse_low=None, "
         "Tensor(d!)? out_low=None) -> ()");
   m.def("cpu_backward(" FASTATTN_PROBLEM
-        "Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+        "Tensor out, Tensor lse, Tensor? lse_low, Tensor? out_low, Tensor d_out, Tensor? d_lse, Tensor(a!) dq, "
+        "Tensor(b!) dk, Tensor(c!) dv, "
         "Tensor(d!)? dbias, Tensor(e!)? dsinks, Tensor(f!) row_terms) -> ()");
-  m.def("cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
-        "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");
+  m.def(
+      "cpu_weights(Tensor query, Tensor key, Tensor? bias, Tensor? sinks, int[] mask_words, Tensor[] mask_tensors, "
+      "float scale, float softcap, Tensor lse, Tensor? rows, bool mean_heads, Tensor(a!) weights) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {

@@ -69,7 +69,7 @@ class Verdict:
 
 
 @functools.cache
-def room(name: str) -> ModuleType:
+def load(name: str) -> ModuleType:
     """The module of a backend: why_not, forward, kernel_name; backward and kernel_name_backward once it has one. Where
     there is something to say, also needs_asking, prepare (why_not, and whatever must be done before a run),
     why_not_backward (of a call that why_not lets pass), notes (for a verdict), weights (what attention_weights
@@ -122,24 +122,24 @@ def verdict(spec: AttnSpec, inputs: AttnInputs, backend: str | None, notes: list
     forward, backward = choose(spec, asked)
     reasons = {each: _reason(each, spec, False) if each == asked else free_reason(each, spec) for each in BACKENDS}
     backward_reasons: dict[str, str | None] = {}
-    kernels = [room(forward).kernel_name(spec)]
+    kernels = [load(forward).kernel_name(spec)]
     if backward is not None:
         backward_reasons = {each: reason or _backward_reason(each, spec) for each, reason in reasons.items()}
-        kernels.append(room(backward).kernel_name_backward(spec))
+        kernels.append(load(backward).kernel_name_backward(spec))
     for name in dict.fromkeys((forward, backward or forward)):
-        notes = [*notes, *(room(name).notes(spec, inputs) if hasattr(room(name), "notes") else [])]
+        notes = [*notes, *(load(name).notes(spec, inputs) if hasattr(load(name), "notes") else [])]
     return Verdict(forward, backward, tuple(kernels), reasons, backward_reasons, notes)
 
 
 def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | None:
     """Why a free choice would pass a backend by: it cannot run the call, or runs only when asked for by name."""
-    needs_asking = getattr(room(name), "needs_asking", None)
+    needs_asking = getattr(load(name), "needs_asking", None)
     return _reason(name, spec, to_run) or (needs_asking(spec) if needs_asking else None)
 
 
 def _reason(name: str, spec: AttnSpec, to_run: bool, *, by_name: bool = False) -> str | None:
     """Why a backend cannot run a call, its gradients apart. `by_name`: it was asked for, and nothing else runs it."""
-    module = room(name)
+    module = load(name)
     if spec.pages is not None and not getattr(module, "READS_BLOCKS", False):
         return "keys in blocks are not read in place here, and nothing is copied in silence"
     prepare = getattr(module, "prepare", None) if to_run else None
@@ -148,7 +148,7 @@ def _reason(name: str, spec: AttnSpec, to_run: bool, *, by_name: bool = False) -
 
 def _backward_reason(name: str, spec: AttnSpec) -> str | None:
     """Why a backend that can run a call cannot run its backward."""
-    module = room(name)
+    module = load(name)
     if not hasattr(module, "backward"):
         return "its backward does not exist yet"
     if spec.pages is not None and not getattr(module, "READS_BLOCKS_BACKWARD", False):

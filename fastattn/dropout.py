@@ -1,4 +1,4 @@
-"""Dropout bits: the same in every room, on every device.
+"""Dropout bits: the same in every backend, on every device.
 
 Element (b, h, i, j) of the weights is kept when word j % 4 of Philox4x32-10 with key = seed and counter = (j // 4, i,
 h, b) is at least floor(p * 2^32). Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".

@@ -1,7 +1,7 @@
 """The two products of attention over visible pairs only, each the other's derivative.
 
-    visible_scores(x, y, keep)_ij = <x_i, y_j>               where keep_ij, else 0
-    visible_sum(w, y, keep)_i     = sum_j w_ij y_j           over the j with keep_ij
+    masked_scores(x, y, keep)_ij = <x_i, y_j>               where keep_ij, else 0
+    masked_sum(w, y, keep)_i     = sum_j w_ij y_j           over the j with keep_ij
 
 A plain matrix product multiplies hidden pairs by 0, and 0 * NaN is NaN. These two leave hidden pairs out, forward and
 in every derivative, so that a non-finite row reaches only its partners. Under compilers and functorch they are plain
@@ -16,14 +16,14 @@ from torch import Tensor
 from fastattn.tracing import being_transformed, holds_many
 
 
-def visible_scores(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+def masked_scores(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """x [..., q_len, d], y [..., kv_len, d], keep bool broadcastable to [..., q_len, kv_len] -> [..., q_len,
     kv_len].
     """
     return torch.where(keep, x @ y.mT, 0.0) if being_transformed() else _Scores.apply(x, y, keep)
 
 
-def visible_sum(weights: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+def masked_sum(weights: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """weights, keep [..., q_len, kv_len], y [..., kv_len, d] -> [..., q_len, d]."""
     return torch.where(keep, weights, 0.0) @ y if being_transformed() else _Sum.apply(weights, y, keep)
 
@@ -37,7 +37,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, y, keep = ctx.saved_tensors
-        return visible_sum(grad, y, keep), visible_sum(grad.mT, x, keep.mT), None
+        return masked_sum(grad, y, keep), masked_sum(grad.mT, x, keep.mT), None
 
 
 class _Sum(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, y, keep = ctx.saved_tensors
-        return visible_scores(grad, y, keep), visible_sum(weights.mT, grad, keep.mT), None
+        return masked_scores(grad, y, keep), masked_sum(weights.mT, grad, keep.mT), None
 
 
 def _can_look(tensor: Tensor) -> bool:

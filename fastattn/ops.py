@@ -74,8 +74,8 @@ def attention(inputs: AttnInputs, spec: AttnSpec, backend: str | None) -> tuple[
 def attention_weights(
     inputs: AttnInputs, spec: AttnSpec, backend: str | None, lse: Tensor | None, rows: Tensor | None, *, mean: bool
 ) -> Tensor:
-    """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the room that would run
-    the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
+    """weights [batch, num_heads, q_len or len(rows), kv_len], or their mean over the heads, by the backend that would
+    run the attention, where it can; the plain formulation where a derivative is wanted or somebody watches.
     """
     if any(map(sharding.is_sharded, inputs[:3])):
         part = sharding.localized(inputs, spec, lse)
@@ -86,7 +86,7 @@ def attention_weights(
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
     if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
         _check_mask(spec)
-        compute = getattr(dispatch.room(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
+        compute = getattr(dispatch.load(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
         if compute is not None:
             return compute(spec, inputs, lse, rows, mean=mean)
     if not (_watched(inputs) or tracing.transforms_active()):
@@ -120,7 +120,7 @@ def _check_mask(spec: AttnSpec) -> None:
 
 
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
-    module = dispatch.room(backend)
+    module = dispatch.load(backend)
     _check_mask(spec)
     if not getattr(module, "LOOKS_AT_STORAGE", False):
         storage.check(inputs._fields, inputs)
@@ -146,7 +146,7 @@ def _run_backward(
 ) -> reference.Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
-    module = dispatch.room(backend)
+    module = dispatch.load(backend)
     _check_mask(spec)
     if not (getattr(module, "LOOKS_AT_STORAGE", False) or tracing.functorch_active() or tracing.holds_many(d_out)):
         storage.check((*inputs._fields, *_BACKWARD), (*inputs, out, lse, d_out, d_lse))

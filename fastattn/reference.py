@@ -9,7 +9,7 @@ backend.
     out_i = sum_j weights_ij v_j            lse_i = log sum_j exp(t_ij), before dropout, without the sink
 
 Everything in float32 (float64 for float64 inputs); out in the query's dtype. A row that sees no key gives out 0, lse
--inf and zero gradients. What is hidden from every partner may be NaN or inf; and, unlike in the fused rooms, a
+-inf and zero gradients. What is hidden from every partner may be NaN or inf; and, unlike in the fused backends, a
 non-finite value reaches exactly the rows that see it, forward and backward.
 """
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn.dropout import dropout_mask
-from fastattn.masked_matmul import visible_sum
+from fastattn.masked_matmul import masked_sum
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.tracing import autograd_inside_operator, holds_many, without_autocast
 
@@ -111,7 +111,7 @@ def _plain(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     weights, lse = spec.normalizer.eager(scores, keep, sinks)
     if spec.dropout_p > 0:
         weights = apply_dropout(spec, weights, seed)
-    out = visible_sum(weights, value, keep)
+    out = masked_sum(weights, value, keep)
     return torch.where(seen_by_query, out, 0.0).to(spec.dtype), lse
 
 

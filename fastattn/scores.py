@@ -1,7 +1,7 @@
 """Scores and normalisers: how a query and a key make a number, and how a row of numbers becomes weights.
 
 `eager` is the definition, in plain differentiable PyTorch. One of each exists today; kernels name them by class, so
-another is a class here and a rule in each room.
+another is a class here and a rule in each backend.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastattn.masked_matmul import visible_scores
+from fastattn.masked_matmul import masked_scores
 
 LARGE_LSE = 1024.0
 """From here on a float32 lse is too coarse for exp(score - lse) to be the weight."""
@@ -23,7 +23,7 @@ class DotProduct:
 
     def eager(self, query: Tensor, key: Tensor, scale: float, keep: Tensor) -> Tensor:
         """query [..., q_len, head_dim], key [..., kv_len, head_dim] -> scores [..., q_len, kv_len], 0 where hidden."""
-        return visible_scores(query, key, keep) * scale  # a product beyond the dtype's range is one, whatever the scale
+        return masked_scores(query, key, keep) * scale  # a product beyond the dtype's range is one, whatever the scale
 
 
 @dataclass(frozen=True)

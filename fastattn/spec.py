@@ -1,6 +1,6 @@
 """AttnSpec: everything about one attention problem but its numbers. Made and checked once, then read by everybody.
 
-All shape, dtype and device checks of the library are here. The spec crosses the operator border as flat primitives
+All shape, dtype and device checks of the library are here. The spec crosses the operator border as primitives
 (`flat`, `from_flat`); the tensors travel beside it as `AttnInputs`.
 """
 
@@ -170,7 +170,7 @@ class AttnSpec:
         return FlatSpec(*mask, self.scale, self.softcap, self.dropout_p, self.deterministic, self.needs_grad)
 
     def mask_structure(self) -> tuple[object, ...] | None:
-        """All of the mask but what its tensors hold (flat.structure)."""
+        """All of the mask but what its tensors hold (serialize.structure)."""
         return serialize.structure(self.pages or self.mask)
 
     @property
@@ -202,7 +202,7 @@ class AttnSpec:
 
     @functools.cached_property
     def mask_program(self) -> MaskProgram:
-        """The mask as the C++ rooms read it (program.py): made once, and read by the backward too."""
+        """The mask as the C++ backends read it (program.py): made once, and read by the backward too."""
         return make_program(self.mask, self.q_len, self.kv_len)
 
     def visible_pairs(self) -> int:

@@ -49,7 +49,7 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; nothing is computed.
-        BackendUnavailable: the room asked for cannot run this call.
+        BackendUnavailable: the backend asked for cannot run this call.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):

@@ -1,6 +1,6 @@
 // The mask's rules: which keys a query sees, and from that which tiles of keys a tile of queries visits.
 //
-// What a query sees of the 64 keys of a tile is one word, a bit a key. What a tile of queries sees through a leaf is a
+// What a query sees of the 64 keys of a tile is one word, a bit a key. What a tile of queries sees through a term is a
 // Span, and of a tile of keys a TileClass; both join through the program as the bits do.
 #pragma once
 
@@ -33,7 +33,7 @@ static inline TileClass join_classes(TileClass a, TileClass b, int32_t word) {
   return word == kAnd ? (a < b ? a : b) : (a > b ? a : b);
 }
 
-// What a tile of queries sees through one leaf: some of them [lo, hi), all of them [full_lo, full_hi).
+// What a tile of queries sees through one term: some of them [lo, hi), all of them [full_lo, full_hi).
 template <class Int>
 struct SpanOf {
   using Number = Int;
@@ -45,7 +45,7 @@ static inline Span empty_span() { return {INT64_MAX, INT64_MIN, INT64_MIN, INT64
 
 template <class Int>
 FASTATTN_ANYWHERE static inline void add_interval(SpanOf<Int>& span, typename SpanOf<Int>::Number start,
-                                          typename SpanOf<Int>::Number stop) {
+                                                  typename SpanOf<Int>::Number stop) {
   if (start < stop) {
     span.lo = start < span.lo ? start : span.lo;
     span.hi = stop > span.hi ? stop : span.hi;

@@ -24,14 +24,14 @@ struct Column {
   int64_t stride = 0;
 };
 
-// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA room alone, the
-// interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`, and
-// it is cut to [first, end).
-enum LeafKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
+// What a mask is made of: an interval of keys for each query, a bool table, equal ids, or, in the CUDA backend alone,
+// the interval [query + low, query + high) in closed form. Where there are columns, both ends of that move by `offset`,
+// and it is cut to [first, end).
+enum TermKind : int32_t { kInterval = 0, kElements = 1, kIds = 2, kBand = 3 };
 
-struct MaskLeaf {
-  LeafKind kind = kInterval;
-  const int32_t* start = nullptr;   // [batch, heads, q_len], inside [0, kv_len]
+struct MaskTerm {
+  TermKind kind = kInterval;
+  const int32_t* start = nullptr;  // [batch, heads, q_len], inside [0, kv_len]
   const int32_t* stop = nullptr;
   const uint8_t* elements = nullptr;  // [batch, heads, q_len, kv_len]
   const int64_t* q_ids = nullptr;     // [batch, q_len]
@@ -42,18 +42,20 @@ struct MaskLeaf {
   Column offset, first, end;
 };
 
-constexpr int kMostLeaves = 32;
+// A band's end where it has none: beyond every key; the sum of three fits an int32.
+constexpr int32_t kUnbounded = (1 << 29) - 1;
+constexpr int kMostTerms = 32;
 constexpr int kMostWords = 64;
-constexpr int32_t kPages = 4;  // no leaf: the tensor that goes with it says where keys and values lie
+constexpr int32_t kPages = 4;  // no term: the tensor that goes with it says where keys and values lie
 constexpr int32_t kReach = 5;  // a kBand with columns
 constexpr int32_t kAnd = -1;
 constexpr int32_t kOr = -2;
 
-// The mask in postfix: a leaf's number pushes it, kAnd and kOr join the two on top. No words: everything is visible.
+// The mask in postfix: a term's number pushes it, kAnd and kOr join the two on top. No words: everything is visible.
 struct MaskProgram {
-  int32_t leaves = 0;
+  int32_t terms = 0;
   int32_t words = 0;
-  MaskLeaf leaf[kMostLeaves];
+  MaskTerm term[kMostTerms];
   int32_t word[kMostWords];
 };
 
@@ -65,26 +67,26 @@ struct Params {
   int64_t q_len = 0, kv_len = 0, head_dim = 0, head_dim_v = 0;
   DType dtype = kFloat32;
   float scale = 1.0f;
-  float softcap = 0.0f;  // 0: none
+  float softcap = 0.0f;                // 0: none
   Table query, key, value, out, bias;  // bias.data null: none
   const float* sinks = nullptr;        // [num_heads]
   float* lse = nullptr;                // [batch, num_heads, q_len]
-  // What rounding took from out and lse, for the backward, and nullptr where nobody keeps it. out_low is written for half
-  // dtypes alone; lse_low is NaN where a forward did not know it.
+  // What rounding took from out and lse, for the backward, and nullptr where nobody keeps it. out_low is written for
+  // half dtypes alone; lse_low is NaN where a forward did not know it.
   Table out_low;
-  float* lse_low = nullptr;            // [batch, num_heads, q_len]
+  float* lse_low = nullptr;  // [batch, num_heads, q_len]
   MaskProgram mask;
   uint64_t drop_below = 0;  // words below it are dropped; 0: no dropout
   float keep_scale = 1.0f;
   uint64_t seed = 0;
-  const int64_t* seed_on_device = nullptr;  // the CUDA room's
+  const int64_t* seed_on_device = nullptr;  // the CUDA backend's
 
   // Backward.
   Table d_out, dq, dk, dv;
   const float* d_lse = nullptr;  // [batch, num_heads, q_len] or null
   float* row_terms = nullptr;    // scratch [2, batch, num_heads, q_len]
   float* dsinks = nullptr;       // [num_heads]
-  Table dbias;                   // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
+  Table dbias;  // contiguous, zeros on entry; float32 where pairs share its numbers; data null: unwanted
   int64_t bias_shape[4] = {1, 1, 1, 1};
 
   // Weights from lse: float32 [batch, num_heads, rows, kv_len], or [batch, 1, rows, kv_len], their mean over the heads;

@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al. 2011): four random words from a counter of four words and a key of two.
-// Its constants; each room has the rounds for its own vectors.
+// Its constants; each backend has the rounds for its own vectors.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// The tile instructions of Intel AMX, a function each (Intel 64 and IA-32 Architectures Software Developer's Manual, vol.
-// 2; the tile model is in vol. 1, chapter 18). A tile is 16 rows of 64 bytes; a template argument names one of eight.
+// The tile instructions of Intel AMX, a function each (Intel 64 and IA-32 Architectures Software Developer's Manual,
+// vol. 2; the tile model is in vol. 1, chapter 18). A tile is 16 rows of 64 bytes; a template argument names one of
+// eight.
 //
 // With FASTATTN_EMULATE_AMX defined they are plain C++ that gives the same bits, so that what is built on them can be
 // tested on a machine without such tiles.
@@ -36,7 +37,8 @@ inline void release_tiles() { emulated.shaped = false; }
 template <int T>
 void load_tile(const void* from, int64_t row_bytes) {
   need_shape();
-  for (int r = 0; r < TILE_ROWS; ++r) std::memcpy(emulated.word[T][r], static_cast<const char*>(from) + r * row_bytes, 64);
+  for (int r = 0; r < TILE_ROWS; ++r)
+    std::memcpy(emulated.word[T][r], static_cast<const char*>(from) + r * row_bytes, 64);
 }
 
 template <int T>

@@ -11,16 +11,16 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t CHUNK_TILES = 8;                      // of queries
+constexpr int64_t CHUNK_TILES = 8;                        // of queries
 constexpr int64_t PART_TILES = 64, LEAST_PART_TILES = 4;  // of keys
 constexpr int64_t ENOUGH_PARTS = 32;
 constexpr int64_t WAVE_FLOATS = int64_t{8} << 20;  // of unfinished dq at a time, where keys are split
 
 struct BackwardPlan {
   int64_t groups, kv_tiles, parts, part_tiles, streams, tiles, chunks, wave, dq_floats;
-  float* dq = nullptr;                  // [groups of a wave][streams][tiles][gathered_rows][BLOCK_M]
+  float* dq = nullptr;                   // [groups of a wave][streams][tiles][gathered_rows][BLOCK_M]
   std::atomic<int32_t>* turn = nullptr;  // [groups of a wave][streams][chunks]: the part that may add next
-  float* met = nullptr;                  // [batch, num_heads, q_len], where somebody wants it
+  float* p_dp_rowsum = nullptr;          // [batch, num_heads, q_len], where somebody wants it
   mutable std::atomic<bool> failed{false};
 
   explicit BackwardPlan(const Params& p) {
@@ -71,7 +71,7 @@ static void backward_step(const Params& p, GradientTile<Dot>& rows, GradientWork
   const int vectors = rows.tile->vectors;
   const int64_t steps = vectors * VL / Dot::PER_WORD, row = BLOCK_M / Dot::PER_WORD;
   const auto* pairs = gradient_step<Dot>(p, rows, work);
-  const Meeting& at = work.at;
+  const TilePair& at = work.at;
   const int keys = at.high - at.low;
   const float *weight = work.weight + at.low * BLOCK_M, *d_score = work.d_score + at.low * BLOCK_M;
   dk += at.low * width;
@@ -118,9 +118,9 @@ static bool add_dq(const Params& p, const BackwardPlan& plan, int64_t slot, int6
     if (part + 1 < plan.parts) continue;
     const QueryTile& tile = *rows[n].tile;
     write_lanes(p.dq, tile, p.head_dim, rows[n].dq, factor, Table());
-    for (int lane = 0; plan.met && lane < tile.count; ++lane) {
+    for (int lane = 0; plan.p_dp_rowsum && lane < tile.count; ++lane) {
       const int64_t row = (tile.b * p.num_heads + tile.head[lane]) * p.q_len + tile.q_idx[lane];
-      plan.met[row] = rows[n].met(p)[lane] * RowTerms(p).share[row];
+      plan.p_dp_rowsum[row] = rows[n].p_dp_rowsum(p)[lane] * RowTerms(p).share[row];
     }
   }
   if (turn) turn->store(static_cast<int32_t>(part) + 1, std::memory_order_release);
@@ -174,7 +174,7 @@ static bool backward_item(const Params& p, const BackwardPlan& plan, int64_t fir
         const int64_t at = (kv_tile - part_first) * BLOCK_N;
         bool packed = false;
         for (int64_t n = 0; n < count; ++n) {
-          if (!work.step.at.meet(p, *work.rows[n].tile, kv_tile)) continue;
+          if (!work.step.at.classify(p, *work.rows[n].tile, kv_tile)) continue;
           if (!packed) work.step.keys.read_backward(p, b, kv_head, kv_tile);
           packed = true;
           backward_step<Dot>(p, work.rows[n], work.step, work.dk + at * width, work.dv + at * width_v);
@@ -202,7 +202,7 @@ static const char* run_backward(const Params& p) {
     return NO_MEMORY;
   plan.dq = memory.take<float>(floats);
   plan.turn = memory.take<std::atomic<int32_t>>(turns);
-  if (rows) plan.met = memory.take<float>(rows);
+  if (rows) plan.p_dp_rowsum = memory.take<float>(rows);
   run_row_terms(p);
   for (int64_t first = 0; first < plan.groups; first += plan.wave) {
     for (int64_t n = 0; n < turns; ++n) plan.turn[n].store(0, std::memory_order_relaxed);
@@ -212,7 +212,7 @@ static const char* run_backward(const Params& p) {
     });
     if (!done) return NO_MEMORY;
   }
-  if (p.dsinks || sums_bias) finish_row_terms(p, plan.met);
+  if (p.dsinks || sums_bias) finish_row_terms(p, plan.p_dp_rowsum);
   return sums_bias ? run_dbias<Dot>(p) : nullptr;
 }
 

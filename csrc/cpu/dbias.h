@@ -11,9 +11,9 @@ static bool owns_dbias(const Params& p) {
          p.bias_shape[3] == p.kv_len;
 }
 
-// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads. `rows` is
-// scratch, [BLOCK_M][BLOCK_N].
-static void store_dbias(const Params& p, const QueryTile& tile, const Meeting& at, const float* from, float* rows) {
+// [BLOCK_N][BLOCK_M] gradients of a tile of pairs to their places; the tile's queries may be of several heads. `rows`
+// is scratch, [BLOCK_M][BLOCK_N].
+static void store_dbias(const Params& p, const QueryTile& tile, const TilePair& at, const float* from, float* rows) {
   const int64_t left = p.kv_len - at.first, last = left < at.high ? left : at.high;
   if (at.low >= last) return;
   transpose(from + at.low * BLOCK_M, BLOCK_M, last - at.low, tile.vectors * VL, rows, BLOCK_N);
@@ -76,7 +76,7 @@ static bool dbias_item(const Params& p, const BiasItem& item, int64_t q_tiles, i
         bool read = false;
         work.rows.tile->place(p, b, h, 1, q * BLOCK_M);
         for (int64_t kv = range(shape[3] == 1, item.kv_tile, kv_tiles, &last_kv); kv < last_kv; ++kv) {
-          if (!work.step.at.meet(p, *work.rows.tile, kv)) continue;
+          if (!work.step.at.classify(p, *work.rows.tile, kv)) continue;
           if (!read) work.rows.read(p);
           read = true;
           work.step.keys.read_backward(p, b, h / p.group, kv);

@@ -5,12 +5,12 @@
 // part of the keys, whose results are joined afterwards. Which parts depends on the shape alone: so do the bits.
 #pragma once
 
-#include "narrow.h"
+#include "decode.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-constexpr int64_t MOST_TILES = 8;      // tiles of queries an item
-constexpr int64_t ENOUGH_TILES = 64;    // of queries, below which keys are split
+constexpr int64_t MOST_TILES = 8;        // tiles of queries an item
+constexpr int64_t ENOUGH_TILES = 64;     // of queries, below which keys are split
 constexpr int64_t LEAST_KEY_TILES = 16;  // a part of the keys
 
 struct ForwardPlan {
@@ -38,17 +38,17 @@ template <class Dot>
 struct ForwardWork {
   using Word = typename Dot::Word;
   KeyTile<Dot> keys;
-  Meeting at;
+  TilePair at;
   QueryTile* tiles;
   QueryRows<Dot> rows[MOST_TILES];
   float *s, *states;
   Word* words;
 
   bool take(const Params& p, const ForwardPlan& plan, Scratch& from) {
-    const size_t bytes = KeyTile<Dot>::bytes(p) + Meeting::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
-                         Scratch::bytes_for<QueryTile>(plan.per_item) +
-                         plan.per_item * (QueryRows<Dot>::bytes(p.head_dim, false) +
-                                          Scratch::bytes_for<float>(State::size(p)));
+    const size_t bytes =
+        KeyTile<Dot>::bytes(p) + TilePair::bytes() + 2 * Scratch::bytes_for<float>(TILE) +
+        Scratch::bytes_for<QueryTile>(plan.per_item) +
+        plan.per_item * (QueryRows<Dot>::bytes(p.head_dim, false) + Scratch::bytes_for<float>(State::size(p)));
     if (!from.reset(bytes)) return false;
     keys.take(p, from);
     at.take(from);
@@ -66,14 +66,14 @@ template <class Dot>
 static void forward_step(const Params& p, const QueryTile& tile, const QueryRows<Dot>& query, ForwardWork<Dot>& work,
                          State& state) {
   const int64_t width = padded(p.head_dim_v), steps = steps_of<Dot>(p.head_dim);
-  const Meeting& at = work.at;
+  const TilePair& at = work.at;
   const int64_t row = words_of<Dot>(padded(p.head_dim));
   const int keys = at.high - at.low;
   float* s = work.s + at.low * BLOCK_M;
   lane_product<Dot, false>(tile.vectors, keys, steps, along<Dot>(work.keys.k) + at.low * row, row, 1, query.across, s);
   if (!at.plain) finish_scores(p, tile, at, work.s, nullptr);
   const auto* values = work.keys.clean(at, tile, work.s, width);
-  soften(tile.vectors, keys, s, to_power(p), state, width);
+  online_softmax_step(tile.vectors, keys, s, to_power(p), state, width);
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
     multiply(at, work.s, at.dropout);
@@ -111,7 +111,7 @@ static bool forward_item(const Params& p, const ForwardPlan& plan, int64_t item,
   for (int64_t kv_tile = first; kv_tile < last; ++kv_tile) {
     bool packed = false;
     for (int64_t n = 0; n < count; ++n) {
-      if (!work.at.meet(p, work.tiles[n], kv_tile)) continue;
+      if (!work.at.classify(p, work.tiles[n], kv_tile)) continue;
       if (!packed) work.keys.read_forward(p, unit.b, unit.kv_head, kv_tile);
       packed = true;
       State state(work.states + n * size);
@@ -153,42 +153,40 @@ static bool join_parts(const Params& p, const ForwardPlan& plan, int64_t item, S
   return true;
 }
 
-static bool run_narrow(const Params& p, const ForwardPlan& plan) {
+static bool run_decode(const Params& p, const ForwardPlan& plan) {
   const int64_t size = RowState::size(p);
   const bool done = run_items(p, plan.units * plan.parts, [&](int64_t item, Scratch& scratch) {
     const int64_t first = item % plan.parts * plan.part_tiles;
     float* part = plan.parts > 1 ? plan.partial + item * size : nullptr;
-    return narrow_item(p, item / plan.parts, first, first + plan.part_tiles, part, scratch);
+    return decode_item(p, item / plan.parts, first, first + plan.part_tiles, part, scratch);
   });
   if (!done || plan.parts == 1) return done;
   return run_items(p, plan.units, [&](int64_t item, Scratch& scratch) {
-    return join_narrow(p, item, plan.parts, plan.partial + item * plan.parts * size, scratch);
+    return join_decode(p, item, plan.parts, plan.partial + item * plan.parts * size, scratch);
   });
 }
 
 template <class Dot>
 static bool run_wide(const Params& p, const ForwardPlan& plan) {
-  const bool done = run_items(p, plan.items(), [&](int64_t item, Scratch& scratch) {
-    return forward_item<Dot>(p, plan, item, scratch);
-  });
+  const bool done = run_items(
+      p, plan.items(), [&](int64_t item, Scratch& scratch) { return forward_item<Dot>(p, plan, item, scratch); });
   if (!done || plan.parts == 1) return done;
-  return run_items(p, plan.units * plan.tiles, [&](int64_t item, Scratch& scratch) {
-    return join_parts(p, plan, item, scratch);
-  });
+  return run_items(p, plan.units * plan.tiles,
+                   [&](int64_t item, Scratch& scratch) { return join_parts(p, plan, item, scratch); });
 }
 
 template <class Dot>
 static const char* run_forward(const Params& p) {
   ForwardPlan plan(p);
   if (plan.units * plan.tiles == 0) return nullptr;
-  const bool narrow = is_narrow(p);
+  const bool decode = is_decode(p);
   Scratch partial;
   if (plan.parts > 1) {
-    const int64_t floats = plan.units * plan.tiles * plan.parts * (narrow ? RowState::size(p) : State::size(p));
+    const int64_t floats = plan.units * plan.tiles * plan.parts * (decode ? RowState::size(p) : State::size(p));
     if (!partial.reset(Scratch::bytes_for<float>(floats))) return NO_MEMORY;
     plan.partial = partial.take<float>(floats);
   }
-  return (narrow ? run_narrow(p, plan) : run_wide<Dot>(p, plan)) ? nullptr : NO_MEMORY;
+  return (decode ? run_decode(p, plan) : run_wide<Dot>(p, plan)) ? nullptr : NO_MEMORY;
 }
 
 }  // namespace fastattn::FASTATTN_ISA

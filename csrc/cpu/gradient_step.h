@@ -6,7 +6,7 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// Rows of BLOCK_M numbers that a tile of queries gathers: its dq, transposed, and its `met` (row_terms.h).
+// Rows of BLOCK_M numbers that a tile of queries gathers: its dq, transposed, and its p_dp_rowsum (row_terms.h).
 INLINE int64_t gathered_rows(const Params& p) { return padded(p.head_dim) + 1; }
 
 // A tile of queries as the backward passes need it.
@@ -16,11 +16,11 @@ struct GradientTile {
   QueryRows<Dot> query, d_out;
   // [BLOCK_M]; lse is inf where nothing is seen and NaN where a score overflows, low in powers of two.
   float *lse, *low, *share, *shift, *d_lse;
-  float* dq;                                 // [gathered_rows][BLOCK_M]
+  float* dq;   // [gathered_rows][BLOCK_M]
   bool exact;  // lse and low are those of the forward over these very keys, to the last bit
   bool alone;  // and all the keys that the queries may see are of one tile
 
-  float* met(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
+  float* p_dp_rowsum(const Params& p) const { return dq + padded(p.head_dim) * BLOCK_M; }
 
   static size_t bytes(const Params& p) {
     return Scratch::bytes_for<QueryTile>(1) + QueryRows<Dot>::bytes(p.head_dim, true) +
@@ -65,17 +65,17 @@ struct GradientTile {
   void clear(const Params& p) { std::memset(dq, 0, BLOCK_M * gathered_rows(p) * sizeof(float)); }
 };
 
-// Scratch of one meeting.
+// Scratch of one pair.
 template <class Dot>
 struct GradientWork {
   using Word = typename Dot::Word;
   KeyTile<Dot> keys;
-  Meeting at;
+  TilePair at;
   float *weight, *d_score, *slope;  // [BLOCK_N][BLOCK_M]
   Word* words;
 
   static size_t bytes(const Params& p) {
-    return KeyTile<Dot>::bytes(p) + Meeting::bytes() + 4 * Scratch::bytes_for<float>(TILE);
+    return KeyTile<Dot>::bytes(p) + TilePair::bytes() + 4 * Scratch::bytes_for<float>(TILE);
   }
 
   void take(const Params& p, Scratch& from) {
@@ -94,7 +94,7 @@ struct GradientWork {
 template <class Dot>
 static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot>& rows, GradientWork<Dot>& work) {
   const QueryTile& tile = *rows.tile;
-  const Meeting& at = work.at;
+  const TilePair& at = work.at;
   const int64_t width = padded(p.head_dim), width_v = padded(p.head_dim_v);
   float *s = work.weight, *d = work.d_score;
   const int64_t keys = at.high - at.low, first = at.low * BLOCK_M;
@@ -121,7 +121,7 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
       *kept = p.drop_below ? load(at.dropout + pair) : splat(1.0f);
       *d_weight = *d_weight * *kept;
     };
-    vf whole, d_weight, kept, met = load(rows.met(p) + n);
+    vf whole, d_weight, kept, p_dp_rowsum = load(rows.p_dp_rowsum(p) + n);
     const int64_t last = at.high * BLOCK_M;
     if (rows.alone) {
       // All keys are here: the sums need no rounded output, and the weights no lse.
@@ -134,7 +134,7 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
         store(d + pair, d_weight);
       }
       const vf norm = all > 0.0f ? 1.0f / all : splat(1.0f), part = norm * share;
-      met = met + sum * norm;
+      p_dp_rowsum = p_dp_rowsum + sum * norm;
       const vf shift = load(rows.d_lse + n) - share * share * (sum * norm);
       for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
         whole = load(s + pair);
@@ -145,12 +145,12 @@ static const typename Dot::Word* gradient_step(const Params& p, GradientTile<Dot
       const vf shift = load(rows.shift + n);
       for (int64_t pair = first + n; pair < last; pair += BLOCK_M) {
         pair_terms(pair, &whole, &d_weight, &kept);
-        met = met + whole * d_weight;
+        p_dp_rowsum = p_dp_rowsum + whole * d_weight;
         store(s + pair, whole * share * kept);
         store(d + pair, whole * (d_weight * share + shift));
       }
     }
-    store(rows.met(p) + n, met);
+    store(rows.p_dp_rowsum(p) + n, p_dp_rowsum);
   }
   return cleaned;
 }

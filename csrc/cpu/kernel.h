@@ -21,8 +21,10 @@ namespace fastattn::FASTATTN_ISA {
 #define FASTATTN_PASS(name) \
   const char* name(const Params& p) { return p.dtype == kBFloat16 ? run_##name<TileDot>(p) : avx512bf16::name(p); }
 #elif defined(__AVX512BF16__)
-#define FASTATTN_PASS(name) \
-  const char* name(const Params& p) { return p.dtype == kBFloat16 ? run_##name<BFloat16Dot>(p) : run_##name<FloatDot>(p); }
+#define FASTATTN_PASS(name)                                                             \
+  const char* name(const Params& p) {                                                   \
+    return p.dtype == kBFloat16 ? run_##name<BFloat16Dot>(p) : run_##name<FloatDot>(p); \
+  }
 #else
 #define FASTATTN_PASS(name) \
   const char* name(const Params& p) { return run_##name<FloatDot>(p); }

@@ -86,7 +86,8 @@ static void write_row(const Table& table, int64_t b, int64_t h, int64_t i, int64
   }
 }
 
-// What rounding to `table` took from the numbers that write_row has written there, to `low`, if it is there. Half dtypes.
+// What rounding to `table` took from the numbers that write_row has written there, to `low`, if it is there. Half
+// dtypes.
 INLINE void write_low(const Table& low, const Table& table, int64_t b, int64_t h, int64_t i, int64_t first, int64_t n,
                       const float* from) {
   if (!low.data) return;
@@ -122,7 +123,8 @@ INLINE void transpose_block(const float* from, int64_t from_row, float* to, int6
     a[r] = _mm512_shuffle_f32x4(b[r], b[r + 4], 0x88);
     a[r + 4] = _mm512_shuffle_f32x4(b[r], b[r + 4], 0xdd);
   }
-  // a[4 * c + r] holds rows r, r + 4, r + 8, r + 12 of columns 4 c ... 4 c + 3, in that order for the order they came in.
+  // a[4 * c + r] holds rows r, r + 4, r + 8, r + 12 of columns 4 c ... 4 c + 3, in that order for the order they came
+  // in.
 #pragma GCC unroll 4
   for (int c = 0; c < 16; c += 4) {
     const __m512 low0 = _mm512_unpacklo_ps(a[c], a[c + 1]), high0 = _mm512_unpackhi_ps(a[c], a[c + 1]);
@@ -248,7 +250,7 @@ INLINE const typename Dot::Word* weight_rows(int keys, const float* weights, typ
     return weights;
   } else {
     char* out = reinterpret_cast<char*>(to);
-    for (int at = 0; at < keys * BLOCK_M; at += VL) Dot::narrow(out + at * 2, load(weights + at));
+    for (int at = 0; at < keys * BLOCK_M; at += VL) Dot::store_rounded(out + at * 2, load(weights + at));
     return to;
   }
 }

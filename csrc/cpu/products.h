@@ -36,7 +36,7 @@ struct BFloat16Dot {
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (vi)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
   }
-  static INLINE void narrow(void* to, vf numbers) {
+  static INLINE void store_rounded(void* to, vf numbers) {
     const __m256bh half = _mm512_cvtneps_pbh((__m512)numbers);
     std::memcpy(to, &half, sizeof half);
   }
@@ -67,8 +67,8 @@ static void column_product(int64_t rows, int64_t width, int64_t steps, const typ
 template <class Dot>
 constexpr bool IS_TILED = false;
 
-// ROWS x VECTORS of c in registers over all of k. What is added to comes last: small terms are summed before they meet a
-// sum beside which each of them would vanish.
+// ROWS x VECTORS of c in registers over all of k. What is added to comes last: small terms are summed before they meet
+// a sum beside which each of them would vanish.
 template <class Dot, int ROWS, int VECTORS, bool ADD>
 INLINE void product_block(int64_t steps, const typename Dot::Word* a, int64_t a_row, int64_t a_step,
                           const typename Dot::Word* b, int64_t b_step, float* c, int64_t c_row) {

@@ -29,7 +29,7 @@ struct QueryTile {
   int64_t b;
   int count, vectors;  // lanes in use, and vectors that hold them
   int32_t head[BLOCK_M], q_idx[BLOCK_M];
-  Span span[kMostLeaves];  // of the leaves; span[0] alone where there is no mask
+  Span span[kMostTerms];  // of the terms; span[0] alone where there is no mask
 
   // Rows from `first` on of the `heads` heads from `first_head` on, q_len each.
   void place(const Params& params, int64_t batch, int64_t first_head, int64_t heads, int64_t first) {
@@ -55,7 +55,7 @@ struct QueryTile {
 
   // Tiles of keys that may hold something visible lie in [first, last).
   void tiles(int64_t* first, int64_t* last) const {
-    int64_t lo[kMostLeaves + 1], hi[kMostLeaves + 1];
+    int64_t lo[kMostTerms + 1], hi[kMostTerms + 1];
     int top = 0;
     lo[0] = 0;
     hi[0] = p->kv_len;
@@ -88,12 +88,12 @@ struct QueryTile {
   TileClass tile_class(int64_t kv_tile) const {
     const int64_t first = kv_tile * BLOCK_N;
     if (p->mask.words == 0) return span_class(span[0], first);
-    TileClass stack[kMostLeaves + 1];
+    TileClass stack[kMostTerms + 1];
     int top = 0;
     for (int w = 0; w < p->mask.words; ++w) {
       const int32_t word = p->mask.word[w];
       if (word >= 0) {
-        stack[top++] = leaf_class(p->mask.leaf[word], span[word], first);
+        stack[top++] = term_class(p->mask.term[word], span[word], first);
       } else {
         --top;
         stack[top - 1] = join_classes(stack[top - 1], stack[top], word);
@@ -105,12 +105,12 @@ struct QueryTile {
   // What every lane sees of a tile of keys, nothing in lanes out of use, and what any does. Gives the tile's class.
   TileClass see(int64_t kv_tile, uint64_t* bits, uint64_t* some) const {
     const int64_t first = kv_tile * BLOCK_N;
-    uint64_t stack[kMostLeaves + 1][BLOCK_M];
+    uint64_t stack[kMostTerms + 1][BLOCK_M];
     int top = 0;
     for (int w = 0; w < p->mask.words; ++w) {
       const int32_t word = p->mask.word[w];
       if (word >= 0) {
-        leaf_bits(p->mask.leaf[word], first, stack[top++]);
+        term_bits(p->mask.term[word], first, stack[top++]);
         continue;
       }
       --top;
@@ -141,26 +141,26 @@ struct QueryTile {
 
   void read_spans() {
     span[0] = {0, p->kv_len, 0, p->kv_len};
-    for (int n = 0; n < p->mask.leaves; ++n) span[n] = leaf_span(p->mask.leaf[n]);
+    for (int n = 0; n < p->mask.terms; ++n) span[n] = term_span(p->mask.term[n]);
   }
 
-  int64_t interval_at(const MaskLeaf& leaf, int lane) const {
-    return b * leaf.stride[0] + head[lane] * leaf.stride[1] + q_idx[lane] * leaf.stride[2];
+  int64_t interval_at(const MaskTerm& term, int lane) const {
+    return b * term.stride[0] + head[lane] * term.stride[1] + q_idx[lane] * term.stride[2];
   }
 
-  Span leaf_span(const MaskLeaf& leaf) const {
-    if (leaf.kind == kElements) return {0, p->kv_len, INT64_MAX, INT64_MIN};
-    if (leaf.kind == kInterval) {
+  Span term_span(const MaskTerm& term) const {
+    if (term.kind == kElements) return {0, p->kv_len, INT64_MAX, INT64_MIN};
+    if (term.kind == kInterval) {
       Span found = empty_span();
       for (int lane = 0; lane < count; ++lane)
-        add_interval(found, leaf.start[interval_at(leaf, lane)], leaf.stop[interval_at(leaf, lane)]);
+        add_interval(found, term.start[interval_at(term, lane)], term.stop[interval_at(term, lane)]);
       return found;
     }
     // Ids: the range of those that may be seen in full_lo ... full_hi; all keys may be met.
     Span found = {0, p->kv_len, INT64_MAX, -1};
     bool seeing = false;
     for (int lane = 0; lane < count; ++lane) {
-      const int64_t id = leaf.q_ids[interval_at(leaf, lane)];
+      const int64_t id = term.q_ids[interval_at(term, lane)];
       if (id < found.full_lo) found.full_lo = id;
       if (id > found.full_hi) found.full_hi = id;
       seeing |= id >= 0;
@@ -169,13 +169,13 @@ struct QueryTile {
     return found;
   }
 
-  TileClass leaf_class(const MaskLeaf& leaf, const Span& found, int64_t first) const {
-    if (leaf.kind == kInterval) return span_class(found, first);
-    if (leaf.kind == kElements || found.hi == 0) return found.hi == 0 ? kSkip : kCheck;
+  TileClass term_class(const MaskTerm& term, const Span& found, int64_t first) const {
+    if (term.kind == kInterval) return span_class(found, first);
+    if (term.kind == kElements || found.hi == 0) return found.hi == 0 ? kSkip : kCheck;
     int64_t lo = INT64_MAX, hi = -1;
     const int64_t last = first + BLOCK_N < p->kv_len ? first + BLOCK_N : p->kv_len;
     for (int64_t j = first; j < last; ++j) {
-      const int64_t id = leaf.kv_ids[b * leaf.kv_id_stride[0] + j * leaf.kv_id_stride[1]];
+      const int64_t id = term.kv_ids[b * term.kv_id_stride[0] + j * term.kv_id_stride[1]];
       if (id < lo) lo = id;
       if (id > hi) hi = id;
     }
@@ -184,37 +184,37 @@ struct QueryTile {
     return one ? kFull : kCheck;
   }
 
-  void leaf_bits(const MaskLeaf& leaf, int64_t first, uint64_t* bits) const {
+  void term_bits(const MaskTerm& term, int64_t first, uint64_t* bits) const {
     const int64_t left = p->kv_len - first;
     const int keys = static_cast<int>(left < BLOCK_N ? left : BLOCK_N);
     int64_t kv_ids[BLOCK_N];
-    if (leaf.kind == kIds)
+    if (term.kind == kIds)
       for (int j = 0; j < keys; ++j)
-        kv_ids[j] = leaf.kv_ids[b * leaf.kv_id_stride[0] + (first + j) * leaf.kv_id_stride[1]];
+        kv_ids[j] = term.kv_ids[b * term.kv_id_stride[0] + (first + j) * term.kv_id_stride[1]];
     for (int lane = 0; lane < BLOCK_M; ++lane) {
-      const int64_t at = interval_at(leaf, lane);
-      if (leaf.kind == kInterval) {
-        bits[lane] = interval_bits(leaf.start[at], leaf.stop[at], first);
+      const int64_t at = interval_at(term, lane);
+      if (term.kind == kInterval) {
+        bits[lane] = interval_bits(term.start[at], term.stop[at], first);
         continue;
       }
       alignas(64) uint8_t seen[BLOCK_N] = {};
-      if (leaf.kind == kIds) {
-        const int64_t id = leaf.q_ids[at];
-        if (lane && id == leaf.q_ids[interval_at(leaf, lane - 1)]) {
+      if (term.kind == kIds) {
+        const int64_t id = term.q_ids[at];
+        if (lane && id == term.q_ids[interval_at(term, lane - 1)]) {
           bits[lane] = bits[lane - 1];
           continue;
         }
         for (int j = 0; j < keys; ++j) seen[j] = keep_ids(id, kv_ids[j]);
       } else {
-        if (lane && at == interval_at(leaf, lane - 1)) {
+        if (lane && at == interval_at(term, lane - 1)) {
           bits[lane] = bits[lane - 1];
           continue;
         }
-        const uint8_t* from = leaf.elements + at + first * leaf.stride[3];
-        if (leaf.stride[3] == 1)
+        const uint8_t* from = term.elements + at + first * term.stride[3];
+        if (term.stride[3] == 1)
           std::memcpy(seen, from, keys);
         else
-          for (int j = 0; j < keys; ++j) seen[j] = from[j * leaf.stride[3]];
+          for (int j = 0; j < keys; ++j) seen[j] = from[j * term.stride[3]];
       }
       bits[lane] = gather_bits(seen);
     }

@@ -1,12 +1,12 @@
-// What the backward pass needs of each query row, from out, d_out, lse and d_lse, and from what rounding took from out and
-// lse where the forward has kept it:
+// What the backward pass needs of each query row, from out, d_out, lse and d_lse, and from what rounding took from out
+// and lse where the forward has kept it:
 //
 //   share = exp(lse - log(exp(lse) + exp(sink)))     what the sink leaves of the weights; 1 without sinks
 //   shift = d_lse - share * sum(d_out * out)         so that d score = exp(score - lse) * (share * d weight + shift)
 //
-// The sinks' gradient, and a bias's that is summed, want that sum as the backward's own weights have it: `met`, the sum
-// over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over rows of
-// -(1 - share) * met.
+// The sinks' gradient, and a bias's that is summed, want that sum as the backward's own weights have it: `p_dp_rowsum`,
+// the sum over keys of weight * d weight, which the backward pass gathers for them. A sink's gradient is the sum over
+// rows of -(1 - share) * p_dp_rowsum.
 #pragma once
 
 #include "scores.h"
@@ -75,16 +75,16 @@ static void run_row_terms(const Params& p) {
 }
 
 // Replace each row's shift by the exact one, and sum the sinks' gradient, a head an item.
-static void finish_row_terms(const Params& p, const float* met) {
+static void finish_row_terms(const Params& p, const float* p_dp_rowsum) {
   const RowTerms to(p);
   run_items(p, p.num_heads, [&](int64_t h, Scratch&) {
     double dsink = 0.0;
     for (int64_t b = 0; b < p.batch; ++b)
       for (int64_t at = (b * p.num_heads + h) * p.q_len, last = at + p.q_len; at < last; ++at) {
         if (p.lse[at] == -kInfinity) continue;
-        to.shift[at] = (p.d_lse ? p.d_lse[at] : 0.0f) - to.share[at] * met[at];
+        to.shift[at] = (p.d_lse ? p.d_lse[at] : 0.0f) - to.share[at] * p_dp_rowsum[at];
         const double lse = static_cast<double>(p.lse[at]) + known_low(p, at);
-        if (p.sinks) dsink -= static_cast<double>(met[at]) / (1.0 + exp(lse - p.sinks[h]));
+        if (p.sinks) dsink -= static_cast<double>(p_dp_rowsum[at]) / (1.0 + exp(lse - p.sinks[h]));
       }
     if (p.dsinks) p.dsinks[h] = static_cast<float>(dsink);
     return true;

@@ -20,7 +20,7 @@ INLINE bool holds_products(const Params& p) {
 INLINE float to_score(const Params& p) { return holds_products(p) ? p.scale : 1.0f; }
 
 // One tile of keys as one tile of queries meets it.
-struct Meeting {
+struct TilePair {
   int64_t first;  // key
   int low, high;  // keys of the tile from low on and below high are worth a look; multiples of KEY_STEP
   bool check;     // some pair is hidden
@@ -37,7 +37,7 @@ struct Meeting {
   }
 
   // False: they see nothing of each other.
-  bool meet(const Params& p, const QueryTile& tile, int64_t kv_tile) {
+  bool classify(const Params& p, const QueryTile& tile, int64_t kv_tile) {
     first = kv_tile * BLOCK_N;
     TileClass found = tile.tile_class(kv_tile);
     uint64_t some = ~uint64_t{0};
@@ -68,7 +68,7 @@ struct Meeting {
 };
 
 // The bias of every pair of the tile; 0 past the last key. Rows lie far apart, so each one's next keys are fetched now.
-static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at) {
+static void read_bias(const Params& p, const QueryTile& tile, const TilePair& at) {
   const int64_t left = p.kv_len - at.first, keys = left < BLOCK_N ? left : BLOCK_N, lanes = tile.vectors * VL;
   const int64_t size = p.bias.dtype == kFloat32 ? 4 : 2, offset = at.first * p.bias.stride[3] * size;
   const int64_t next = p.bias.stride[3] == 1 && left > BLOCK_N ? BLOCK_N * size : 0;
@@ -92,7 +92,7 @@ static void read_bias(const Params& p, const QueryTile& tile, const Meeting& at)
 }
 
 // All ones in the lanes that see key j of the tile.
-INLINE vi visible_lanes(const Meeting& at, int j, int n) {
+INLINE vi visible_lanes(const TilePair& at, int j, int n) {
   vi word;
   for (int lane = 0; lane < VL; ++lane) word[lane] = static_cast<int32_t>(at.bits[n + lane] >> (j & 32));
   return word;
@@ -100,7 +100,7 @@ INLINE vi visible_lanes(const Meeting& at, int j, int n) {
 
 // From products to what tiles hold, in place, hidden pairs -inf. `slope`, where given, gets the soft cap's derivative,
 // d score / d (scale * product), 0 where hidden: what nobody sees may hold anything.
-static void finish_scores(const Params& p, const QueryTile& tile, const Meeting& at, float* s, float* slope) {
+static void finish_scores(const Params& p, const QueryTile& tile, const TilePair& at, float* s, float* slope) {
   const bool has_bias = p.bias.data != nullptr;
   if (has_bias) read_bias(p, tile, at);
   const vf scale = splat(holds_products(p) ? 1.0f : p.scale);
@@ -131,16 +131,18 @@ static void finish_scores(const Params& p, const QueryTile& tile, const Meeting&
 }
 
 // Products -> scores, rounded.
-INLINE void round_scores(const Params& p, const Meeting& at, float* s) {
+INLINE void round_scores(const Params& p, const TilePair& at, float* s) {
   const vf unit = splat(to_score(p));
-  for (int pair = at.low * BLOCK_M; pair < at.high * BLOCK_M; pair += VL) store(s + pair, rounded(load(s + pair) * unit));
+  for (int pair = at.low * BLOCK_M; pair < at.high * BLOCK_M; pair += VL)
+    store(s + pair, rounded(load(s + pair) * unit));
 }
 
-// What the sink leaves of the weights of a row: exp(lse) / (exp(lse) + exp(sink)); `low` is what rounding took from lse.
+// What the sink leaves of the weights of a row: exp(lse) / (exp(lse) + exp(sink)); `low` is what rounding took from
+// lse.
 INLINE float left_by_sink(float sink, float lse, float low) { return 1.0f / (1.0f + expf(sink - lse - low)); }
 
-INLINE void multiply(const Meeting& meeting, float* to, const float* factor) {
-  for (int at = meeting.low * BLOCK_M; at < meeting.high * BLOCK_M; at += VL)
+INLINE void multiply(const TilePair& pair, float* to, const float* factor) {
+  for (int at = pair.low * BLOCK_M; at < pair.high * BLOCK_M; at += VL)
     store(to + at, load(to + at) * load(factor + at));
 }
 

@@ -41,7 +41,7 @@ INLINE float to_power(const Params& p) { return to_score(p) * kLog2E; }
 
 // What a tile holds -> weights in place, with the running maximum and sum. The maximum is subtracted before `factor`
 // comes in: its own weight is exactly 1, however large the scores, which rounding a product first would not give.
-static void soften(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
+static void online_softmax_step(int vectors, int keys, float* s, float factor, State& state, int64_t width) {
   for (int n = 0; n < vectors * VL; n += VL) {
     vf found = splat(-kInfinity);
     for (int j = 0; j < keys; ++j) found = larger(found, load(s + j * BLOCK_M + n));
@@ -74,9 +74,9 @@ INLINE vf log_sum(vf max, vf sum, float unit, vf* low) {
   return finite ? whole : score + rest;
 }
 
-// Writes the lse of a tile's lanes, and what rounding takes from it, and gives what their out is to be multiplied by. max,
-// sum and factor are [BLOCK_M], or as many whole vectors as hold the lanes. A largest score below the range, -inf, is seen
-// by nobody; one above it makes lse inf and the row NaN.
+// Writes the lse of a tile's lanes, and what rounding takes from it, and gives what their out is to be multiplied by.
+// max, sum and factor are [BLOCK_M], or as many whole vectors as hold the lanes. A largest score below the range, -inf,
+// is seen by nobody; one above it makes lse inf and the row NaN.
 static void finish_lanes(const Params& p, const QueryTile& tile, const float* max, const float* sum, float* factor) {
   alignas(64) float lse[BLOCK_M], low[BLOCK_M];
   for (int n = 0; n < tile.count; n += VL) {

@@ -24,13 +24,11 @@ struct KeyTile {
   using Word = typename Dot::Word;
   using Number = typename Element<Dot>::type;
   static constexpr bool HALF = Dot::PER_WORD == 2;
-  Number *k, *v;         // [BLOCK_N][width]
+  Number *k, *v;          // [BLOCK_N][width]
   Word *pairs, *cleaned;  // of the values forward, of the keys backward, as PairsOf says
   bool finite = true;
 
-  static int64_t most(const Params& p) {
-    return padded(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v);
-  }
+  static int64_t most(const Params& p) { return padded(p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v); }
   static size_t bytes(const Params& p) { return 4 * Scratch::bytes_for<float>(BLOCK_N * most(p)); }
 
   void take(const Params& p, Scratch& from) {
@@ -57,7 +55,7 @@ struct KeyTile {
   }
 
   // `pairs` as a tile of queries may use them: themselves, or a copy without the rows that none of them sees.
-  const Word* clean(const Meeting& at, const QueryTile& tile, const float* scores, int64_t width) {
+  const Word* clean(const TilePair& at, const QueryTile& tile, const float* scores, int64_t width) {
     if (finite || at.plain) return pairs;
     std::memcpy(cleaned, pairs, BLOCK_N / Dot::PER_WORD * width * sizeof(Word));
     clear_unseen<Dot>(at.seen(scores, tile.vectors), width, cleaned);

@@ -13,7 +13,8 @@
 
 namespace fastattn::FASTATTN_ISA {
 
-// The block sizes of each instruction set. Kernels look at whole steps of keys, vectors of queries and numbers of a row.
+// The block sizes of each instruction set. Kernels look at whole steps of keys, vectors of queries and numbers of a
+// row.
 #if defined(FASTATTN_AMX)
 constexpr int VL = 16;  // floats a vector
 constexpr int BLOCK_M = 32;
@@ -147,8 +148,8 @@ INLINE vf exp2(vf y) {
 #endif
 }
 
-// The natural logarithm of a number from 1 on as a sum: an exact multiple of a short ln 2, and `rest`, to about 3e-8. (The
-// series is FreeBSD's e_logf.c.) Infinity and NaN stay, in `rest`.
+// The natural logarithm of a number from 1 on as a sum: an exact multiple of a short ln 2, and `rest`, to about 3e-8.
+// (The series is FreeBSD's e_logf.c.) Infinity and NaN stay, in `rest`.
 INLINE vf logarithm(vf x, vf* rest) {
   const vi exponent = ((vi)x - 0x3f3504f3) >> 23;  // so that what is left lies around 1
   const vf fraction = (vf)((vi)x - (exponent << 23)) - 1.0f, n = __builtin_convertvector(exponent, vf);

@@ -11,13 +11,13 @@ namespace fastattn::FASTATTN_ISA {
 template <class Dot>
 struct WeightsWork {
   KeyTile<Dot> keys;
-  Meeting at;
+  TilePair at;
   QueryTile* tile;
   QueryRows<Dot> rows;
   float* s;  // [BLOCK_N][BLOCK_M]
 
   bool take(const Params& p, Scratch& from) {
-    if (!from.reset(KeyTile<Dot>::bytes(p) + Meeting::bytes() + Scratch::bytes_for<QueryTile>(1) +
+    if (!from.reset(KeyTile<Dot>::bytes(p) + TilePair::bytes() + Scratch::bytes_for<QueryTile>(1) +
                     QueryRows<Dot>::bytes(p.head_dim, false) + Scratch::bytes_for<float>(TILE)))
       return false;
     keys.take(p, from);
@@ -50,11 +50,12 @@ static void write_weights(const Params& p, const QueryTile& tile, int64_t first_
   }
 }
 
-// exp(score - lse), both rounded as finish_row rounds them, of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false where they see nothing of each other.
+// exp(score - lse), both rounded as finish_row rounds them, of a tile of pairs, [BLOCK_N][BLOCK_M] in work.s; false
+// where they see nothing of each other.
 template <class Dot>
 static bool weigh(const Params& p, int64_t kv_head, int64_t kv_tile, const float* lse, WeightsWork<Dot>& work) {
   const QueryTile& tile = *work.tile;
-  if (!work.at.meet(p, tile, kv_tile)) return false;
+  if (!work.at.classify(p, tile, kv_tile)) return false;
   work.at.look_at_all();
   work.keys.read_keys(p, tile.b, kv_head, kv_tile);
   lane_product<Dot, false>(tile.vectors, BLOCK_N, steps_of<Dot>(p.head_dim), along<Dot>(work.keys.k),

@@ -13,9 +13,9 @@ namespace fastattn::cuda {
 template <class F>
 struct Computer {
   using T = typename F::T;
-  static constexpr bool NATURAL = F::KIND == kEverything;
-  // The next keys are waited for after the softmax and not at the loop's head: a branch, over which the compiler does not
-  // lift the wait for the values' product. Without it that stands before the softmax, which then has nothing to run
+  static constexpr bool NATURAL = F::VARIANT == kGeneral;
+  // The next keys are waited for after the softmax and not at the loop's head: a branch, over which the compiler does
+  // not lift the wait for the values' product. Without it that stands before the softmax, which then has nothing to run
   // under. A natural softmax has branches of its own, and no register to spare.
   static constexpr bool WAITS_AHEAD = !NATURAL;
 
@@ -114,7 +114,7 @@ struct Computer {
       arch::wgmma_wait<0>();
       arch::settle_registers(x);
       release_keys(steps == 1);
-      soften(note, place, softmax, x, rescale);
+      online_softmax_step(note, place, softmax, x, rescale);
       drop_some(note, place, x);
       pack_weights(x, weights);
     }
@@ -133,7 +133,7 @@ struct Computer {
       arch::wgmma_wait<1>();
       arch::settle_registers(x);
       release_keys(steps == 1);
-      const bool grows = soften(note, place, softmax, x, rescale);
+      const bool grows = online_softmax_step(note, place, softmax, x, rescale);
       drop_some(note, place, x);
       if (WAITS_AHEAD && steps > 1) wait_for_keys();
       arch::wgmma_wait<0>();
@@ -156,7 +156,7 @@ struct Computer {
 
   // What each row sees, for the tiles that are checked: a lane for each interval of the warp's 16 rows.
   DEVICE void note_intervals(const Place& place) {
-    if (F::KIND == kPlain || (F::KIND == kEverything && a.listed)) return;
+    if (F::VARIANT == kPlain || (F::VARIANT == kGeneral && a.listed)) return;
     int32_t at[1] = {thread};
     arch::settle_registers(at);  // what follows is worked out here, and not kept from one job to the next
     const int local = group * 64 + at[0] / arch::kWarp * 16 + at[0] % arch::kWarp / 2, term = at[0] % 2;
@@ -179,7 +179,7 @@ struct Computer {
 
   DEVICE void wait_for_values(const uint32_t (&weights)[F::BLOCK_N / 16][4], Softmax& softmax) {
     arch::mbarrier_wait(&s.value_full[values.place()], values.round());
-    if (F::KIND != kPlain && a.hides) spread_odd(weights, softmax);
+    if (F::VARIANT != kPlain && a.hides) spread_nonfinite(weights, softmax);
   }
 
   DEVICE void release_values() {
@@ -188,16 +188,16 @@ struct Computer {
   }
 
   // Values that were not finite are zeros now: a row that sees one of them becomes NaN.
-  DEVICE void spread_odd(const uint32_t (&weights)[F::BLOCK_N / 16][4], Softmax& softmax) {
+  DEVICE void spread_nonfinite(const uint32_t (&weights)[F::BLOCK_N / 16][4], Softmax& softmax) {
 #pragma unroll
     for (int word = 0; word < (F::BLOCK_N + 31) / 32; ++word) {
-      const uint32_t odd = s.odd[values.place()][word];
-      if (odd == 0) continue;
+      const uint32_t nonfinite = s.nonfinite[values.place()][word];
+      if (nonfinite == 0) continue;
 #pragma unroll
       for (int k = 2 * word; k < 2 * word + 2 && k < F::BLOCK_N / 16; ++k)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const uint32_t of_keys = odd >> (k % 2 * 16 + e / 2 * 8 + key_of_thread);
+          const uint32_t of_keys = nonfinite >> (k % 2 * 16 + e / 2 * 8 + key_of_thread);
           const bool low = (of_keys & 1) && (weights[k][e] & 0x7fffu);
           const bool high = (of_keys & 2) && (weights[k][e] & 0x7fff0000u);
           if (low || high) softmax.sum[e % 2] = NAN;
@@ -205,7 +205,8 @@ struct Computer {
     }
   }
 
-  DEVICE bool soften(int32_t note, const Place& place, Softmax& softmax, float (&x)[F::SCORES], float (&rescale)[2]) {
+  DEVICE bool online_softmax_step(int32_t note, const Place& place, Softmax& softmax, float (&x)[F::SCORES],
+                                  float (&rescale)[2]) {
     const int32_t first = tile_of(note) * F::BLOCK_N + key_of_thread;
     if constexpr (NATURAL) finish_scores(x, a, Rows(a, place, first_row()), first);
     if (checks(note)) hide(place, first, x);
@@ -213,10 +214,10 @@ struct Computer {
   }
 
   DEVICE void hide(const Place& place, int32_t first, float (&x)[F::SCORES]) {
-    if constexpr (F::KIND == kPlain) {
+    if constexpr (F::VARIANT == kPlain) {
       hide_beyond(x, a.kv_len - first);
       return;
-    } else if constexpr (F::KIND == kEverything) {
+    } else if constexpr (F::VARIANT == kGeneral) {
       if (a.listed) {
         hide_by_program(x, a, Rows(a, place, first_row()), first);
         return;
@@ -227,7 +228,7 @@ struct Computer {
   }
 
   DEVICE void drop_some(int32_t note, const Place& place, float (&x)[F::SCORES]) {
-    if constexpr (F::KIND == kEverything) {
+    if constexpr (F::VARIANT == kGeneral) {
       if (a.drops) drop(x, a, Rows(a, place, first_row()), tile_of(note) * F::BLOCK_N + key_of_thread);
     }
   }
@@ -246,12 +247,13 @@ struct Computer {
     for (int r = 0; r < 2; ++r) {
       const float* sink = a.sinks && !a.parts ? a.sinks + rows.head[r] : nullptr;  // parts: when they are merged
       float weight = softmax.template weight<NATURAL>(r, a.factor, sink);
-      if (F::KIND == kEverything && a.drops) weight *= a.keep_scale;
+      if (F::VARIANT == kGeneral && a.drops) weight *= a.keep_scale;
 #pragma unroll
       for (int m = 0; m < F::OUT; ++m)
         if (row_of(m) == r) out[m] *= weight;
-      const int64_t row = ((static_cast<int64_t>(place.split) * a.batch + place.batch) * a.num_heads + rows.head[r]) *
-                              a.q_len + rows.q_idx[r];
+      const int64_t row =
+          ((static_cast<int64_t>(place.split) * a.batch + place.batch) * a.num_heads + rows.head[r]) * a.q_len +
+          rows.q_idx[r];
       if (!rows.there[r]) continue;
       if (lane % 4 == 0) arch::store_global(a.lse + row, softmax.template lse<NATURAL>(r, a.factor));
       if (a.parts) write_part(a.parts + row * a.part_step, r, out);

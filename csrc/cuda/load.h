@@ -9,7 +9,7 @@ template <class F>
 struct Loader {
   const ForwardArgs& a;
   Shared<F>& s;
-  Ring<F::STAGES> ring;           // of keys and of values: a tile has the same place in both
+  Ring<F::STAGES> ring;   // of keys and of values: a tile has the same place in both
   uint32_t parities = 0;  // of the queries' and of the landed values' barriers, a bit each
 
   DEVICE Loader(const ForwardArgs& args, Shared<F>& shared) : a(args), s(shared) {}
@@ -30,7 +30,7 @@ struct Loader {
       if (there) {
         if (leads()) job.place = place_of<F::BLOCK_M>(a, s.program);
         __syncwarp();
-        note_steps<F::BLOCK_N, F::KIND>(a, job.place, s.steps);
+        note_steps<F::BLOCK_N, F::VARIANT>(a, job.place, s.steps);
       }
       if (leads()) {
         job.steps = there ? s.steps.end - s.steps.begin : 0;
@@ -41,7 +41,7 @@ struct Loader {
       if (!there) return;
       load(job.place);
       if (leads()) {
-        s.program = next_program<F::KIND>(a, s.program, s.round);
+        s.program = next_program<F::VARIANT>(a, s.program, s.round);
         ++s.round;
       }
       __syncwarp();
@@ -94,21 +94,21 @@ struct Loader {
   DEVICE void load_values(const Place& at, const Ring<F::STAGES>& values) {
     __syncwarp();
     const int32_t note = s.note[values.place()];  // of its keys
-    const bool looks = F::KIND != kPlain && a.hides && (F::KIND == kEverything || checks(note));
+    const bool looks = F::VARIANT != kPlain && a.hides && (F::VARIANT == kGeneral || checks(note));
     const int32_t first = tile_of(note) * F::BLOCK_N;
     arch::Mbarrier* full = looks ? &s.value_landed : &s.value_full[values.place()];
     const int2 run = find_run(at, first, 0);
     arch::mbarrier_wait(&s.value_empty[values.place()], values.round() ^ 1);
     if (leads()) {
-      if (F::KIND != kPlain && !looks && a.hides)
-        for (uint32_t& word : s.odd[values.place()]) word = 0;
+      if (F::VARIANT != kPlain && !looks && a.hides)
+        for (uint32_t& word : s.nonfinite[values.place()]) word = 0;
       arch::mbarrier_arrive_expect(full, sizeof s.value[0]);
     }
     copy_tile<F::PIECES_V>(s.value[values.place()], &a.value, full, at, first, a.value_step, run);
     if (looks) {
       arch::mbarrier_wait(&s.value_landed, parities >> 1);
       parities ^= 2;
-      zero_odd_values(values.place());
+      zero_nonfinite_values(values.place());
       arch::fence_proxy_async();
       arrive_warp(&s.value_full[values.place()]);
     }
@@ -117,8 +117,8 @@ struct Loader {
   // A tile of keys or values from `first` on: one box, or one for each run; zeros beyond the last key. `run` is what
   // find_run(at, first, 0) gave.
   template <int PIECES>
-  DEVICE void copy_tile(uint16_t* tile, const arch::TensorMap* map, arch::Mbarrier* full, const Place& at, int32_t first,
-                        const int32_t (&step)[2], int2 run) {
+  DEVICE void copy_tile(uint16_t* tile, const arch::TensorMap* map, arch::Mbarrier* full, const Place& at,
+                        int32_t first, const int32_t (&step)[2], int2 run) {
     if (!in_blocks()) {
       if (leads()) {
 #pragma unroll 1
@@ -144,10 +144,10 @@ struct Loader {
     }
   }
 
-  DEVICE bool in_blocks() const { return F::KIND != kPlain && a.pages.table; }
+  DEVICE bool in_blocks() const { return F::VARIANT != kPlain && a.pages.table; }
 
-  // Where this lane's run of a tile lies, the lanes' runs counted from row `row` of the tile: its row in a block, and the
-  // block; beyond the last key a row that is in none. Asked before the wait for a free place, which it hides under.
+  // Where this lane's run of a tile lies, the lanes' runs counted from row `row` of the tile: its row in a block, and
+  // the block; beyond the last key a row that is in none. Asked before the wait for a free place, which it hides under.
   DEVICE int2 find_run(const Place& at, int32_t first, int32_t row) const {
     if (!in_blocks()) return make_int2(0, 0);
     const int32_t key = first + row + lane() * a.pages.run;
@@ -159,37 +159,37 @@ struct Loader {
 
   // A key that nobody sees weighs 0, and 0 times NaN is NaN: rows of values that are not finite are set to 0, and
   // noted for who may see them. A lane looks at whole rows, 16 bytes at a time; the swizzle moves those within a row.
-  DEVICE void zero_odd_values(int place) {
+  DEVICE void zero_nonfinite_values(int place) {
     uint16_t* tile = s.value[place];
 #pragma unroll 1
     for (int first = 0; first < F::BLOCK_N; first += arch::kWarp) {
       const int row = first + threadIdx.x % arch::kWarp;
-      bool odd = false;
+      bool nonfinite = false;
       if (row < F::BLOCK_N) {
 #pragma unroll 1
         for (int piece = 0; piece < F::PIECES_V; ++piece) {
           const uint4* at = reinterpret_cast<const uint4*>(tile + (piece * F::BLOCK_N + row) * 64);
 #pragma unroll 2
-          for (int part = 0; part < 8; ++part) odd |= is_odd(at[(part + row) % 8]);
+          for (int part = 0; part < 8; ++part) nonfinite |= any_nonfinite(at[(part + row) % 8]);
         }
-        if (odd)
+        if (nonfinite)
           for (int piece = 0; piece < F::PIECES_V; ++piece) {
             uint4* at = reinterpret_cast<uint4*>(tile + (piece * F::BLOCK_N + row) * 64);
             for (int part = 0; part < 8; ++part) at[(part + row) % 8] = make_uint4(0, 0, 0, 0);
           }
       }
-      const uint32_t word = __ballot_sync(~0u, odd);
-      if (leads()) s.odd[place][first / arch::kWarp] = word;
+      const uint32_t word = __ballot_sync(~0u, nonfinite);
+      if (leads()) s.nonfinite[place][first / arch::kWarp] = word;
     }
   }
 
   // Whether one of eight halves has an exponent of ones only.
-  static DEVICE bool is_odd(uint4 eight) {
+  static DEVICE bool any_nonfinite(uint4 eight) {
     constexpr uint32_t exponent = arch::same_type<typename F::T, arch::bf16> ? 0x7f80u : 0x7c00u;
-    bool odd = false;
+    bool nonfinite = false;
     for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w})
-      odd |= (two & exponent) == exponent || (two >> 16 & exponent) == exponent;
-    return odd;
+      nonfinite |= (two & exponent) == exponent || (two >> 16 & exponent) == exponent;
+    return nonfinite;
   }
 };
 

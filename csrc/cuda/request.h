@@ -1,4 +1,4 @@
-// The CUDA room's door: one problem, launched on a stream. Neither torch nor CUDA.
+// The CUDA backend's entry point: one problem, launched on a stream. Neither torch nor CUDA.
 #pragma once
 
 #include "../common/params.h"
@@ -6,8 +6,8 @@
 
 namespace fastattn::cuda {
 
-// Lists of key tiles for each tile of queries: the checked ones first. Strides of batch and heads are 0 where one serves
-// all.
+// Lists of key tiles for each tile of queries: the checked ones first. Strides of batch and heads are 0 where one
+// serves all.
 struct Lists {
   const int32_t *counts, *tiles;  // counts: checked, then, `to_full` further, full
   int64_t count_stride[2], to_full, tile_stride[2], row;
@@ -16,7 +16,7 @@ struct Lists {
 // A forward problem, and what the host has decided about it.
 struct Request {
   Params problem;
-  Kind kind = kPlain;
+  KernelVariant variant = kPlain;
   bool hides = false;  // a key may be hidden from every query, and its values then be anything
   Lists lists{};       // of the tiles that `plan` names; counts null: intervals are walked
   int32_t splits = 1;

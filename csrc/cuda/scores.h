@@ -53,21 +53,21 @@ DEVICE void hide_outside(float (&x)[N], const int4 (&seen)[2], bool two, int32_t
   }
 }
 
-// What a row sees of a thread's keys through one leaf: bit m for its m-th key, 8 (m / 2) + m % 2 from `first` on.
+// What a row sees of a thread's keys through one term: bit m for its m-th key, 8 (m / 2) + m % 2 from `first` on.
 template <int KEYS>
-DEVICE uint32_t leaf_bits(const ForwardArgs& a, const MaskLeaf& leaf, int32_t batch, int32_t head, int32_t q_idx,
+DEVICE uint32_t term_bits(const ForwardArgs& a, const MaskTerm& term, int32_t batch, int32_t head, int32_t q_idx,
                           int32_t first) {
-  const int64_t at = batch * leaf.stride[0] + head * leaf.stride[1] + q_idx * leaf.stride[2];
+  const int64_t at = batch * term.stride[0] + head * term.stride[1] + q_idx * term.stride[2];
   int32_t low = 0, high = 0;
   int64_t id = 0;
-  if (leaf.kind == kInterval) {
-    low = leaf.start[at];
-    high = leaf.stop[at];
-  } else if (leaf.kind == kBand) {
-    low = clamp(q_idx + static_cast<int32_t>(leaf.low), a.kv_len);
-    high = clamp(q_idx + static_cast<int32_t>(leaf.high), a.kv_len);
-  } else if (leaf.kind == kIds) {
-    id = leaf.q_ids[at];
+  if (term.kind == kInterval) {
+    low = term.start[at];
+    high = term.stop[at];
+  } else if (term.kind == kBand) {
+    low = clamp(q_idx + static_cast<int32_t>(term.low), a.kv_len);
+    high = clamp(q_idx + static_cast<int32_t>(term.high), a.kv_len);
+  } else if (term.kind == kIds) {
+    id = term.q_ids[at];
   }
   uint32_t bits = 0;
 #pragma unroll 1
@@ -75,16 +75,16 @@ DEVICE uint32_t leaf_bits(const ForwardArgs& a, const MaskLeaf& leaf, int32_t ba
     const int32_t kv_idx = first + 8 * (m / 2) + m % 2;
     if (kv_idx >= a.kv_len) break;
     bool seen = kv_idx >= low && kv_idx < high;
-    if (leaf.kind == kElements)
-      seen = leaf.elements[at + kv_idx * leaf.stride[3]] != 0;
-    else if (leaf.kind == kIds)
-      seen = keep_ids(id, leaf.kv_ids[batch * leaf.kv_id_stride[0] + kv_idx * leaf.kv_id_stride[1]]);
+    if (term.kind == kElements)
+      seen = term.elements[at + kv_idx * term.stride[3]] != 0;
+    else if (term.kind == kIds)
+      seen = keep_ids(id, term.kv_ids[batch * term.kv_id_stride[0] + kv_idx * term.kv_id_stride[1]]);
     bits |= static_cast<uint32_t>(seen) << m;
   }
   return bits;
 }
 
-constexpr int kStack = 4;  // leaves' bits that wait to be joined; the host refuses a program that needs more
+constexpr int kStack = 4;  // terms' bits that wait to be joined; the host refuses a program that needs more
 
 template <int N>
 DEVICE void hide_by_program(float (&x)[N], const ForwardArgs& a, const Rows& rows, int32_t first) {
@@ -97,7 +97,7 @@ DEVICE void hide_by_program(float (&x)[N], const ForwardArgs& a, const Rows& row
     for (int w = 0; w < a.program.words; ++w) {
       const int32_t word = a.program.word[w];
       if (word >= 0) {
-        const uint32_t bits = leaf_bits<N / 2>(a, a.program.leaf[word], rows.batch, head, q_idx, first);
+        const uint32_t bits = term_bits<N / 2>(a, a.program.term[word], rows.batch, head, q_idx, first);
 #pragma unroll
         for (int n = kStack - 1; n > 0; --n) stack[n] = stack[n - 1];
         stack[0] = bits;

@@ -7,21 +7,22 @@
 
 namespace fastattn::cuda {
 
-// One forward kernel: dtype, widths of the heads, kind.
-template <class T_, int WIDTH_, int WIDTH_V_, Kind KIND_>
+// One forward kernel: dtype, widths of the heads, variant.
+template <class T_, int WIDTH_, int WIDTH_V_, KernelVariant VARIANT_>
 struct Forward {
   using T = T_;
   static constexpr int WIDTH = WIDTH_, WIDTH_V = WIDTH_V_;
-  static constexpr Kind KIND = KIND_;
-  static constexpr TileSize TILE = tile_size(WIDTH, WIDTH_V, KIND);
+  static constexpr KernelVariant VARIANT = VARIANT_;
+  static constexpr TileSize TILE = tile_size(WIDTH, WIDTH_V, VARIANT);
   static constexpr int BLOCK_M = TILE.block_m, BLOCK_N = TILE.block_n, STAGES = TILE.stages;
   static constexpr int CONSUMERS = TILE.consumers(), THREADS = TILE.threads();
   static constexpr int PIECES = (WIDTH + 63) / 64, PIECES_V = (WIDTH_V + 63) / 64;  // of 64 columns, side by side
-  static constexpr int SCORES = BLOCK_N / 2, OUT = WIDTH_V / 2;  // registers of a thread
+  static constexpr int SCORES = BLOCK_N / 2, OUT = WIDTH_V / 2;                     // registers of a thread
   static constexpr bool TURNS = WIDTH_V <= 128;  // warpgroups take turns on the tensor cores
   // A block starts with as many for each thread as fit (168 of three warpgroups, 128 of four), and shares those out.
   static constexpr int REGISTERS = CONSUMERS == 3 ? 160 : 232, REGISTERS_LOADING = CONSUMERS == 3 ? 32 : 40;
-  static_assert(REGISTERS * CONSUMERS + REGISTERS_LOADING <= (CONSUMERS + 1) * (65536 / THREADS / 8 * 8), "of the SM's");
+  static_assert(REGISTERS * CONSUMERS + REGISTERS_LOADING <= (CONSUMERS + 1) * (65536 / THREADS / 8 * 8),
+                "of the SM's");
 };
 
 // Tiles lie as TMA's 128-byte swizzle leaves them: pieces of 64 columns, each [rows][64].
@@ -30,12 +31,12 @@ struct alignas(1024) Shared {
   uint16_t query[F::PIECES * F::BLOCK_M * 64];
   uint16_t key[F::STAGES][F::PIECES * F::BLOCK_N * 64];
   uint16_t value[F::STAGES][F::PIECES_V * F::BLOCK_N * 64];
-  int4 seen[F::KIND == kPlain ? 1 : F::BLOCK_M];  // each row's intervals
+  int4 seen[F::VARIANT == kPlain ? 1 : F::BLOCK_M];  // each row's intervals
   Job job[2];
-  Steps steps;      // the loading warp's own, as it has few registers
-  int32_t program, round;  // the same
-  int32_t note[F::STAGES];  // about the tile of keys
-  uint32_t odd[F::STAGES][(F::BLOCK_N + 31) / 32];  // keys whose values were not finite and were set to 0
+  Steps steps;                                            // the loading warp's own, as it has few registers
+  int32_t program, round;                                 // the same
+  int32_t note[F::STAGES];                                // about the tile of keys
+  uint32_t nonfinite[F::STAGES][(F::BLOCK_N + 31) / 32];  // keys whose values were not finite and were set to 0
   arch::Mbarrier job_full[2], job_empty[2], query_full, query_empty;
   arch::Mbarrier key_full[F::STAGES], key_empty[F::STAGES], value_full[F::STAGES], value_empty[F::STAGES];
   arch::Mbarrier value_landed;  // before they are looked through

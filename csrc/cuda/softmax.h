@@ -20,7 +20,7 @@ constexpr float kSlack = 8.0f;  // powers of two that a running maximum may lag 
 // error 3e-6; for x below 128. Where 2^x is no normal number it is 0; of NaN it is NaN, whose bits no shift may touch.
 DEVICE float exp2_poly(float x) {
   const float bounded = arch::max_nan(x, -127.0f);  // whose exponent's bits are 0
-  const float shifted = bounded + 12582912.0f;  // 1.5 * 2^23: the whole part stands in the low bits
+  const float shifted = bounded + 12582912.0f;      // 1.5 * 2^23: the whole part stands in the low bits
   const float f = bounded - (shifted - 12582912.0f);
   float y = fmaf(f, 0.00958284f, 0.05590641f);
   y = fmaf(f, y, 0.24024099f);
@@ -39,9 +39,9 @@ struct Softmax {
     sum[0] = sum[1] = 0.0f;
   }
 
-  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. Those below `lowest` weigh
-  // 0. `rescale` gets what was accumulated before has to be multiplied by; false: by 1, in every row of the warp. The
-  // maximum stays behind while it rises by little: that saves the multiplication.
+  // Scores to weights, in place; NATURAL: their factor is log2(e), and they may be of any size. Those below `lowest`
+  // weigh 0. `rescale` gets what was accumulated before has to be multiplied by; false: by 1, in every row of the warp.
+  // The maximum stays behind while it rises by little: that saves the multiplication.
   template <int POLY_EVERY, bool NATURAL, int N>
   DEVICE bool step(float (&x)[N], float factor, float lowest, float (&rescale)[2]) {
     float top[2];

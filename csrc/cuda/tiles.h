@@ -1,4 +1,5 @@
-// The tile table of the forward kernels: how many queries and keys a block works on at a time, and with how many threads.
+// The tile table of the forward kernels: how many queries and keys a block works on at a time, and with how many
+// threads.
 //
 // A block is one warpgroup that loads and 2 or 3 that compute, 64 queries each. What limits a tile: shared memory
 // (227 KiB: the queries, and STAGES tiles of keys and of values), and registers (240 a thread with 2 computing
@@ -10,12 +11,12 @@
 
 namespace fastattn::cuda {
 
-enum Kind : int32_t {
-  kPlain = 0,       // every key is visible
-  kMasked = 1,      // each query sees one or two intervals of keys
-  kEverything = 2,  // the same or block lists; bias, soft cap, dropout, scales of any sign and size
+enum KernelVariant : int32_t {
+  kPlain = 0,    // every key is visible
+  kMasked = 1,   // each query sees one or two intervals of keys
+  kGeneral = 2,  // the same or block lists; bias, soft cap, dropout, scales of any sign and size
 };
-constexpr int kKinds = 3;
+constexpr int kVariants = 3;
 
 struct TileSize {
   int block_m, block_n, stages;
@@ -29,13 +30,13 @@ constexpr int kWidths[][2] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {192, 
 constexpr int kWidthCount = sizeof kWidths / sizeof kWidths[0];
 
 // Head dim 64 is bound by the exponentials: three warpgroups, and a share of them computed elsewhere.
-constexpr TileSize tile_size(int width, int width_v, Kind kind) {
-  if (width <= 64) return kind == kEverything ? TileSize{128, 128, 3, 16} : TileSize{192, 128, 3, 16};
-  if (width <= 96) return {128, kind == kPlain ? 176 : 128, 2, 0};
-  if (width <= 128) return {128, kind == kPlain ? 176 : 128, 2, 0};
-  if (width <= 192 && width_v <= 128) return {128, kind == kEverything ? 96 : 128, 2, 0};
-  if (width <= 192) return {128, kind == kPlain ? 112 : kind == kMasked ? 96 : 80, 2, 0};
-  return {128, kind == kEverything ? 64 : 80, 2, 0};
+constexpr TileSize tile_size(int width, int width_v, KernelVariant variant) {
+  if (width <= 64) return variant == kGeneral ? TileSize{128, 128, 3, 16} : TileSize{192, 128, 3, 16};
+  if (width <= 96) return {128, variant == kPlain ? 176 : 128, 2, 0};
+  if (width <= 128) return {128, variant == kPlain ? 176 : 128, 2, 0};
+  if (width <= 192 && width_v <= 128) return {128, variant == kGeneral ? 96 : 128, 2, 0};
+  if (width <= 192) return {128, variant == kPlain ? 112 : variant == kMasked ? 96 : 80, 2, 0};
+  return {128, variant == kGeneral ? 64 : 80, 2, 0};
 }
 
 // The place in kWidths of the kernel for a head, or -1: wider than any.

@@ -1,7 +1,7 @@
 // The walk: which program computes which tile of queries, and which tiles of keys that tile visits, in which order.
 //
-// One warp works it out and tells the others. Tiles of keys go from the last to the first; those in which the mask hides
-// something, or the problem ends, are checked, the others are not. Heavy tiles of queries go first.
+// One warp works it out and tells the others. Tiles of keys go from the last to the first; those in which the mask
+// hides something, or the problem ends, are checked, the others are not. Heavy tiles of queries go first.
 #pragma once
 
 #include "../common/mask.h"
@@ -18,12 +18,12 @@ struct Place {
 // The steps of a tile, begin <= n < end, and the tile of keys that each visits.
 struct Steps {
   int32_t begin, end;
-  int32_t count, last[2];     // tile of step n: last[0] - n for the first `count`, then last[1] - (n - count)
-  int32_t cut[2][2];          // tiles from, up to, that an interval touches
-  int32_t full[2][2];         // that it covers: they need no check
-  int32_t checked;            // lists: the first so many are checked
-  const int32_t* listed;      // or null
-  int32_t number[3];          // of an interval's columns, while it is looked at
+  int32_t count, last[2];  // tile of step n: last[0] - n for the first `count`, then last[1] - (n - count)
+  int32_t cut[2][2];       // tiles from, up to, that an interval touches
+  int32_t full[2][2];      // that it covers: they need no check
+  int32_t checked;         // lists: the first so many are checked
+  const int32_t* listed;   // or null
+  int32_t number[3];       // of an interval's columns, while it is looked at
 };
 
 // What the loading warp tells the others: a tile of queries, how many tiles of keys it visits, which come with theirs.
@@ -49,22 +49,22 @@ DEVICE bool needs_check(const Steps& steps, int32_t n, int32_t tile) {
            (tile >= steps.full[1][0] && tile < steps.full[1][1]));
 }
 
-// A block's program after `program`. Equal tiles forth and back over the blocks; others to who is ready, by a counter, or,
-// without one, to nobody: there are no more than blocks.
-template <Kind KIND>
+// A block's program after `program`. Equal tiles forth and back over the blocks; others to who is ready, by a counter,
+// or, without one, to nobody: there are no more than blocks.
+template <KernelVariant VARIANT>
 DEVICE int32_t next_program(const ForwardArgs& a, int32_t program, int32_t round) {
-  if (KIND == kPlain) return program + (round & 1 ? 2 * blockIdx.x + 1 : 2 * (a.blocks - blockIdx.x) - 1);
+  if (VARIANT == kPlain) return program + (round & 1 ? 2 * blockIdx.x + 1 : 2 * (a.blocks - blockIdx.x) - 1);
   return a.taken ? a.blocks + atomicAdd(a.taken, 1) : a.programs;
 }
 
-// Splits of a tile run side by side, then the units of a section, then its tiles, then the sections.
+// Splits of a tile run side by side, then the units of an L2 group, then its tiles, then the groups.
 template <int BLOCK_M>
 DEVICE Place place_of(const ForwardArgs& a, int32_t program) {
   Place place;
   place.split = program % a.splits;
   program /= a.splits;
-  const int32_t first = program / (a.section * a.q_tiles) * a.section;
-  const int32_t left = a.batch * a.num_kv_heads * a.unit_heads - first, width = a.section < left ? a.section : left;
+  const int32_t first = program / (a.l2_group * a.q_tiles) * a.l2_group;
+  const int32_t left = a.batch * a.num_kv_heads * a.unit_heads - first, width = a.l2_group < left ? a.l2_group : left;
   const int32_t rest = program - first * a.q_tiles, unit = first + rest % width;
   place.q_first = (a.q_tiles - 1 - rest / width) * BLOCK_M;  // the last tiles first: under a causal mask they see most
   place.kv_head = unit / a.unit_heads % a.num_kv_heads;
@@ -77,24 +77,26 @@ DEVICE Place place_of(const ForwardArgs& a, int32_t program) {
 
 DEVICE int32_t clamp(int32_t x, int32_t high) { return x < 0 ? 0 : x < high ? x : high; }
 
-// What a column says of a batch item, no farther from 0 than kFar; of no column `otherwise`.
+// What a column says of a batch item, no farther from 0 than kUnbounded; of no column `otherwise`.
 DEVICE int32_t number_of(const Numbers& column, int32_t batch, int32_t otherwise) {
   if (!column.data) return otherwise;
   const int32_t* at = reinterpret_cast<const int32_t*>(column.data + static_cast<int64_t>(batch) * column.step);
   int32_t number = at[0];
-  if (column.wide && at[1] != number >> 31) number = at[1] < 0 ? -kFar : kFar;
-  return max(-kFar, min(kFar, number));
+  if (column.wide && at[1] != number >> 31) number = at[1] < 0 ? -kUnbounded : kUnbounded;
+  return max(-kUnbounded, min(kUnbounded, number));
 }
 
 DEVICE int32_t number_of(const Interval& of, int n, int32_t batch) {
-  return number_of(of.column[n], batch, n == 2 ? kFar : 0);
+  return number_of(of.column[n], batch, n == 2 ? kUnbounded : 0);
 }
 
 // The keys that one query sees through a band, x the first, y the one after the last; `number` is what its columns say.
 // An end that is open stays so.
 DEVICE int2 keys_of_band(const Interval& of, const int32_t (&number)[3], int32_t q_idx, int32_t kv_len) {
-  const int32_t low = of.low > -kFar ? of.low + number[0] : of.low, high = of.high < kFar ? of.high + number[0] : of.high;
-  return make_int2(max(clamp(q_idx + low, kv_len), min(number[1], kv_len)), min(clamp(q_idx + high, kv_len), number[2]));
+  const int32_t low = of.low > -kUnbounded ? of.low + number[0] : of.low,
+                high = of.high < kUnbounded ? of.high + number[0] : of.high;
+  return make_int2(max(clamp(q_idx + low, kv_len), min(number[1], kv_len)),
+                   min(clamp(q_idx + high, kv_len), number[2]));
 }
 
 // The same through any interval.
@@ -153,11 +155,11 @@ DEVICE SpanOf<int32_t> tile_span(const ForwardArgs& a, const Interval& of, const
 
 // The steps of a tile, written to shared memory piece by piece: the loading warp, all of which calls, has few
 // registers.
-template <int BLOCK_N, Kind KIND>
+template <int BLOCK_N, KernelVariant VARIANT>
 DEVICE void note_steps(const ForwardArgs& a, const Place& place, Steps& steps) {
   const bool leads = threadIdx.x % arch::kWarp == 0;
   if (leads) steps.listed = nullptr;
-  if (KIND == kEverything && a.listed) {
+  if (VARIANT == kGeneral && a.listed) {
     const int64_t tile = place.q_first / a.tile_rows;
     const int64_t row = place.batch * a.lists.count_stride[0] + place.head * a.lists.count_stride[1];
     const int32_t* counts = a.lists.counts + row;
@@ -171,8 +173,8 @@ DEVICE void note_steps(const ForwardArgs& a, const Place& place, Steps& steps) {
 #pragma unroll 1
     for (int term = 0; term < 2; ++term) {
       SpanOf<int32_t> span = {0, 0, 0, 0};
-      if (KIND == kPlain && term == 0) span = {0, a.kv_len, 0, a.kv_len};
-      if (KIND != kPlain && term < a.terms) span = tile_span(a, a.interval[term], place, steps.number);
+      if (VARIANT == kPlain && term == 0) span = {0, a.kv_len, 0, a.kv_len};
+      if (VARIANT != kPlain && term < a.terms) span = tile_span(a, a.interval[term], place, steps.number);
       if (leads) {
         const bool empty = span.lo >= span.hi;
         steps.cut[term][0] = empty ? 0 : span.lo / BLOCK_N;

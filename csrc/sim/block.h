@@ -59,7 +59,7 @@ struct Thread {
 // Stores of a warp to global memory since it last executed an instruction together: how often each lane has come to a
 // place in the kernel, and which sectors the warp's store there has touched each time.
 struct Stores {
-  std::map<std::pair<const void*, int>, int> times;              // of (place, lane)
+  std::map<std::pair<const void*, int>, int> times;           // of (place, lane)
   std::set<std::tuple<const void*, int, uintptr_t>> sectors;  // (place, time, sector)
 };
 

@@ -67,7 +67,7 @@ class Machine {
   size_t head_ = 0;
   uint64_t next_block_ = 0, total_blocks_ = 0;
   int live_blocks_ = 0;
-  uint64_t early_ = 0;  // a copy lands with chance 1 in this many at each turn; 0: as late as it may
+  uint64_t early_ = 0;   // a copy lands with chance 1 in this many at each turn; 0: as late as it may
   bool skewed_ = false;  // some warps run ahead of others for a while
   uint64_t picks_ = 0;
   uint64_t idle_ = 0;  // turns in which nothing changed

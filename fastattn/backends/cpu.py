@@ -1,4 +1,4 @@
-"""The door to the CPU room: what it can do, and the way in. The library is built and loaded when it is about to run."""
+"""The adapter of the CPU backend: what it can do, and the way in. The library is built and loaded before it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def why_not(spec: AttnSpec) -> str | None:
-    """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
+    """The first reason why this backend cannot run the call, as a sentence; None if it can, after a build maybe."""
     return _spec_reason(spec) or LIBRARY.why_not() or _isa_reason()
 
 
@@ -34,7 +34,7 @@ def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
-    """What is to be said of a verdict that names this room."""
+    """What is to be said of a verdict that names this backend."""
     return [] if LIBRARY.available() else ["the CPU library is not built yet: the first call builds it and waits"]
 
 
@@ -150,7 +150,7 @@ def _readable(inputs: AttnInputs) -> AttnInputs:
 
 def _spec_reason(spec: AttnSpec) -> str | None:
     if spec.device.type != "cpu":
-        return f"the tensors are on {spec.device.type}, and this room runs on the CPU"
+        return f"the tensors are on {spec.device.type}, and this backend runs on the CPU"
     if spec.dtype not in DTYPES:
         return f"dtype {spec.dtype} has no kernel; float16, bfloat16 and float32 have"
     if max(spec.q_len, spec.kv_len) > MAX_LEN:

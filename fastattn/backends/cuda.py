@@ -1,4 +1,4 @@
-"""The door to the CUDA room: what it can do, and the way in. The library is built and loaded when it is to run."""
+"""The adapter of the CUDA backend: what it can do, and the way in. The library is built and loaded before it runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastattn.building.cuda_library import LIBRARY, Operators
 from fastattn.masks import program
+from fastattn.masks.base import UNBOUNDED
 from fastattn.masks.program import MaskProgram
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -19,18 +20,18 @@ READS_BLOCKS = True
 CAPABILITY = (9, 0)  # Hopper: wgmma and TMA as these kernels use them are there and nowhere else
 MAX_HEAD_DIM = 256
 MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32
-MOST_LEAVES = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
+MOST_TERMS = 8  # of a mask that block lists are walked for; joined deepest first, they need a stack of four
 LARGEST_SCALE = 8.0  # scores of larger ones are subtracted from their maximum before they become powers of two
 ALIGNMENT = 8  # elements: 16 bytes, which the copy engine (TMA) wants addresses and strides to be multiples of
 
-PLAIN, MASKED, EVERYTHING = 0, 1, 2  # Kind of csrc/cuda/tiles.h
-KINDS = ("every key visible", "intervals of keys", "every feature")
+PLAIN, MASKED, GENERAL = 0, 1, 2  # KernelVariant of csrc/cuda/tiles.h
+VARIANTS = ("every key visible", "intervals of keys", "every feature")
 
 
-class Problem(NamedTuple):
+class Launch(NamedTuple):
     """What the operator is told of a spec beside its tensors."""
 
-    kind: int
+    variant: int
     hides: bool
     mask_program: MaskProgram
     listed: bool
@@ -38,12 +39,12 @@ class Problem(NamedTuple):
     sizes: tuple[int, ...]
 
 
-_KNOWN: WeakKeyDictionary[AttnSpec, Problem] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[AttnSpec, Launch] = WeakKeyDictionary()
 """Of specs whose masks need no tensors: plain calls meet their spec again, and a graph would keep no table alive."""
 
 
 def why_not(spec: AttnSpec) -> str | None:
-    """The first reason why this room cannot run the call, as a sentence; None if it can, after a build maybe."""
+    """The first reason why this backend cannot run the call, as a sentence; None if it can, after a build maybe."""
     return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.why_not()
 
 
@@ -53,7 +54,7 @@ def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
-    """What is to be said of a verdict that names this room: what a call would wait for, and what it would copy."""
+    """What is to be said of a verdict that names this backend: what a call would wait for, and what it would copy."""
     said = []
     if LIBRARY.available() is None:
         said.append("the CUDA library is not built yet: the first call builds it and waits")
@@ -73,7 +74,7 @@ def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
 
 def kernel_name(spec: AttnSpec) -> str:
     """The kernels of the forward."""
-    return f"attention forward for Hopper ({KINDS[_kind(spec, _listed(spec))]})"
+    return f"attention forward for Hopper ({VARIANTS[_variant(spec, _listed(spec))]})"
 
 
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
 
 
 def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
-    """The same with a library that is loaded: the room's, or the simulator's."""
+    """The same with a library that is loaded: the backend's, or the simulator's."""
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     if spec.kv_len == 0:
         return out.zero_(), lse.fill_(-torch.inf)
@@ -93,12 +94,12 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
         key, value = spec.pages.laid_out(inputs.key), spec.pages.laid_out(inputs.value)
         inputs = inputs._replace(key=key, value=value)
     inputs = _loadable(inputs)
-    problem = _KNOWN.get(spec) or _problem(spec)
-    mask = program.over_blocks(problem.mask_program, spec.pages.table) if in_place else problem.mask_program  # type: ignore[union-attr]
-    tiles = library.tiles(problem.sizes, problem.kind, problem.by_head, lse.get_device())
+    launch = _KNOWN.get(spec) or _launch(spec)
+    mask = program.over_blocks(launch.mask_program, spec.pages.table) if in_place else launch.mask_program  # type: ignore[union-attr]
+    tiles = library.tiles(launch.sizes, launch.variant, launch.by_head, lse.get_device())
     counts = listed = parts = part_lse = None
     taken = torch.zeros(1, dtype=torch.int32, device=lse.device) if tiles.counts else None
-    if problem.listed:
+    if launch.listed:
         lists = spec.block_list(tiles.block_m, tiles.block_n)
         counts, listed = torch.stack([lists.checked, lists.full]), lists.tiles
     if tiles.splits > 1:
@@ -106,20 +107,20 @@ def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor,
         part_lse = torch.empty(tiles.splits, *lse.shape, dtype=torch.float32, device=lse.device)
     library.forward(
         *inputs, *mask, spec.scale, spec.softcap or 0.0, spec.dropout_p,
-        problem.kind, problem.hides, counts, listed, tiles.splits, taken, parts, part_lse, out, lse,
+        launch.variant, launch.hides, counts, listed, tiles.splits, taken, parts, part_lse, out, lse,
     )  # fmt: skip
     return out, lse
 
 
-def _problem(spec: AttnSpec) -> Problem:
+def _launch(spec: AttnSpec) -> Launch:
     found = program.make_program(spec.mask, spec.q_len, spec.kv_len, spec.device, bands=True)
     listed = _listed(spec)
     by_head = listed or any(_varies_by_head(each) for each in found.tensors)
     sizes = (spec.batch, spec.num_heads, spec.num_kv_heads, spec.q_len, spec.kv_len, spec.head_dim, spec.head_dim_v)
-    problem = Problem(_kind(spec, listed), _hides(spec), found, listed, by_head, sizes)
+    launch = Launch(_variant(spec, listed), _hides(spec), found, listed, by_head, sizes)
     if not found.tensors:
-        _KNOWN[spec] = problem
-    return problem
+        _KNOWN[spec] = launch
+    return launch
 
 
 def _listed(spec: AttnSpec) -> bool:
@@ -127,11 +128,11 @@ def _listed(spec: AttnSpec) -> bool:
     return spec.mask.interval_count() is None
 
 
-def _kind(spec: AttnSpec, listed: bool) -> int:
+def _variant(spec: AttnSpec, listed: bool) -> int:
     plain = spec.softcap is None and spec.bias_shape is None and spec.dropout_p == 0 and 0 < spec.scale <= LARGEST_SCALE
     if listed or not plain:
-        return EVERYTHING
-    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-program.OPEN, program.OPEN)
+        return GENERAL
+    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-UNBOUNDED, UNBOUNDED)
     return PLAIN if everything and spec.pages is None else MASKED
 
 
@@ -184,7 +185,7 @@ def _is_aligned(tensor: Tensor, is_query: bool = False) -> bool:
 
 def _spec_reason(spec: AttnSpec) -> str | None:
     if spec.device.type != "cuda":
-        return f"the tensors are on {spec.device.type}, and this room runs on NVIDIA GPUs"
+        return f"the tensors are on {spec.device.type}, and this backend runs on NVIDIA GPUs"
     return feature_reason(spec)
 
 
@@ -203,15 +204,15 @@ def feature_reason(spec: AttnSpec) -> str | None:
         )
     if max(spec.q_len, spec.kv_len) > MAX_LEN:
         return f"length {max(spec.q_len, spec.kv_len)} is above {MAX_LEN}"
-    if _listed(spec) and len(spec.mask.atoms()) > MOST_LEAVES:
-        return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_LEAVES} can be joined"
+    if _listed(spec) and len(spec.mask.atoms()) > MOST_TERMS:
+        return f"the mask is made of {len(spec.mask.atoms())} masks, at most {MOST_TERMS} can be joined"
     return program.why_not(spec.mask)
 
 
 @functools.cache
 def _device_reason(device: torch.device) -> str | None:
     if torch.version.hip is not None:
-        return "this torch is for AMD GPUs, and this room runs on NVIDIA's"
+        return "this torch is for AMD GPUs, and this backend runs on NVIDIA's"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU here"
     capability = torch.cuda.get_device_capability(device)

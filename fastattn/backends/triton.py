@@ -1,4 +1,4 @@
-"""The door to the Triton room: what it can do, and the way in. Imports triton only when it is about to run."""
+"""The adapter of the Triton backend: what it can do, and the way in. Imports triton only when it is about to run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS_LSE = (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_INTERVAL = ("Segments", "Dense")  # masks with a rule that is none
 MAX_HEAD_DIM = 512
-MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32, and so does a veiled one
+MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32, and so does an opaque one
 SMALLEST_CAPABILITY = (8, 0)
 WIDE_FLOAT32 = (256, 163 * 1024)  # float32 gradients of wider heads need this much shared memory, in bytes
 
@@ -31,7 +31,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def why_not(spec: AttnSpec) -> str | None:
-    """The first reason why this room cannot run the call, as a sentence; None if it can."""
+    """The first reason why this backend cannot run the call, as a sentence; None if it can."""
     if spec.device.type != "cuda" and not (spec.device.type == "cpu" and _interpreting()):
         return (
             f"the tensors are on {spec.device.type}, and Triton runs on CUDA devices "

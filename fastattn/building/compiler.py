@@ -66,11 +66,11 @@ def sources() -> Path:
 
 
 @functools.cache
-def source_digest(room: str) -> str:
-    """Of every C++ file of a room, its name and what it says: the room's own, and those that all share."""
+def source_digest(backend: str) -> str:
+    """Of every C++ file of a backend, its name and what it says: the backend's own, and those that all share."""
     root = sources()
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("*"), *(root / "common").rglob("*"), *(root / room).rglob("*")]):
+    for path in sorted([*root.glob("*"), *(root / "common").rglob("*"), *(root / backend).rglob("*")]):
         if path.suffix in (".h", ".cpp", ".cu"):
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -175,7 +175,7 @@ def plan(compiler: Compiler, library: str) -> list[Step]:
     """The steps that make `library`; the last one links what the others made. CXXFLAGS and LDFLAGS are heeded."""
     root, torch = sources(), torch_folder()
     extra, link = (words(name, os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
-    files: dict[str, tuple[str, ...]] = {"cpu/room": (), "cpu/kernel_generic": ()}
+    files: dict[str, tuple[str, ...]] = {"cpu/dispatch": (), "cpu/kernel_generic": ()}
     if platform.machine().lower() in ("x86_64", "amd64"):
         files |= {f"cpu/{name}": flags for name, flags in X86.items()}
     files["ops"] = ("-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_ABI}")

@@ -1,4 +1,4 @@
-"""The CPU room's library: the first call on the CPU builds it where it is missing."""
+"""The CPU backend's library: the first call on the CPU builds it where it is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.building import compiler
-from fastattn.building.library import Native
+from fastattn.building.library import Library
 from fastattn.building.library_files import Toolchain
 
 
@@ -49,7 +49,7 @@ def _text(function: Any) -> str:
     return function().decode()
 
 
-LIBRARY = Native(
+LIBRARY = Library(
     "CPU",
     command="`fastattn build`",
     tools=Toolchain(compiler.find_compiler, compiler.locate_compiler, compiler.named_compiler, compiler.plan),

@@ -1,4 +1,4 @@
-"""The CUDA room's library: the first call on a Hopper GPU builds it where it is missing and nvcc is there.
+"""The CUDA backend's library: the first call on a Hopper GPU builds it where it is missing and nvcc is there.
 
 It is another library than the CPU's: its build takes longer and needs nvcc, and nobody without a GPU waits for it.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.building import nvcc
-from fastattn.building.library import Native
+from fastattn.building.library import Library
 from fastattn.building.library_files import Toolchain
 
 
@@ -36,9 +36,9 @@ class Operators(NamedTuple):
     path: Path
     handle: ctypes.CDLL
 
-    def tiles(self, sizes: tuple[int, ...], kind: int, by_head: bool, device: int) -> Tiles:
+    def tiles(self, sizes: tuple[int, ...], variant: int, by_head: bool, device: int) -> Tiles:
         """For batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, head_dim_v on a device, by its number."""
-        return _tiles(self.handle, sizes, kind, by_head, self.multiprocessors(device))
+        return _tiles(self.handle, sizes, variant, by_head, self.multiprocessors(device))
 
     def multiprocessors(self, device: int) -> int:
         """Of a device; 0 where it is none."""
@@ -46,9 +46,9 @@ class Operators(NamedTuple):
 
 
 @functools.lru_cache(256)
-def _tiles(handle: ctypes.CDLL, sizes: tuple[int, ...], kind: int, by_head: bool, multiprocessors: int) -> Tiles:
+def _tiles(handle: ctypes.CDLL, sizes: tuple[int, ...], variant: int, by_head: bool, multiprocessors: int) -> Tiles:
     cut = (ctypes.c_int32 * len(Tiles._fields))()
-    handle.fastattn_cuda_plan((ctypes.c_int64 * len(sizes))(*sizes), kind, int(by_head), multiprocessors, cut)
+    handle.fastattn_cuda_plan((ctypes.c_int64 * len(sizes))(*sizes), variant, int(by_head), multiprocessors, cut)
     return Tiles(*cut)
 
 
@@ -64,7 +64,7 @@ def _operators(path: Path, handle: ctypes.CDLL) -> Operators:
     return Operators(torch.ops.fastattn.cuda_forward.default, path, handle)
 
 
-LIBRARY = Native(
+LIBRARY = Library(
     "CUDA",
     command="`fastattn build --cuda`",
     tools=Toolchain(nvcc.find_nvcc, nvcc.locate_nvcc, nvcc.named_nvcc, nvcc.plan),

@@ -44,7 +44,7 @@ class NotLoaded(BuildError):
     """A library is there, and the system's loader refuses it."""
 
 
-class Native(Generic[Loaded]):
+class Library(Generic[Loaded]):
     """One library's way from sources to operators, and what is known of it in this process."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The CUDA compiler of this machine, and what it is told: the CUDA room's translation units, for Hopper."""
+"""The CUDA compiler of this machine, and what it is told: the CUDA backend's translation units, for Hopper."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def parts() -> dict[str, tuple[Path, tuple[str, ...]]]:
         for width, width_v in WIDTHS
     }
     torch = ("-isystem", str(compiler.torch_folder() / "include"), f"-DTORCH_TARGET_VERSION={compiler.TORCH_ABI}")
-    ops = root / "ops.cpp", ("-DFASTATTN_CUDA_ROOM", *torch)
-    return {**kernels, "room": (root / "cuda" / "room.cu", ()), "ops": ops}
+    ops = root / "ops.cpp", ("-DFASTATTN_CUDA_BACKEND", *torch)
+    return {**kernels, "dispatch": (root / "cuda" / "dispatch.cu", ()), "ops": ops}
 
 
 def plan(found: Compiler, library: str) -> list[Step]:

@@ -26,7 +26,7 @@ from fastattn.spec import DTYPES
 __all__ = ["CacheView", "KVCache", "placed"]
 
 FIRST = 16
-"""Tokens that a growing cache starts with room for."""
+"""Tokens that a growing cache starts with space for."""
 
 
 class CacheView:
@@ -79,7 +79,7 @@ class KVCache:
 
     @staticmethod
     def static(batch: int, num_kv_heads: int, capacity: int, head_dim: int, **options: Any) -> KVCache:
-        """Room for `capacity` tokens of each sequence, taken at once and never moved: for CUDA graphs and compilers.
+        """Space for `capacity` tokens of each sequence, taken at once and never moved: for CUDA graphs and compilers.
 
         Args:
             batch, num_kv_heads, capacity, head_dim: sizes.
@@ -91,7 +91,7 @@ class KVCache:
 
     @staticmethod
     def growing(batch: int, num_kv_heads: int, head_dim: int, **options: Any) -> KVCache:
-        """Room that doubles when it is full: n tokens cost O(n) copies. Options as `static` takes them."""
+        """Space that doubles when it is full: n tokens cost O(n) copies. Options as `static` takes them."""
         from fastattn.cache.contiguous import GrowingCache
 
         return GrowingCache(batch, num_kv_heads, head_dim, **options)
@@ -151,7 +151,7 @@ class KVCache:
             The views of keys and values.
 
         Raises:
-            ValueError: shapes that do not fit, gradients asked for, no room.
+            ValueError: shapes that do not fit, gradients asked for, no space left.
         """
         self._check(key, value)
         new = key.shape[2]
@@ -191,7 +191,7 @@ class KVCache:
         raise NotImplementedError
 
     def torchs(self, mask: object, query: Tensor, key: CacheView) -> Mask:
-        """What a call's `mask` says, as `foreign.as_mask` reads it: a CausalBias is about what is held, a BlockMask
+        """What a call's `mask` says, as `flex.as_mask` reads it: a CausalBias is about what is held, a BlockMask
         about the keys that `attention` is given.
         """
         if flex.is_causal_bias(mask) and not tracing.being_traced():
@@ -268,7 +268,7 @@ class KVCache:
     def _counts(self, new_lengths: Sequence[int] | Tensor, new: int) -> list[int]:
         if isinstance(new_lengths, Tensor):
             if new_lengths.device.type != "cpu":
-                raise ValueError("new_lengths: ints or a tensor on the CPU are needed, as the host hands out the room")
+                raise ValueError("new_lengths: ints or a tensor on the CPU are needed, as the host hands out the space")
             new_lengths = new_lengths.tolist()
         counts: list[Any] = list(new_lengths) if isinstance(new_lengths, (list, tuple)) else []
         if len(counts) != self.batch or any(type(count) is not int or not 0 <= count <= new for count in counts):

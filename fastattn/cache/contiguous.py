@@ -40,7 +40,7 @@ class _Slots(KVCache):
 
     @property
     def slots(self) -> int:
-        """Tokens there is room for."""
+        """Tokens there is space for."""
         return self.keys.shape[2]
 
     def _move_to(self, slots: int, first: int, count: int) -> None:

@@ -142,7 +142,7 @@ def _in_here(backend: str, cases: list[Case], device: str) -> Iterator[Checked]:
     import fastattn
     from fastattn import dispatch, testing
 
-    module = dispatch.room(backend)
+    module = dispatch.load(backend)
     grads = hasattr(module, "backward")
     for case in cases:
         if case.id in testing.LARGE_CASES and hasattr(module, "ROUNDS_LSE"):

@@ -1,4 +1,4 @@
-"""`fastattn inspect --cuda`: what nvcc has made of the CUDA room's kernels, read out of its library; no GPU is needed.
+"""`fastattn inspect --cuda`: what nvcc has made of the CUDA backend's kernels, read out of its library, without a GPU.
 
 For each kernel its registers and spills, the instructions that must be there, and the cycle budget of one tile of keys
 on the way around the main loop that most tiles take: unmasked, and without a risen maximum.
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 OK, BROKEN, USAGE = 0, 1, 2
 WIDE = 160  # columns, where no terminal says how many there are
 
-KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_4KindE(\d)")
-KINDS = ("plain", "masked", "everything")
+KERNEL = re.compile(r"forward_kernel\w*?4arch\d(bf16|f16)ELi(\d+)ELi(\d+)ELNS0_\w+?E(\d)")
+VARIANTS = ("plain", "masked", "everything")
 BLOCK = re.compile(r"(?<=<!-- inspect cuda -->\n).*?(?=<!-- /inspect cuda -->)", re.DOTALL)
 LEAST_UNDER_PRODUCTS = 0.9
 REGISTER_CAPS = {2: 168, 3: 128}
@@ -39,7 +39,7 @@ class Row:
     dtype: str
     width: int
     width_v: int
-    kind: str
+    kind: str  # its variant; called as --json calls it
     block_m: int
     block_n: int
     registers: int
@@ -83,9 +83,9 @@ def rows(library: Any) -> list[Row]:
         match = KERNEL.search(name)
         if match is None:
             continue
-        dtype, width, width_v, kind = match[1], int(match[2]), int(match[3]), int(match[4])
-        tiles = library.tiles((1, 1, 1, 1, 1, width, width_v), kind, False, 0)
-        row = Row(dtype, width, width_v, KINDS[kind], tiles.block_m, tiles.block_n, binary.registers,
+        dtype, width, width_v, variant = match[1], int(match[2]), int(match[3]), int(match[4])
+        tiles = library.tiles((1, 1, 1, 1, 1, width, width_v), variant, False, 0)
+        row = Row(dtype, width, width_v, VARIANTS[variant], tiles.block_m, tiles.block_n, binary.registers,
                   binary.spilled_bytes, _counted(binary.code),
                   sum(each.opcode == "STG.E.128" for each in binary.code))  # fmt: skip
         for way in listing.leanest(binary.code, sass.is_tensor):
@@ -96,7 +96,7 @@ def rows(library: Any) -> list[Row]:
                 row.spelled_out = budget.spelled_out(parts, budget.RATES["sm90"])
                 row.under_products = under_products(way)
         found.append(row)
-    return sorted(found, key=lambda row: (row.dtype, row.width, row.width_v, KINDS.index(row.kind)))
+    return sorted(found, key=lambda row: (row.dtype, row.width, row.width_v, VARIANTS.index(row.kind)))
 
 
 def under_products(way: Sequence[Instruction]) -> float:
@@ -160,7 +160,7 @@ def table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
         share = f"{row.clocks['bound']:.0%}" if row.clocks else "?"
         words = ", ".join(row.broken) or "holds"
         cells.append([row.name, f"{row.block_m}x{row.block_n}", str(row.registers), *clocks, share, words])
-    return ["kernel", "tile", "registers", *units, "of peak", "gates"], cells
+    return ["kernel", "tile", "registers", *units, "of peak", "codegen checks"], cells
 
 
 def markdown(found: list[Row]) -> str:

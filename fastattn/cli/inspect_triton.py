@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from fastattn.kernels.inspect.compile import Compiled, Loop, Problem
+    from fastattn.kernels.inspect.compile import Compiled, CompileJob, Loop
 
-OK, BROKEN, USAGE, STOPPED = 0, 1, 2, 130
+OK, FAILED, USAGE, STOPPED = 0, 1, 2, 130
 
 NO_TRITON = (
     "fastattn inspect compiles with Triton, which is not installed; on Linux, pip install 'fastattn[triton]' brings it."
@@ -56,7 +56,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def run(namespace: argparse.Namespace, argv: list[str]) -> int:
-    """Compile, show, judge. 0 all gates hold, 1 one is broken, 2 the command line was wrong, 130 stopped."""
+    """Compile, show, judge. 0 all codegen checks hold, 1 one fails, 2 the command line was wrong, 130 stopped."""
     if importlib.util.find_spec("triton") is None:
         print(NO_TRITON, file=sys.stderr)
         return USAGE
@@ -65,37 +65,38 @@ def run(namespace: argparse.Namespace, argv: list[str]) -> int:
 
         return inspect_cuda.run(namespace)
     try:
-        problems = _problems(namespace)
+        jobs = _jobs(namespace)
     except ValueError as refusal:
         print(f"fastattn inspect: {refusal}", file=sys.stderr)
         return USAGE
-    rows, stopped = _compiled(problems, namespace.jobs or os.cpu_count() or 1)
+    rows, stopped = _compiled(jobs, namespace.jobs or os.cpu_count() or 1)
     if "-" not in (namespace.json, namespace.md):
         _show(rows, verbose=namespace.verbose)
     if namespace.json is not None:
-        from fastattn.kernels.inspect.codegen_checks import broken
+        from fastattn.kernels.inspect.codegen_checks import failed_checks
 
-        _write(namespace.json, json.dumps([{**asdict(row), "broken": broken(row)} for row in rows], indent=1) + "\n")
+        found = [{**asdict(row), "broken": failed_checks(row)} for row in rows]
+        _write(namespace.json, json.dumps(found, indent=1) + "\n")
     if namespace.md is not None:
         _write_markdown(namespace.md, markdown(rows))
     if stopped:
-        print(f"stopped after {len(rows)} of {len(problems)}", file=sys.stderr)
+        print(f"stopped after {len(rows)} of {len(jobs)}", file=sys.stderr)
         return STOPPED
-    return BROKEN if _broken(rows) else OK
+    return FAILED if _failed(rows) else OK
 
 
-def _problems(namespace: argparse.Namespace) -> list[Problem]:
+def _jobs(namespace: argparse.Namespace) -> list[CompileJob]:
     """What to compile. ValueError for a name that is none."""
     from fastattn.kernels.inspect import compile as compiling
 
-    known = {"target": compiling.GPUS, "dtype": compiling.DTYPES, "form": compiling.FORMS}
+    known = {"target": compiling.GPUS, "dtype": compiling.DTYPES, "form": compiling.COMPILE_CASES}
     chosen = {name: getattr(namespace, name) for name in DEFAULTS}
     for name, there_are in known.items():
         for word in chosen[name] or []:
             if word not in there_are:
                 raise ValueError(f"no {name} {word!r}; there are {', '.join(there_are)}")
     if namespace.table:
-        problems = [
+        jobs = [
             each
             for each in compiling.table_plan()
             if all(wanted is None or getattr(each, name) in wanted for name, wanted in chosen.items())
@@ -104,30 +105,30 @@ def _problems(namespace: argparse.Namespace) -> list[Problem]:
         for name, default in DEFAULTS.items():
             if chosen[name] is None:
                 chosen[name] = list(known.get(name, ())) or None if namespace.all else default
-        problems = compiling.plan(*chosen.values())
-    if not problems:
+        jobs = compiling.plan(*chosen.values())
+    if not jobs:
         raise ValueError("no kernel is launched for what was chosen; --kernel takes fwd, dq, dkv and what --all shows")
-    return problems
+    return jobs
 
 
-def _compiled(problems: list[Problem], jobs: int) -> tuple[list[Compiled], bool]:
+def _compiled(jobs: list[CompileJob], processes: int) -> tuple[list[Compiled], bool]:
     """The rows in the order asked for, and whether somebody stopped it before all were there."""
     from rich.console import Console
 
     from fastattn.bench.measure.progress import progress_on
     from fastattn.kernels.inspect.compile_pool import compile_all
 
-    rows: dict[Problem, Compiled] = {}
+    rows: dict[CompileJob, Compiled] = {}
     stopped = False
-    with progress_on(Console(stderr=True), len(problems)) as progress:
+    with progress_on(Console(stderr=True), len(jobs)) as progress:
         try:
-            with closing(compile_all(problems, min(jobs, len(problems)))) as coming:
+            with closing(compile_all(jobs, min(processes, len(jobs)))) as coming:
                 for row in coming:
                     progress.step(str(row.problem))
                     rows[row.problem] = row
         except KeyboardInterrupt:
             stopped = True
-    return [rows[each] for each in problems if each in rows], stopped
+    return [rows[each] for each in jobs if each in rows], stopped
 
 
 def _write(name: str, text: str) -> None:
@@ -192,20 +193,20 @@ def _shared_kib(row: Compiled, loop: Loop) -> str:
 
 BINARY = (
     Column("tile", lambda row, loop: _tile(row)),
-    Column("registers", lambda row, loop: str(row.registers)),
-    Column("spilled", lambda row, loop: f"{row.spilled_bytes} B"),
+    Column("registers", lambda row, loop: str(row.registers or "-")),
+    Column("spilled", lambda row, loop: f"{row.spilled_bytes} B" if row.registers else "-"),
     Column("shared", lambda row, loop: f"{row.shared_bytes / 1024:.0f} of {row.shared_limit / 1024:.0f} KiB"),
 )
 IN_LOOP = (
     Column("products", _products),
     Column("TMA", _number_of("UTMALDG|UTMASTG|UTMAREDG")),
     Column("LDGSTS", _number_of("LDGSTS")),
-    Column("EX2", _number_of(r"MUFU\.EX2|v_exp_f32\w*")),
-    Column("MUFU", _number_of(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_\w+")),
-    Column("FP32", _number_of(r"F(FMA|MUL|ADD)2?|v_(pk_)?(fma|fmac|mul|add|sub)_f32\w*")),
-    Column("barriers", _number_of("BAR|SYNCS|WARPSYNC|s_barrier")),
+    Column("EX2", _number_of(r"MUFU\.EX2")),
+    Column("MUFU", _number_of("MUFU")),
+    Column("FP32", _number_of("F(FMA|MUL|ADD)2?")),
+    Column("barriers", _number_of("BAR|SYNCS|WARPSYNC")),
     Column("KiB", _shared_kib),
-    Column("LDL, STL", _number_of(r"LDL|STL|scratch_\w+")),
+    Column("LDL, STL", _number_of("LDL|STL")),
     Column("tiles", lambda row, loop: "?" if loop.tiles is None else f"{loop.tiles:.2f}"),
     Column("issued", lambda row, loop: str(loop.issued)),
 )
@@ -225,7 +226,9 @@ def _remarks(row: Compiled) -> Iterator[str]:
     if row.error is not None:
         yield f"does not compile: {row.error}"
         return
-    if row.main is None:
+    if not row.registers:
+        yield "compiled, not disassembled: no registers, no instructions, no budget"
+    elif row.main is None:
         yield "no loop with tensor instructions"
     elif row.main.clocks is None:
         yield f"no budget, as the size of a product is not in the listing ({', '.join(row.main.parts['unknown'])})"
@@ -241,10 +244,10 @@ def _cells(row: Compiled, columns: tuple[Column, ...]) -> list[str]:
     ]
 
 
-def _broken(rows: list[Compiled]) -> list[str]:
-    from fastattn.kernels.inspect.codegen_checks import broken
+def _failed(rows: list[Compiled]) -> list[str]:
+    from fastattn.kernels.inspect.codegen_checks import failed_checks
 
-    return [f"{row.problem}: {words}" for row in rows for words in broken(row)]
+    return [f"{row.problem}: {words}" for row in rows for words in failed_checks(row)]
 
 
 def _show(rows: list[Compiled], *, verbose: bool) -> None:
@@ -267,10 +270,10 @@ def _show(rows: list[Compiled], *, verbose: bool) -> None:
             _spell_out(console, row)
         for words in _remarks(row):
             console.print(f"{row.problem}: {words}", style="dim", markup=False, soft_wrap=True)
-    wrong = _broken(rows)
+    wrong = _failed(rows)
     for words in wrong:
         console.print(f"✗ {words}", style="bold red", markup=False, soft_wrap=True)
-    console.print(f"{len(rows)} rows, {f'gates broken: {len(wrong)}' if wrong else 'all gates hold'}")
+    console.print(f"{len(rows)} rows, {f'codegen checks failed: {len(wrong)}' if wrong else 'all codegen checks hold'}")
 
 
 def _spell_out(console: Console, row: Compiled) -> None:

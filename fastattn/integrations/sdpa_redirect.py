@@ -1,4 +1,4 @@
-"""Code of other libraries that calls torch's attention functions: run as it is, with those calls on fastattn.
+"""The SDPA redirect: other libraries' code runs as it is, with its calls of torch's attention functions on fastattn.
 
 Nothing of such a module is written anew: its class becomes a subclass that runs the same method under
 `fastattn.patch`, so that its formula stays that of the library's installed version.
@@ -10,7 +10,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -24,6 +24,16 @@ OWN_WAY = frozenset({"softmax", "softmax_", "_softmax"})
 """What a formula of the module's own would call."""
 
 Mode = Callable[[str | None], TorchFunctionMode]
+
+
+class Request(NamedTuple):
+    """What one call of `replace_attention` asks for: the mode that the modules' own code is to run under, the backend
+    by name or None, and a list that grows: objects that were exchanged, which several modules may share.
+    """
+
+    mode: Mode
+    backend: str | None
+    done: list[Any]
 
 
 def names_in(function: Callable[..., Any]) -> frozenset[str]:
@@ -49,31 +59,31 @@ def names_reached(kind: type, method: str = "forward") -> frozenset[str]:
     return frozenset(found)
 
 
-class Caught:
-    """Base of the subclasses that `caught` makes: copied, pickled and scripted as what they came from."""
+class Redirected:
+    """Base of the subclasses that `redirected` makes: copied, pickled and scripted as what they came from."""
 
-    caught_from: tuple[type, str, Mode, str | None]
+    redirected_from: tuple[type, str, Mode, str | None]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         made: Any = super().__reduce_ex__(max(int(protocol), 2))
-        return (_blank, self.caught_from, *made[2:])
+        return (_blank, self.redirected_from, *made[2:])
 
     def __prepare_scriptable__(self) -> Any:
-        kind, _, _, backend = self.caught_from
+        kind, _, _, backend = self.redirected_from
         if backend is not None:
             raise RuntimeError(
                 f"{kind.__name__}: torch.jit.script is left to the library's own module, which has no backend= "
                 f"(here {backend!r}); restore the model first, or use torch.jit.trace, torch.compile or torch.export"
             )
-        twin = copy.copy(self)
-        twin.__class__ = kind
-        if isinstance(twin, nn.Module):
-            twin.__dict__["_modules"] = dict(twin._modules)
-        return twin
+        original = copy.copy(self)
+        original.__class__ = kind
+        if isinstance(original, nn.Module):
+            original.__dict__["_modules"] = dict(original._modules)
+        return original
 
 
 @functools.cache
-def caught(kind: Any, method: str, mode: Mode, backend: str | None) -> type:
+def redirected(kind: Any, method: str, mode: Mode, backend: str | None) -> type:
     """The class whose `method` runs under `mode(backend)`; else `kind`, its name included."""
     original = getattr(kind, method)
 
@@ -84,24 +94,24 @@ def caught(kind: Any, method: str, mode: Mode, backend: str | None) -> type:
 
     members = {
         method: run,
-        "caught_from": (kind, method, mode, backend),
+        "redirected_from": (kind, method, mode, backend),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
     }
-    return type(kind.__name__, (Caught, kind), members)
+    return type(kind.__name__, (Redirected, kind), members)
 
 
 def already(
-    where: tuple[str, str], thing: Caught, backend: str | None
+    where: tuple[str, str], thing: Redirected, backend: str | None
 ) -> tuple[Replacement, Callable[[], None] | None]:
-    """The row for what is caught; it changes the room where another one is asked for."""
-    kind, method, mode, room = thing.caught_from
-    if backend is None or backend == room:
+    """The row for what is redirected already; it changes the backend where another one is asked for."""
+    kind, method, mode, current = thing.redirected_from
+    if backend is None or backend == current:
         return Replacement(*where, False, ALREADY), None
-    back = exchange(thing, caught(kind, method, mode, backend))
-    return Replacement(*where, True, f"{ALREADY}, now in the room {backend!r}"), back
+    back = exchange(thing, redirected(kind, method, mode, backend))
+    return Replacement(*where, True, f"{ALREADY}, now on the backend {backend!r}"), back
 
 
 def _blank(kind: type, method: str, mode: Mode, backend: str | None) -> Any:
-    return object.__new__(caught(kind, method, mode, backend))
+    return object.__new__(redirected(kind, method, mode, backend))

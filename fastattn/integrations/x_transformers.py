@@ -18,23 +18,23 @@ KIND = "x_transformers.attend.Attend"
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module is x-transformers' own Attend, caught or not."""
+    """Whether a module is x-transformers' own Attend, redirected or not."""
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}" == KIND
 
 
 def replace(
-    path: str, module: nn.Module, mode: sdpa_redirect.Mode, backend: str | None
+    path: str, module: nn.Module, request: sdpa_redirect.Request
 ) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for an Attend, exchanged where it can be, and what takes it back."""
     attend: Any = module
     kind: Any = type(module)
-    if isinstance(attend, sdpa_redirect.Caught):
-        return sdpa_redirect.already((path, kind.__name__), attend, backend)
+    if isinstance(attend, sdpa_redirect.Redirected):
+        return sdpa_redirect.already((path, kind.__name__), attend, request.backend)
     reason = _why_not(attend)
     if reason is not None:
         return Replacement(path, kind.__name__, False, reason), None
-    back = exchange(module, sdpa_redirect.caught(kind, "forward", mode, backend))
+    back = exchange(module, sdpa_redirect.redirected(kind, "forward", request.mode, request.backend))
     what = "its own code, whose scaled_dot_product_attention runs on fastattn"
     return Replacement(path, kind.__name__, True, what), back
 

@@ -13,9 +13,14 @@ from fastattn.tracing import functorch_active
 Length = int | Tensor  # one length for all rows, or one for each row
 Interval = tuple[Tensor, Tensor]  # start, stop: int64, broadcastable to [batch, num_heads, q_len]
 INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-FAR = 2**60  # sums of a few still fit an int64
+UNBOUNDED = 2**29 - 1
+"""A bound of a band where it has none, beyond every position; the sum of three fits an int32. Triton's and C++'s
+constants of this name are equal to it.
+"""
+SATURATED = 2**60
+"""Sizes and offsets saturate here, beyond every position; sums of a few still fit an int64. It never leaves Python."""
 _CONSTANT = (int, str, bool, type(None))
-_OWN = "fastattn.masks"
+_OWN = ("fastattn.masks", "fastattn.masks.base", "fastattn.masks.kinds")
 
 
 class Mask:
@@ -262,9 +267,9 @@ def check_sizes(name: str, least: int, **sizes: Any) -> None:
             )
 
 
-def near(number: int) -> int:
-    """A size or an offset no farther away than FAR, which is beyond every position."""
-    return max(-FAR, min(FAR, number))
+def saturate(number: int) -> int:
+    """A size or an offset no farther from 0 than SATURATED, which is beyond every position."""
+    return max(-SATURATED, min(SATURATED, number))
 
 
 def check_ints(name: str, kind: str = "an int32 or int64 tensor", *, rank: int = 1, **tensors: object) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastattn.masks.base import (
-    FAR,
+    SATURATED,
     And,
     Interval,
     Length,
@@ -40,7 +40,7 @@ from fastattn.masks.base import (
     check_sizes,
     is_int,
     may_look,
-    near,
+    saturate,
     visible_pairs,
 )
 
@@ -87,8 +87,8 @@ class Placed(Mask):
         if self.offset is None:
             return q_idx + (kv_len - q_len if self.align == "bottom-right" else 0)
         if isinstance(self.offset, Tensor):
-            return q_idx + self.offset.long().clamp(-FAR, FAR)[:, None, None]
-        return q_idx + near(self.offset)
+            return q_idx + self.offset.long().clamp(-SATURATED, SATURATED)[:, None, None]
+        return q_idx + saturate(self.offset)
 
     def check(self, batch: int, num_heads: int, q_len: int, kv_len: int) -> None:
         check_batch(self, batch, offset=self.offset)
@@ -139,8 +139,8 @@ class Window(Placed):
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         position = self.position(q_idx, q_len, kv_len)
-        start = torch.zeros_like(position) if self.left is None else position - near(self.left)
-        stop = torch.zeros_like(position) + kv_len if self.right is None else position + near(self.right) + 1
+        start = torch.zeros_like(position) if self.left is None else position - saturate(self.left)
+        stop = torch.zeros_like(position) + kv_len if self.right is None else position + saturate(self.right) + 1
         return start, stop
 
 
@@ -169,11 +169,12 @@ class Chunked(Placed):
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
         position = self.position(q_idx, q_len, kv_len)
-        size = near(self.size)
+        size = saturate(self.size)
         chunk = torch.div(position, size, rounding_mode="floor")
         none = torch.zeros_like(position)
-        start = none if self.left_chunks is None else (chunk - min(self.left_chunks, FAR // size)) * size
-        stop = none + kv_len if self.right_chunks is None else (chunk + min(self.right_chunks, FAR // size) + 1) * size
+        most = SATURATED // size
+        start = none if self.left_chunks is None else (chunk - min(self.left_chunks, most)) * size
+        stop = none + kv_len if self.right_chunks is None else (chunk + min(self.right_chunks, most) + 1) * size
         return start, stop
 
 
@@ -331,11 +332,11 @@ class Packed(Mask):
                 f"got {list(self.cu_q.shape)} and {list(self.cu_kv.shape)}"
             )
         check_masks("Packed", inside=self.inside)
-        for leaf in self.inside.conjuncts():
-            if not isinstance(leaf, (Full, Causal, Window, Chunked)) or leaf.tensors:
+        for part in self.inside.conjuncts():
+            if not isinstance(part, (Full, Causal, Window, Chunked)) or part.tensors:
                 raise ValueError(
                     "Packed: inside must be made of Full, Causal, Window and Chunked without tensors, "
-                    f"got {type(leaf).__name__}; combine other masks with Packed by &"
+                    f"got {type(part).__name__}; combine other masks with Packed by &"
                 )
         if may_look(validate, [self.cu_q, self.cu_kv]):
             for name, cu in (("cu_q", self.cu_q), ("cu_kv", self.cu_kv)):

@@ -31,7 +31,7 @@ class Paged(Mask):
 
     @property
     def kv_len(self) -> int:
-        """Keys that a row of the table has room for."""
+        """Keys that a row of the table has space for."""
         return self.table.shape[1] * self.block_size
 
     def interval(self, q_idx: Tensor, q_len: Length, kv_len: Length) -> Interval:
@@ -115,8 +115,8 @@ def check_held(name: str, table: Tensor, lengths: Tensor, blocks: int, block_siz
     width = table.shape[1]
     if bool(((lengths < 0) | (lengths > width * block_size)).any()):
         raise ValueError(
-            f"{name}: a row of {width} blocks of {block_size} has room for lengths from 0 to {width * block_size}, got "
-            f"{lengths.tolist()}"
+            f"{name}: a row of {width} blocks of {block_size} has space for lengths from 0 to {width * block_size}, "
+            f"got {lengths.tolist()}"
         )
     needed = torch.arange(width) * block_size < lengths[:, None]
     wrong = needed & ((table < 0) | (table >= blocks))

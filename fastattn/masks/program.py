@@ -1,4 +1,4 @@
-"""A mask as the C++ rooms read it: leaves, joined by a program in postfix (csrc/common/params.h, csrc/ops.cpp).
+"""Mask programs, as which the C++ backends read masks: terms joined by AND and OR, in postfix (csrc/ops.cpp).
 
     interval   int32 [2, batch or 1, num_heads or 1, q_len or 1]: first visible key and the one after the last, in
                [0, kv_len]
@@ -21,24 +21,23 @@ import torch
 from torch import Tensor
 
 from fastattn.masks import serialize
+from fastattn.masks.base import UNBOUNDED
 from fastattn.masks.kinds import And, Causal, Dense, Full, Interval, Lengths, Mask, Or, Segments, Window
 
 CPU = torch.device("cpu")
 INTERVAL, ELEMENTS, IDS, BAND, PAGES, REACH = 0, 1, 2, 3, 4, 5
-"""PAGES is no leaf: before the others, where keys lie in blocks; its tensor is their table."""
+"""PAGES is no term: before the others, where keys lie in blocks; its tensor is their table."""
 AND, OR = -1, -2
-MOST_LEAVES = 32
+MOST_TERMS = 32
 MOST_WORDS = 64
 KEPT = 64
-"""Masks whose leaves are kept."""
-OPEN = 2**29
-"""A band's end where it has none: beyond every key."""
+"""Masks whose programs are kept."""
 LONGEST_KEPT = 2**14
 """Queries; longer tables are made each time, which their attention does not notice."""
 
 
 class MaskProgram(NamedTuple):
-    """Words in postfix, a leaf's kind or AND or OR; the leaves' tensors in their order. No words: all is visible."""
+    """Words in postfix, a term's kind or AND or OR; the terms' tensors in their order. No words: all is visible."""
 
     words: list[int]
     tensors: list[Tensor]
@@ -48,22 +47,22 @@ NOTHING_HIDDEN = MaskProgram([], [])
 
 
 def why_not(mask: Mask) -> str | None:
-    """Why a mask has no leaves, or None."""
+    """Why a mask has no program, or None."""
     if type(mask) is Full:
         return None
     atoms = mask.atoms()
     for atom in atoms:
         if not (atom.is_interval or isinstance(atom, (Segments, Dense))):
             return f"mask {type(atom).__name__} has neither an interval nor a rule of its own; `Dense` of its table has"
-    if len(atoms) > MOST_LEAVES:
-        return f"the mask is made of {len(atoms)} masks, at most {MOST_LEAVES} can be joined"
+    if len(atoms) > MOST_TERMS:
+        return f"the mask is made of {len(atoms)} masks, at most {MOST_TERMS} can be joined"
     return None
 
 
 def make_program(
     mask: Mask, q_len: int, kv_len: int, device: torch.device = CPU, *, bands: bool = False
 ) -> MaskProgram:
-    """The leaves of a mask that `why_not` lets pass, on the device. `bands`: in closed form what is a `Reach`."""
+    """The program of a mask that `why_not` lets pass, on the device. `bands`: in closed form what is a `Reach`."""
     if type(mask) is Full:
         return NOTHING_HIDDEN
     closed = reach(mask, q_len, kv_len) if bands else None
@@ -90,13 +89,13 @@ def _program(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: b
 
 
 def over_blocks(found: MaskProgram, table: Tensor) -> MaskProgram:
-    """The leaves of a mask over keys in blocks: their table, int32 [batch, blocks of an item], comes first."""
+    """The program of a mask over keys in blocks: their table, int32 [batch, blocks of an item], comes first."""
     table = table if table.stride(1) == 1 else table.contiguous()
     return MaskProgram([PAGES, *found.words], [table, *found.tensors])
 
 
 def stack_of(words: list[int]) -> int:
-    """How many leaves wait to be joined at most while a program runs."""
+    """How many terms wait to be joined at most while a program runs."""
     most = waiting = skip = 0
     for word in words:
         if skip:
@@ -126,21 +125,21 @@ def reach(mask: Mask, q_len: int, kv_len: int) -> Reach | None:
         one, other = reach(mask.left, q_len, kv_len), reach(mask.right, q_len, kv_len)
         return None if one is None or other is None else _meet(one, other)
     if isinstance(mask, Full):
-        return Reach(-OPEN, OPEN)
+        return Reach(-UNBOUNDED, UNBOUNDED)
     if isinstance(mask, Lengths):
-        return Reach(-OPEN, OPEN, None, mask.kv_starts, mask.kv_lengths) if mask.q_lengths is None else None
+        return Reach(-UNBOUNDED, UNBOUNDED, None, mask.kv_starts, mask.kv_lengths) if mask.q_lengths is None else None
     if not isinstance(mask, (Causal, Window)):
         return None
     left, right = (None, 0) if isinstance(mask, Causal) else (mask.left, mask.right)
     offset = mask.offset if isinstance(mask.offset, Tensor) else None
     place: Any = 0 if offset is not None else mask.position(0, q_len, kv_len)  # type: ignore[arg-type]
-    low, high = -OPEN if left is None else place - left, OPEN if right is None else place + right + 1
-    return Reach(max(-OPEN, min(OPEN, low)), max(-OPEN, min(OPEN, high)), offset)
+    low, high = -UNBOUNDED if left is None else place - left, UNBOUNDED if right is None else place + right + 1
+    return Reach(max(-UNBOUNDED, min(UNBOUNDED, low)), max(-UNBOUNDED, min(UNBOUNDED, high)), offset)
 
 
 def _meet(one: Reach, other: Reach) -> Reach | None:
     """What both show; None where that would take more than one tensor of a kind."""
-    moved = [each for each in (one, other) if (each.low, each.high) != (-OPEN, OPEN)]
+    moved = [each for each in (one, other) if (each.low, each.high) != (-UNBOUNDED, UNBOUNDED)]
     if len(moved) == 2 and one.offset is not other.offset:
         return None
     if (one.first is not None and other.first is not None) or (one.end is not None and other.end is not None):
@@ -184,7 +183,7 @@ def _put(mask: Mask, q_len: int, kv_len: int, device: torch.device, bands: bool,
             tensors.extend(part.tensors)
         words.append(AND if isinstance(mask, And) else OR)
     else:
-        raise NotImplementedError(f"mask {type(mask).__name__} has no leaves")
+        raise NotImplementedError(f"mask {type(mask).__name__} has no program")
 
 
 def _table(interval: Interval, kv_len: int) -> Tensor:

@@ -19,7 +19,7 @@ from fastattn.masks import kinds as masks
 from fastattn.masks.kinds import Full, Mask
 from fastattn.masks.paged import Paged
 
-Flat = tuple[str, list[int], list[Tensor]]
+Serialized = tuple[str, list[int], list[Tensor]]
 
 CLASSES: dict[str, type[Mask]] = {
     name: cls
@@ -35,7 +35,7 @@ ALIGNMENT = 16
 CHECKS_VALUES = frozenset(name for name, cls in CLASSES.items() if "validate" in inspect.signature(cls).parameters)
 
 
-def no_mask() -> Flat:
+def no_mask() -> Serialized:
     """The code of Full()."""
     return Full.__name__, [], []
 
@@ -52,7 +52,7 @@ def is_plain(mask: Mask) -> bool:
     return not mask.tensors and is_known(mask)
 
 
-def pack(mask: Mask) -> Flat:
+def pack(mask: Mask) -> Serialized:
     """Mask -> (code, numbers, tensors)."""
     words: list[str] = []
     numbers: list[int] = []

@@ -22,7 +22,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         window: truncated attention: (left, right) keys on either side of a query's own position, both ends included,
             None for a side without end; a number stands for both sides. The last query sits at the last key. Keys
             added by add_bias_kv and add_zero_attn are seen from everywhere.
-        backend: the room that runs it, by name; None takes the first that can.
+        backend: the backend that runs it, by name; None takes the first that can.
         num_kv_heads: heads of key and value, which num_heads must be a multiple of (grouped or multi-query attention);
             num_heads when None. The parameters for key and value are narrower then: in_proj_weight is
             [(num_heads + 2 * num_kv_heads) * head_dim, embed_dim].

@@ -17,7 +17,7 @@ def torchs(module: nn.Module, wanted_by: str) -> nn.Module:
         wanted_by: who asks, for a refusal: "torch.jit.script", "a nested tensor".
 
     Raises:
-        RuntimeError: the module does what torch's cannot: a room by name, a window, fewer key heads, code of its own.
+        RuntimeError: the module does what torch's cannot: a backend by name, a window, fewer key heads, its own code.
     """
     kind = type(module)
     if kind.__module__.startswith(f"{__package__}."):
@@ -37,11 +37,11 @@ def torchs(module: nn.Module, wanted_by: str) -> nn.Module:
         )
     elif not isinstance(module, nn.ModuleList):
         return module
-    twin = copy.copy(module)
-    twin.__class__ = kind
+    copied = copy.copy(module)
+    copied.__class__ = kind
     children = {name: None if child is None else torchs(child, wanted_by) for name, child in module._modules.items()}
-    twin.__dict__["_modules"] = children
-    return twin
+    copied.__dict__["_modules"] = children
+    return copied
 
 
 class DropIn:

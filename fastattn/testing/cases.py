@@ -1,8 +1,8 @@
-"""Problems to hold a room against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check`
+"""Problems to hold a backend against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check`
 and bench.
 
 problem = make_inputs(case, device)
-check_close(problem, run(problem, backend="triton"))     # the one yardstick, see tolerance.py
+check_close(problem, run(problem, backend="triton"))     # the tolerance: tolerance.py
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Masks that hide queries and keys from everybody, and problems with junk in what is hidden: what the tests of every
-room share.
+backend share.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _ints(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
-HIDING: dict[str, Callable[[int, int], Mask]] = {
+PADDED: dict[str, Callable[[int, int], Mask]] = {
     "lengths": lambda q, kv: Lengths(_ints(kv - 3, 20), _ints(q - q // 4, 7), _ints(0, 17)),
     "lengths-none": lambda q, kv: Lengths(_ints(0, kv)),
     "causal-empty-rows": lambda q, kv: Causal(offset=-20),
@@ -68,11 +68,11 @@ FEATURES: dict[str, dict[str, Any]] = {
 def hidden_pair(
     name: str, q_len: int, kv_len: int, device: torch.device | str, **features: Any
 ) -> tuple[Problem, Problem]:
-    """A problem under a mask of HIDING, and the same with junk in every query, key, value and gradient that no partner
+    """A problem under a mask of PADDED, and the same with junk in every query, key, value and gradient that no partner
     sees. `features` go to the `Case`.
     """
     batch = 1 if name == "packed" else BATCH
-    mask = torch.utils._pytree.tree_map(lambda each: each.to(device), HIDING[name](q_len, kv_len))
+    mask = torch.utils._pytree.tree_map(lambda each: each.to(device), PADDED[name](q_len, kv_len))
     case = Case(name, q_len, kv_len, batch, NUM_HEADS, NUM_KV_HEADS, mask=lambda *_: mask, **features)
     clean = make_inputs(case, device)
     seen = mask.dense(q_len, kv_len, device=torch.device(device)).expand(batch, NUM_HEADS, q_len, kv_len)
@@ -110,11 +110,12 @@ def in_blocks(
     held: tuple[int, ...],
     block_size: int,
     *,
-    foreign: bool = False,
+    heads_in_rows: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[Problem, Problem]:
     """A problem in which item b sees `mask` of its first held[b] keys; and the same keys in scattered blocks of pools
-    that are NaN everywhere else, found by a table that goes on in junk. `foreign`: heads within rows.
+    that are NaN everywhere else, found by a table that goes on in junk. `heads_in_rows`: the pools are [blocks,
+    block_size, heads, dim].
     """
     lengths = torch.tensor(held, device=device)
     seen = (mask or Full()) & Lengths(lengths)
@@ -125,9 +126,9 @@ def in_blocks(
     pools = []
     for tensor in whole.inputs[1:3]:
         heads, dim = tensor.shape[1], tensor.shape[3]
-        shape = (len(order), block_size, heads, dim) if foreign else (len(order), heads, block_size, dim)
+        shape = (len(order), block_size, heads, dim) if heads_in_rows else (len(order), heads, block_size, dim)
         pool = torch.full(shape, torch.nan, dtype=tensor.dtype, device=device)
-        pools.append(pool.transpose(1, 2) if foreign else pool)
+        pools.append(pool.transpose(1, 2) if heads_in_rows else pool)
     table = torch.tensor(_SPARE, dtype=torch.int32).repeat(len(held), columns)[:, :columns]
     for item, count in enumerate(used):
         for column in range(count):
@@ -137,7 +138,7 @@ def in_blocks(
             for pool, tensor in zip(pools, whole.inputs[1:3], strict=True):
                 pool[block, :, : last - first] = tensor[item, :, first:last]
     bias = whole.inputs.bias
-    if bias is not None and bias.shape[-1] > 1:  # as wide as the table's room
+    if bias is not None and bias.shape[-1] > 1:  # as wide as the table's capacity
         bias = torch.nn.functional.pad(bias, (0, columns * block_size - case.kv), value=torch.nan)
     inputs = whole.inputs._replace(key=pools[0], value=pools[1], bias=bias)
     paged = dataclasses.replace(whole, inputs=inputs, mask=Paged(seen, table.to(device), block_size))

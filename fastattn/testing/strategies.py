@@ -67,13 +67,13 @@ def cases(
 
 
 def _masks(st: Any, batch: int, heads: int, q_len: int, kv_len: int, names: tuple[str, ...], unions: bool) -> Any:
-    """Masks of one problem's sizes: leaves, and up to three of them combined."""
+    """Masks of one problem's sizes: single ones, and up to three of them combined."""
     reach = st.none() | st.integers(0, kv_len + 3)
     placed = {
         "align": st.sampled_from(("bottom-right", "top-left")),
         "offset": st.none() | st.integers(-5, kv_len + 5) | _ints(st, batch, -5, kv_len + 5),
     }
-    leaves = {
+    single = {
         "Full": st.builds(Full),
         "Causal": st.builds(Causal, **placed),
         "Window": st.builds(Window, reach, reach, **placed),
@@ -95,13 +95,13 @@ def _masks(st: Any, batch: int, heads: int, q_len: int, kv_len: int, names: tupl
             st.integers(0, 2**31),
         ),
     }
-    leaf = st.one_of(*(leaves[name] for name in names))
+    atoms = st.one_of(*(single[name] for name in names))
 
     def combine(inner: Any) -> Any:
         both = st.builds(lambda a, b: a & b, inner, inner)
         return both | st.builds(lambda a, b: a | b, inner, inner) if unions else both
 
-    return st.recursive(leaf, combine, max_leaves=3)
+    return st.recursive(atoms, combine, max_leaves=3)
 
 
 def _ints(st: Any, batch: int, low: int, high: int) -> Any:

@@ -1,18 +1,18 @@
-"""The one yardstick of correctness: how far a result may lie from float64, measured in the errors of a *twin*.
+"""The tolerance of every result: how far it may lie from float64, measured in the errors of a *low-precision baseline*.
 
-The twin is the definition evaluated plainly: for float16 and bfloat16 in that dtype, with the weights and the
+The baseline is the definition evaluated plainly: for float16 and bfloat16 in that dtype, with the weights and the
 gradient of the scores rounded to it before their second product and everything else in float32, as every fused kernel
-works; for float32 (and for lse) plainly in float32. A result may err 1.25 times as much as its twin in RMS and 2
+works; for float32 (and for lse) plainly in float32. A result may err 1.25 times as much as its baseline in RMS and 2
 times in its worst element (1.5 and 3 for float32), lse within 1e-4 for half dtypes; each bound plus a slack for
 rounding: one ulp of the dtype at the tensor's largest magnitude (for the RMS, what one such element adds to it) and 8
 float32 eps times the largest sum of absolute terms, so that what cancels to 0 passes.
 
-Those bounds are a tensor's, and its worst row fills them: where scores are large the twin's weights, and anybody's, are
-off by scores * eps, more or less by chance, so that the bounds must allow as much; and a row that errs as much without
-cause would pass. So each element is held to a bound of its own too, from the absolute terms that it is the sum of
-(tolerance_elements.py): a row that sees one key has the weight 1, whatever its score.
+Those bounds are a tensor's, and its worst row fills them: where scores are large the baseline's weights, and
+anybody's, are off by scores * eps, more or less by chance, so that the bounds must allow as much; and a row that errs
+as much without cause would pass. So each element is held to a bound of its own too, from the absolute terms that it is
+the sum of (tolerance_elements.py): a row that sees one key has the weight 1, whatever its score.
 
-The twin's gradients are written out by hand (Dao et al. 2022, FlashAttention, appendix B), while float64 comes from
+The baseline's gradients are written out by hand (Dao et al. 2022, FlashAttention, appendix B), while float64 comes from
 differentiating the definition: each checks the other.
 """
 
@@ -38,7 +38,7 @@ LSE_HALF = 1e-4
 
 @dataclass(frozen=True)
 class Agreement:
-    """One tensor against float64: its RMS and worst error, the twin's, and what is allowed."""
+    """One tensor against float64: its RMS and worst error, the baseline's, and what is allowed."""
 
     name: str
     rms_error: float
@@ -57,12 +57,12 @@ class Agreement:
 
     @property
     def rms_ratio(self) -> float:
-        """RMS error over the twin's."""
+        """RMS error over the baseline's."""
         return _over(self.rms_error, self.rms_twin)
 
     @property
     def max_ratio(self) -> float:
-        """Worst error over the twin's."""
+        """Worst error over the baseline's."""
         return _over(self.max_error, self.max_twin)
 
     @property
@@ -75,7 +75,7 @@ class Agreement:
             return f"{self.name}: {self.problem}"
         return (
             f"{self.name}: RMS error {self.rms_error:.3g} "
-            f"({self.rms_ratio:.2f}x the twin's, allowed {self.rms_bound:.3g}), "
+            f"({self.rms_ratio:.2f}x the baseline's, allowed {self.rms_bound:.3g}), "
             f"worst {self.max_error:.3g} ({self.max_ratio:.2f}x, allowed {self.max_bound:.3g}), "
             f"up to {self.element:.2f} of what an element's own terms allow"
         )
@@ -105,12 +105,12 @@ Truth = tuple[dict[str, Tensor], tuple[dict[str, Tensor], dict[str, Terms]]]
 
 
 def truth(problem: Problem) -> Truth:
-    """What results of this problem are held against: float64, and the twin with its sums of terms."""
-    return exact(problem), twin(problem)
+    """What results of this problem are held against: float64, and the baseline with its sums of terms."""
+    return exact(problem), baseline(problem)
 
 
 def agreement(problem: Problem, results: dict[str, Tensor], known: Truth | None = None) -> list[Agreement]:
-    """How each result stands to float64 and to its twin; `known` is `truth(problem)`, for many results of one
+    """How each result stands to float64 and to its baseline; `known` is `truth(problem)`, for many results of one
     problem.
     """
     golden, (near, terms) = known or truth(problem)
@@ -127,8 +127,8 @@ def exact(problem: Problem) -> dict[str, Tensor]:
     return {name: each for name, each in zip(names, (out, lse, *grads), strict=True) if each is not None}
 
 
-def twin(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Terms]]:
-    """The twin's results, and the terms that each is made of."""
+def baseline(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Terms]]:
+    """The baseline's results, and the terms that each is made of."""
     spec, inputs = problem.spec, problem.inputs
     wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
     query, key, value, d_out = (each.to(wide) for each in (*inputs[:3], problem.d_out))

@@ -1,4 +1,4 @@
-"""What each element of a result may be off by, whoever computed it: the yardstick's bounds for single elements.
+"""What each element of a result may be off by, whoever computed it: the tolerance for single elements.
 
 An element is a sum over pairs of a query and a key. Of each absolute term it is allowed TERM float32 eps for sums and
 products, two roundings to a half dtype (of the weight or the gradient of the score before its second product, and of
@@ -19,7 +19,7 @@ FLOAT = torch.finfo(torch.float32)
 EPS = FLOAT.eps
 TERM, SCORE = 16, 4
 LARGE = 64
-"""Scores below it are no reason why a tensor errs more than its twin."""
+"""Scores below it are no reason why a tensor errs more than its baseline."""
 LOST = 0.5
 """Weights less sure than this may be any."""
 

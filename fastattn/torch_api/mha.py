@@ -109,8 +109,8 @@ def multi_head_attention_forward(
 def route(*positional: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
     """`forward`, past the modes and tensor subclasses that override torch's function.
 
-    A subclass is handed torch's function where that says the same, else this one: what torch has no word for (a room, a
-    window, fewer key heads) is never dropped.
+    A subclass is handed torch's function where that says the same, else this one: what torch has no word for (a
+    backend, a window, fewer key heads) is never dropped.
     """
     tensors = (*positional[:3], *positional[5:9], *positional[11:13])
     if not has_torch_function(tensors):
@@ -166,7 +166,7 @@ def forward(
         window: (left, right) of a `Window` over the keys given; keys that the module adds are seen by everybody.
         num_kv_heads: heads of key and value: in_proj_weight is [(num_heads + 2 * num_kv_heads) * head_dim, embed_dim],
             k_proj_weight and v_proj_weight, bias_k and bias_v, static_k and static_v have num_kv_heads likewise.
-        backend: the room, by name.
+        backend: the backend, by name.
     """
     batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, num_heads)  # type: ignore[attr-defined]
     batch_first = batch_first and batched
@@ -240,9 +240,9 @@ def forward(
         near = _near(window, q_len, k.shape[2], added, q.device)
         mask = near if mask is None else near & mask
     seed = new_dropout_seed(q.device) if dropout_p > 0 else None
-    room = sdpa._room(q.device, backend)
+    backend = sdpa._selected_backend(q.device, backend)
     out, lse = attention(
-        q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, dropout_seed=seed, backend=room, return_lse=True
+        q, k, v, mask=mask, bias=bias, dropout_p=dropout_p, dropout_seed=seed, backend=backend, return_lse=True
     )
     out = out.permute(0, 2, 1, 3) if batch_first else out.permute(2, 0, 1, 3)
     out = F.linear(out.flatten(2), out_proj_weight, out_proj_bias)

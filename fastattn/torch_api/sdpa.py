@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
             is_causal=True, a key and a value of different lengths.
         ValueError: a scale that is NaN or infinite, for which torch gives what its kernels make of it.
 
-    `torch.nn.attention.sdpa_kernel` is heard outside of `torch.compile`: MATH alone means the reference room. Nested
+    `torch.nn.attention.sdpa_kernel` is heard outside of `torch.compile`: MATH alone means the reference backend. Nested
     tensors are torch's own format and stay with torch.
     """
     return route(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -101,7 +101,7 @@ def route(
     if backend is not None and any(isinstance(each, Tensor) and each.is_nested for each in (query, key, value)):
         raise RuntimeError(
             "scaled_dot_product_attention: a nested tensor is left to torch's own function, which has no backend= "
-            f"(here {backend!r}); leave the room open, or pack the tokens for fastattn.varlen_attention"
+            f"(here {backend!r}); leave the backend open, or pack the tokens for fastattn.varlen_attention"
         )
     if has_torch_function((query, key, value, attn_mask)):
         bias = flex.is_causal_bias(attn_mask)
@@ -162,7 +162,7 @@ def attend(
     query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
     _check_tensors(query, key, value, attn_mask)
     _check_arguments(query, key, value, attn_mask, dropout_p, is_causal)
-    backend = _room(query.device, backend)
+    backend = _selected_backend(query.device, backend)
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
     if scale is not None:
         scale = float(scale)
@@ -280,11 +280,11 @@ def _c_name(dtype: torch.dtype) -> str:
     return _C_NAMES.get(dtype, str(dtype))
 
 
-def _room(device: torch.device, asked: str | None) -> str | None:
+def _selected_backend(device: torch.device, asked: str | None) -> str | None:
     """The backend after torch's switches (sdpa_kernel, torch.backends.cuda.enable_*_sdp) have been heard.
 
-    Flash, memory-efficient and cuDNN stand for any fused room; on a CPU torch itself knows only flash. Compilers cannot
-    trace the switches, so a compiled call does not read them.
+    Flash, memory-efficient and cuDNN stand for any fused backend; on a CPU torch itself knows only flash. Compilers
+    cannot trace the switches, so a compiled call does not read them.
     """
     if torch.compiler.is_compiling():
         return asked

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from fastattn.kernels.host.lower import Lowered
+from fastattn.kernels.host.mask_lowering import LoweredMask
 from fastattn.kernels.rules import masks, scores, softmax
 from fastattn.kernels.rules.masks import RULES, Rule
 from fastattn.kernels.rules.scores import SCORES, score_of
@@ -24,7 +24,7 @@ MIN_DOT = 16
 """The least width of a matrix product's factors."""
 
 
-class Kind(NamedTuple):
+class KernelVariant(NamedTuple):
     """One constexpr for all kernels: jit functions, and constants (as constexprs: Triton 3.6 does not make them so).
 
     One level of names, as Triton keeps no more.
@@ -63,8 +63,8 @@ class Kind(NamedTuple):
     PERSISTENT: Any
 
 
-def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) -> Kind:
-    """The kind of a spec; `flags` are those of a kernel's own: packed, split, persistent."""
+def variant_of(spec: AttnSpec, mask: LoweredMask, *, interpreted: bool, **flags: bool) -> KernelVariant:
+    """The variant of a spec; `flags` are those of a kernel's own: packed, split, persistent."""
     by_hand = interpreted and spec.dtype == torch.bfloat16
     score = score_of(spec)[0]
     normalizer = type(spec.normalizer).__name__ + ("" if score == "raw" else "Natural")
@@ -80,11 +80,11 @@ def kind_of(spec: AttnSpec, mask: Lowered, *, interpreted: bool, **flags: bool) 
         ("SINKS", spec.has_sinks),
         ("DROPOUT", spec.dropout_p > 0),
     )
-    return _kind(mask.rules, mask.program, mask.terms, score, normalizer, constants, **flags)
+    return _variant(mask.rules, mask.program, mask.terms, score, normalizer, constants, **flags)
 
 
 @functools.cache
-def _kind(
+def _variant(
     rules: tuple[str, ...],
     program: tuple[int, ...],
     terms: tuple[tuple[int, ...], ...],
@@ -94,10 +94,10 @@ def _kind(
     packed: bool = False,
     split: bool = False,
     persistent: bool = False,
-) -> Kind:
-    """One object for equal kinds: making one costs more than a launch."""
+) -> KernelVariant:
+    """One object for equal variants: making one costs more than a launch."""
     functions = zip(*(RULES[name] for name in rules), strict=True) if rules else [()] * len(Rule._fields)
-    return Kind(
+    return KernelVariant(
         **Rule(*functions)._asdict(),
         PROGRAM=tuple(map(tl.constexpr, program)),
         TERMS=tuple(tuple(map(tl.constexpr, term)) for term in terms),

@@ -7,20 +7,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels.host import lower
-from fastattn.kernels.host.configs import (
+from fastattn.kernels.host import mask_lowering
+from fastattn.kernels.host.kernel_variant import bias_axes, variant_of
+from fastattn.kernels.host.tensor_arguments import Pointer, block_table, fill, named, take_out, tensor_arguments
+from fastattn.kernels.host.tile_table import (
     PROCESSORS,
     TileConfig,
+    l2_group_of,
     pick,
     pick_forward,
-    section_of,
     splits_of,
     stages_of,
     target_of,
     tiles_of,
 )
-from fastattn.kernels.host.kernel_variant import bias_axes, kind_of
-from fastattn.kernels.host.operands import Pointer, block_table, fill, named, operands, take_out
 from fastattn.kernels.passes.attn_bwd_dbias import attn_dbias_kernel
 from fastattn.kernels.passes.attn_bwd_delta import attn_delta_kernel
 from fastattn.kernels.passes.attn_bwd_dkv import attn_dkv_kernel
@@ -28,7 +28,7 @@ from fastattn.kernels.passes.attn_bwd_dq import attn_dq_kernel
 from fastattn.kernels.passes.attn_fwd import attn_fwd_kernel, attn_merge_kernel
 from fastattn.kernels.rules.dropout import threshold_of
 from fastattn.kernels.rules.scores import Scales, score_of
-from fastattn.kernels.tiling.opaque_int import veil
+from fastattn.kernels.tiling.opaque_int import opaque
 from fastattn.kernels.tiling.walk import Sizes
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -41,7 +41,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class Launch(NamedTuple):
     """One kernel with all it is launched with, and the row of the tile table behind it.
 
-    In a plan, the places of tensors hold their names (operands.py); bound, they hold the tensors.
+    In a plan, the places of tensors hold their names (tensor_arguments.py); bound, they hold the tensors.
     """
 
     kernel: Any
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
         if self.lists is None:
             return {}
         block_m, block_n, mirror = self.lists
-        lists = lower.block_lists(spec, block_m, block_n, mirror=mirror)
+        lists = mask_lowering.block_lists(spec, block_m, block_n, mirror=mirror)
         return {"counts": lists.counts, "tiles": lists.tiles}
 
     def bound(self, tensors: dict[str, Tensor]) -> "Launch":
@@ -69,7 +69,7 @@ class Launch(NamedTuple):
         return self.kernel[(self.programs,)](*self.args, **self.options) if self.programs else None
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """The launches of one pass, for every call of its structure and with tensors that lie alike."""
 
     launches: tuple[Launch, ...]
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
         """What a call's launches take besides: the mask's tensors, the memory of parts."""
         more: dict[str, Tensor] = {}
         if self.reads_mask:
-            take_out(lower.lower(spec).args, MASK, more)
+            take_out(mask_lowering.lower(spec).args, MASK, more)
         if self.splits > 1:
             out = given["out"]
             parts = torch.empty(self.splits * spec.batch, *out.shape[1:], dtype=torch.float32, device=out.device)
@@ -110,12 +110,12 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
-class Problem:
-    """What the launches of one pass share: the mask's lowering, the kind, scales, sizes."""
+class LaunchBuilder:
+    """What the launches of one pass share: the mask's lowering, the variant's flags, scales, sizes."""
 
     def __init__(self, spec: AttnSpec, target: str) -> None:
         self.spec, self.target = spec, target
-        self.mask = lower.lower(spec)
+        self.mask = mask_lowering.lower(spec)
         self.mask_tensors: dict[str, Tensor] = {}
         self.mask_args = take_out(self.mask.args, MASK, self.mask_tensors)
         kept = 1.0 - spec.dropout_p
@@ -127,22 +127,22 @@ class Problem:
             1.0 / kept if kept else 0.0,
         )
 
-    def plan(self, *launches: Launch, splits: int = 1) -> Plan:
-        return Plan(launches, splits, bool(self.mask_tensors))
+    def plan(self, *launches: Launch, splits: int = 1) -> LaunchPlan:
+        return LaunchPlan(launches, splits, bool(self.mask_tensors))
 
-    def sizes(self, programs: int, section: int, splits: int = 1) -> Sizes:
+    def sizes(self, programs: int, l2_group: int, splits: int = 1) -> Sizes:
         spec = self.spec
         heads = spec.num_heads, spec.num_kv_heads, spec.group
-        section = max(1, min(section, spec.batch * spec.num_heads))  # its tiles are counted in 32 bits
-        return Sizes(*map(veil, (spec.batch, *heads, spec.q_len, spec.kv_len, programs, section, splits)))
+        l2_group = max(1, min(l2_group, spec.batch * spec.num_heads))  # its tiles are counted in 32 bits
+        return Sizes(*map(opaque, (spec.batch, *heads, spec.q_len, spec.kv_len, programs, l2_group, splits)))
 
     def walking(
         self,
         kernel: Any,
         row: TileConfig,
         programs: int,
-        section: int,
-        operands: tuple,
+        l2_group: int,
+        arguments: tuple,
         *,
         splits: int = 1,
         mirror: bool = False,
@@ -152,25 +152,25 @@ class Problem:
         walked = lists = None
         if not self.mask.terms:
             walked = row.block_m, row.block_n, mirror
-            made = lower.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
+            made = mask_lowering.block_lists(self.spec, row.block_m, row.block_n, mirror=mirror)
             lists = made._replace(counts=Pointer("counts"), tiles=Pointer("tiles"))
         tables = (bias_axes(self.spec) == "qk") + self.mask.rules.count("Dense")
-        args = (*operands, self.sizes(programs, section, splits), self.scales, self.mask_args, lists)
+        args = (*arguments, self.sizes(programs, l2_group, splits), self.scales, self.mask_args, lists)
         if row.persistent:
             programs = min(programs, _processors(self.spec.device) or PROCESSORS[self.target])
         launch = self.launch(kernel, row, programs, args, persistent=row.persistent, **flags)
         options = launch.options | {"num_stages": stages_of(self.spec, row, tables)}
         return launch._replace(options=options, lists=walked)
 
-    def resting(self, kernel: Any, row: TileConfig, operands: tuple, splits: int = 1) -> Launch:
+    def resting(self, kernel: Any, row: TileConfig, arguments: tuple, splits: int = 1) -> Launch:
         """A kernel whose programs own rows of queries and walk nothing."""
         programs = tiles_of(self.spec.q_len, row.block_m) * self.spec.num_heads * self.spec.batch
-        return self.launch(kernel, row, programs, (*operands, self.sizes(programs, 1, splits)))
+        return self.launch(kernel, row, programs, (*arguments, self.sizes(programs, 1, splits)))
 
     def launch(self, kernel: Any, row: TileConfig, programs: int, args: tuple, **flags: bool) -> Launch:
-        kind = kind_of(self.spec, self.mask, interpreted=INTERPRETED, **flags)
+        variant = variant_of(self.spec, self.mask, interpreted=INTERPRETED, **flags)
         blocks = {"BLOCK_M": row.block_m} | ({"BLOCK_N": row.block_n} if row.block_n else {})
-        options = {"KIND": kind, **blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
+        options = {"VARIANT": variant, **blocks, "num_warps": row.num_warps, "num_stages": row.num_stages}
         return Launch(kernel, programs, args, options, row)
 
 
@@ -201,11 +201,11 @@ def _inputs_by_name(spec: AttnSpec, inputs: AttnInputs) -> dict[str, Tensor]:
     return given
 
 
-def plan_forward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
+def plan_forward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> LaunchPlan:
     """Of tensors only their dtypes and how they lie are read."""
-    problem, row = Problem(spec, target), pick_forward(spec, target)
+    builder, row = LaunchBuilder(spec, target), pick_forward(spec, target)
     # A group's heads share a tile, and so what it visits.
-    packed = spec.group > 1 and row.kernel != "fwd" and not problem.mask.by_head
+    packed = spec.group > 1 and row.kernel != "fwd" and not builder.mask.by_head
     heads, rows = (spec.num_kv_heads, spec.q_len * spec.group) if packed else (spec.num_heads, spec.q_len)
     programs = tiles_of(rows, row.block_m) * heads * spec.batch
     splits = splits_of(spec, row, target, programs)
@@ -216,12 +216,12 @@ def plan_forward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
     # A packed tile's queries lie in several heads, which no descriptor spans; nor does one span a pool's blocks.
     own, walked = (None if packed else row.block_m), (None if spec.pages is not None else row.block_n)
     moved = {name: (given[name], walked) for name in ("key", "value")}
-    first = problem.walking(
+    first = builder.walking(
         attn_fwd_kernel,
         row,
         programs * splits,
-        section_of(spec, spec.kv_len) * (1 if packed else spec.group),
-        operands(
+        l2_group_of(spec, spec.kv_len) * (1 if packed else spec.group),
+        tensor_arguments(
             row.descriptors,
             {"query": (given["query"], own), **moved, "out": (out, own)},
             {"bias": _bias(spec, given)},
@@ -236,11 +236,11 @@ def plan_forward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
         split=splits > 1,
     )
     if splits == 1:
-        return problem.plan(first)
+        return builder.plan(first)
     tensors = {"part_out": out, "out": given["out"]}
-    merged = operands(False, {}, tensors, part_lse=out, lse=given["lse"], sinks=given.get("sinks"))
-    merge = problem.resting(attn_merge_kernel, pick(spec, "merge", target), merged, splits)
-    return problem.plan(first, merge, splits=splits)
+    merged = tensor_arguments(False, {}, tensors, part_lse=out, lse=given["lse"], sinks=given.get("sinks"))
+    merge = builder.resting(attn_merge_kernel, pick(spec, "merge", target), merged, splits)
+    return builder.plan(first, merge, splits=splits)
 
 
 def _bias(spec: AttnSpec, given: dict[str, Tensor]) -> Tensor | None:
@@ -306,15 +306,15 @@ def backward_tensors(spec: AttnSpec, inputs: AttnInputs, grads: Backward) -> dic
     return _inputs_by_name(spec, inputs) | own
 
 
-def plan_backward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan:
+def plan_backward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> LaunchPlan:
     """Of tensors only their dtypes and how they lie are read."""
-    problem = Problem(spec, target)
+    builder = LaunchBuilder(spec, target)
     axes = bias_axes(spec)
     dbias = given.get("dbias")
     rows = {name: given[name] for name in ("out", "d_out", "total", "delta")}
     sinks, d_lse = given.get("sinks"), given.get("d_lse")
-    args = operands(False, {}, rows, lse=given["lse"], d_lse=d_lse, sinks=sinks)
-    delta = problem.resting(attn_delta_kernel, pick(spec, "delta", target), args)
+    args = tensor_arguments(False, {}, rows, lse=given["lse"], d_lse=d_lse, sinks=sinks)
+    delta = builder.resting(attn_delta_kernel, pick(spec, "delta", target), args)
     terms = {name: given[name] for name in ("total", "delta")}
     bias = {"bias": _bias(spec, given)}
     rest = {"sinks": sinks, "seed": given.get("seed")}
@@ -323,40 +323,42 @@ def plan_backward(spec: AttnSpec, given: dict[str, Tensor], target: str) -> Plan
     sides = {"query": row.block_m, "key": row.block_n, "value": row.block_n, "d_out": row.block_m, "dq": row.block_m}
     by_rows = dbias if axes in ("q", "1") else None
     own = {"d_lse": d_lse, "dsinks": given.get("dsinks"), "dbias": by_rows}
-    args = operands(row.descriptors, _moved(given, sides), terms | bias, **rest, **own)
+    args = tensor_arguments(row.descriptors, _moved(given, sides), terms | bias, **rest, **own)
     programs = tiles_of(spec.q_len, row.block_m) * spec.num_heads * spec.batch
-    section = section_of(spec, spec.kv_len) * spec.group
-    dq = problem.walking(attn_dq_kernel, row, programs, section, args)
+    l2_group = l2_group_of(spec, spec.kv_len) * spec.group
+    dq = builder.walking(attn_dq_kernel, row, programs, l2_group, args)
 
     row = pick(spec, "dkv", target)
     sides = {"query": row.block_m, "key": row.block_n, "value": row.block_n, "d_out": row.block_m}
     sides |= {"total": row.block_m, "delta": row.block_m, "dk": row.block_n, "dv": row.block_n}
     by_keys = dbias if axes == "k" else None
-    args = operands(row.descriptors, _moved(given, sides), bias, **rest, dbias=by_keys)
+    args = tensor_arguments(row.descriptors, _moved(given, sides), bias, **rest, dbias=by_keys)
     programs = tiles_of(spec.kv_len, row.block_n) * spec.num_kv_heads * spec.batch
-    section = section_of(spec, spec.q_len * spec.group)
-    dkv = problem.walking(attn_dkv_kernel, row, programs, section, args, mirror=True)
+    l2_group = l2_group_of(spec, spec.q_len * spec.group)
+    dkv = builder.walking(attn_dkv_kernel, row, programs, l2_group, args, mirror=True)
 
     if axes != "qk" or dbias is None:
-        return problem.plan(delta, dq, dkv)
+        return builder.plan(delta, dq, dkv)
     pairs = {name: given[name] for name in ("query", "key", "value", "d_out")}
-    return problem.plan(delta, dq, dkv, _plan_dbias(problem, dbias, pairs | terms | bias, rest))
+    return builder.plan(delta, dq, dkv, _plan_dbias(builder, dbias, pairs | terms | bias, rest))
 
 
 def _plan_dbias(
-    problem: Problem, dbias: Tensor, strided: dict[str, Tensor | None], rest: dict[str, Tensor | None]
+    builder: LaunchBuilder, dbias: Tensor, strided: dict[str, Tensor | None], rest: dict[str, Tensor | None]
 ) -> Launch:
     """The gradient of a bias that varies over queries and keys, for one table or several."""
-    spec, row = problem.spec, pick(problem.spec, "dbias", problem.target)
+    spec, row = builder.spec, pick(builder.spec, "dbias", builder.target)
     table = dbias[(None,) * (4 - dbias.dim())]
     batch, heads, q_len, kv_len = table.shape
-    args = operands(False, {}, strided | {"dbias": table}, **rest)
+    args = tensor_arguments(False, {}, strided | {"dbias": table}, **rest)
     programs = tiles_of(q_len, row.block_m) * tiles_of(kv_len, row.block_n) * heads * batch
     shared = named(
-        own_heads=veil(heads), heads=veil(spec.num_heads // max(heads, 1)), batches=veil(spec.batch // max(batch, 1))
+        own_heads=opaque(heads),
+        heads=opaque(spec.num_heads // max(heads, 1)),
+        batches=opaque(spec.batch // max(batch, 1)),
     )
-    args = (*args, problem.sizes(programs, 1), problem.scales, problem.mask_args, shared)
-    return problem.launch(attn_dbias_kernel, row, programs, args)
+    args = (*args, builder.sizes(programs, 1), builder.scales, builder.mask_args, shared)
+    return builder.launch(attn_dbias_kernel, row, programs, args)
 
 
 def _moved(given: dict[str, Tensor], rows: dict[str, int]) -> dict[str, tuple[Tensor, int | None]]:

@@ -22,14 +22,14 @@ from fastattn.kernels.host.launch import (
     INTERPRETED,
     Backward,
     Launch,
-    Plan,
+    LaunchPlan,
     backward_tensors,
     forward_tensors,
     plan_backward,
     plan_forward,
 )
-from fastattn.kernels.host.operands import TMA_BYTES
-from fastattn.kernels.host.packed import PackedLaunch, pack
+from fastattn.kernels.host.packed_launch import PackedLaunch, pack
+from fastattn.kernels.host.tensor_arguments import TMA_BYTES
 from fastattn.spec import AttnInputs, AttnSpec
 
 MOST_PLANS = 1024
@@ -75,7 +75,7 @@ class ReadyLaunch:
 class ReadyPlan:
     """The launches of a pass."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: LaunchPlan) -> None:
         self.plan, self.launches = plan, [ReadyLaunch(each) for each in plan.launches if each.programs]
 
     def run(self, spec: AttnSpec, tensors: dict[str, Tensor], addresses: dict[str, int]) -> None:
@@ -97,7 +97,7 @@ def backward(spec: AttnSpec, inputs: AttnInputs, tensors: Backward, target: str)
     _run(plan_backward, spec, backward_tensors(spec, inputs, tensors), target)
 
 
-def _run(plan: Callable[..., Plan], spec: AttnSpec, tensors: dict[str, Tensor], target: str) -> None:
+def _run(plan: Callable[..., LaunchPlan], spec: AttnSpec, tensors: dict[str, Tensor], target: str) -> None:
     addresses = _addresses(tensors)
     structure = _STRUCTURES.get(spec) or _structure(spec)
     if structure is None:  # a user's mask, which may be anything

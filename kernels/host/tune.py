@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import triton
 
-from fastattn.kernels.host import configs, launch
-from fastattn.kernels.host.configs import TileConfig, pick, shared_limit
+from fastattn.kernels.host import launch, tile_table
+from fastattn.kernels.host.tile_table import TileConfig, pick, shared_limit
 from fastattn.masks import Causal, Full
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -54,14 +54,14 @@ def candidates(row: TileConfig, head_dim: int) -> list[TileConfig]:
 @contextlib.contextmanager
 def standing_in(row: TileConfig) -> Iterator[None]:
     """The table with this row before all others."""
-    before = configs.TABLE
-    configs.TABLE = (dataclasses.replace(row, load=configs.LIGHT), *before)
-    configs._row.cache_clear()
+    before = tile_table.TABLE
+    tile_table.TABLE = (dataclasses.replace(row, load=tile_table.LIGHT), *before)
+    tile_table._row.cache_clear()
     try:
         yield
     finally:
-        configs.TABLE = before
-        configs._row.cache_clear()
+        tile_table.TABLE = before
+        tile_table._row.cache_clear()
 
 
 class Bench:

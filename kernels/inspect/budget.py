@@ -29,13 +29,11 @@ RATES = {
     "sm80": Rates(2048, 1024, 0, 16, 64, 64, 128, 4),
     "sm90": Rates(4096, 2048, 8192, 16, 128, 64, 128, 4),
     "sm100": Rates(8192, 4096, 16384, 16, 128, 64, 128, 4),
-    "gfx942": Rates(2048, 1024, 4096, 16, 64, 64, 128, 5),
 }
 """Sources. Tensor cores: the data sheets' dense peaks over multiprocessors and boost clock (A100 312 TFLOP/s, 108 x
-1.41 GHz; H100 SXM 989, 132 x 1.83; B200 2250, 148 x 1.85; MI300X 1307, 304 x 2.1). Special functions, FP32, integers:
-CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; CDNA 3 ISA (four SIMDs of 16 lanes, one
-pipe for both, special functions at a quarter). Shared memory: 32 banks of 4 bytes. Issue: an instruction a scheduler
-and clock; CDNA 3 one of each of five kinds."""
+1.41 GHz; H100 SXM 989, 132 x 1.83; B200 2250, 148 x 1.85). Special functions, FP32, integers: CUDA C++ Programming
+Guide, "Throughput of Native Arithmetic Instructions". Shared memory: 32 banks of 4 bytes. Issue: an instruction a
+scheduler and clock."""
 
 TENSOR = ("half", "tf32", "fp8")
 

@@ -1,8 +1,8 @@
 """Compile kernels for GPUs that are not here, and read what the compiler made of them.
 
 The launches are the ones that would run: a stand-in driver answers Triton's question for a device and nothing is
-launched. `fastattn inspect` starts this file as a process of its own, which reads problems and answers with figures,
-a line of JSON each: a compiler that dies takes one problem with it, and Triton's interpreter is never in the way.
+launched. `fastattn inspect` starts this file as a process of its own, which reads jobs and answers with figures, a line
+of JSON each: a compiler that dies takes one job with it, and Triton's interpreter is never in the way.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastattn.kernels.host import launch
-from fastattn.kernels.host.configs import ANCESTORS, TABLE, shared_limit
 from fastattn.kernels.host.kernel_variant import wide
-from fastattn.kernels.inspect import amdgcn, sass
+from fastattn.kernels.host.tile_table import ANCESTORS, TABLE, shared_limit
+from fastattn.kernels.inspect import sass
 from fastattn.kernels.inspect.budget import RATES, Parts, budget, flop, gather
-from fastattn.kernels.inspect.compile_cases import DTYPES, FORMS, call
+from fastattn.kernels.inspect.compile_cases import COMPILE_CASES, DTYPES, call
 from fastattn.kernels.inspect.listing import Instruction, innermost
 
 GPUS = {
@@ -43,14 +43,14 @@ PRODUCTS = {"fwd": 2, "short": 2, "decode": 2, "dq": 3, "dkv": 4}
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One kernel to compile."""
+class CompileJob:
+    """One kernel to compile. Its fields are keys of `fastattn inspect --json`."""
 
     target: str
     kernel: str  # as the tile table names it
     head_dim: int
     dtype: str
-    form: str
+    form: str  # the name of its compile case
 
     def __str__(self) -> str:
         return f"{self.target} {self.kernel} d{self.head_dim} {self.dtype} {self.form}"
@@ -71,9 +71,11 @@ class Loop:
 
 @dataclass
 class Compiled:
-    """A problem's binary in figures, or why there is none. Registers and spilled bytes are a thread's."""
+    """A job's binary in figures, or why there is none. Registers and spilled bytes are a thread's; where the target has
+    no disassembler here, they are 0 and there are neither counts nor loops.
+    """
 
-    problem: Problem
+    problem: CompileJob  # called as --json calls it
     triton: str = triton.__version__
     error: str | None = None
     warps: int = 0
@@ -96,36 +98,36 @@ def plan(
     kernels: Sequence[str] | None = None,
     head_dims: Sequence[int] | None = None,
     dtypes: Iterable[str] = tuple(DTYPES),
-    forms: Iterable[str] = tuple(FORMS),
-) -> list[Problem]:
-    """The product; None stands for everything there is. A form that makes no difference to a kernel is left out."""
+    cases: Iterable[str] = tuple(COMPILE_CASES),
+) -> list[CompileJob]:
+    """The product; None stands for everything there is. A case that makes no difference to a kernel is left out."""
     dims = head_dims or sorted({row.head_dim for row in TABLE})
-    problems, seen = [], set()
-    for target, head_dim, dtype, form in product(targets, dims, dtypes, forms):
-        for kernel, each in launches(target, head_dim, dtype, form).items():
-            key = (target, head_dim, dtype, kernel, repr((_kinds(each.args), each.options)))
+    jobs, seen = [], set()
+    for target, head_dim, dtype, case in product(targets, dims, dtypes, cases):
+        for kernel, each in launches(target, head_dim, dtype, case).items():
+            key = (target, head_dim, dtype, kernel, repr((_specialized(each.args), each.options)))
             if (kernels is None or kernel in kernels) and key not in seen:
-                problems.append(Problem(target, kernel, head_dim, dtype, form))
+                jobs.append(CompileJob(target, kernel, head_dim, dtype, case))
             seen.add(key)
-    return problems
+    return jobs
 
 
-def table_plan() -> list[Problem]:
-    """Each row of the tile table for its own target, in each form once: at the widest head that takes the row."""
-    problems, seen = [], set()
+def table_plan() -> list[CompileJob]:
+    """Each row of the tile table for its own target, in each case once: at the widest head that takes the row."""
+    jobs, seen = [], set()
     dims = sorted({row.head_dim for row in TABLE}, reverse=True)
-    for target, dtype, head_dim, name in product(ANCESTORS, ("fp32", "bf16"), dims, FORMS):
-        if target in GPUS and FORMS[name].rows in ("all", "fp32" if dtype == "fp32" else target):
+    for target, dtype, head_dim, name in product(ANCESTORS, ("fp32", "bf16"), dims, COMPILE_CASES):
+        if target in GPUS and COMPILE_CASES[name].rows in ("all", "fp32" if dtype == "fp32" else target):
             for kernel, each in launches(target, head_dim, dtype, name).items():
                 if each.row.target == target and (each.row, name) not in seen:
                     seen.add((each.row, name))
-                    problems.append(Problem(target, kernel, head_dim, dtype, name))
-    return problems
+                    jobs.append(CompileJob(target, kernel, head_dim, dtype, name))
+    return jobs
 
 
-def launches(target: str, head_dim: int, dtype: str, form: str) -> dict[str, launch.Launch]:
-    """What the form is about of what the forward and the backward pass launch, by its name in the tile table."""
-    made = FORMS[form]
+def launches(target: str, head_dim: int, dtype: str, case: str) -> dict[str, launch.Launch]:
+    """What the case is about of what the forward and the backward pass launch, by its name in the tile table."""
+    made = COMPILE_CASES[case]
     spec, inputs = call(made, head_dim, DTYPES[dtype])
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     tiles = target if target in ANCESTORS else TILES_OF[target]
@@ -144,10 +146,10 @@ def launches(target: str, head_dim: int, dtype: str, form: str) -> dict[str, lau
     return {each.row.kernel: each for each in listed if each.row.kernel in made.kernels}
 
 
-def _kinds(value: Any) -> Any:
+def _specialized(value: Any) -> Any:
     """What of an argument Triton compiles for."""
     if isinstance(value, tuple):
-        return tuple(map(_kinds, value))
+        return tuple(map(_specialized, value))
     if isinstance(value, torch.Tensor):
         return str(value.dtype)
     if isinstance(value, int):
@@ -155,37 +157,33 @@ def _kinds(value: Any) -> Any:
     return type(value).__name__, getattr(value, "block_shape", None)
 
 
-def compile_problem(problem: Problem) -> Compiled:
+def compile_job(job: CompileJob) -> Compiled:
     """Compiles one kernel and reads it. ValueError where the call launches no such kernel."""
-    launched = launches(problem.target, problem.head_dim, problem.dtype, problem.form)
-    if problem.kernel not in launched:
-        raise ValueError(f"this call launches no kernel {problem.kernel!r}; it launches {', '.join(launched)}")
-    wanted = launched[problem.kernel]
-    with pretending(GPUS[problem.target]):
+    launched = launches(job.target, job.head_dim, job.dtype, job.form)
+    if job.kernel not in launched:
+        raise ValueError(f"this call launches no kernel {job.kernel!r}; it launches {', '.join(launched)}")
+    wanted = launched[job.kernel]
+    with pretending(GPUS[job.target]):
         binary = wanted.kernel.warmup(*wanted.args, grid=(wanted.programs,), **wanted.options)
-    reader: ModuleType
-    if "cubin" in binary.asm:
-        reader, read = sass, sass.read(binary.asm["cubin"])
-    else:
-        reader, read = amdgcn, amdgcn.read(binary.asm["amdgcn"])
     warps = binary.metadata.num_warps
     row = wanted.row
     tile = {"block_m": row.block_m, "block_n": row.block_n, "num_stages": wanted.options["num_stages"]}
-    needs = 2 * row.block_m * row.block_n * wide(problem.head_dim) * PRODUCTS.get(row.kernel, 0)
-    loops = _loops(reader, read.code, warps, binary.asm["ttgir"], problem.target)
-    for loop in loops:
-        loop.tiles = loop.flop / needs if needs else None
-    return Compiled(
-        problem,
+    compiled = Compiled(
+        job,
         warps=warps,
         tile=tile,
-        registers=read.registers,
-        spilled_bytes=read.spilled_bytes,
         shared_bytes=binary.metadata.shared,
-        shared_limit=shared_limit(row, problem.target),
-        counts=_counted(read.code),
-        loops=loops,
+        shared_limit=shared_limit(row, job.target),
     )
+    if "cubin" in binary.asm:
+        read = sass.read(binary.asm["cubin"])
+        compiled.registers, compiled.spilled_bytes = read.registers, read.spilled_bytes
+        compiled.counts = _counted(read.code)
+        compiled.loops = _loops(read.code, warps, binary.asm["ttgir"], job.target)
+        needs = 2 * row.block_m * row.block_n * wide(job.head_dim) * PRODUCTS.get(row.kernel, 0)
+        for loop in compiled.loops:
+            loop.tiles = loop.flop / needs if needs else None
+    return compiled
 
 
 def _counted(code: Iterable[Instruction]) -> dict[str, int]:
@@ -195,16 +193,16 @@ def _counted(code: Iterable[Instruction]) -> dict[str, int]:
     return {name: count for name, count in sorted(counts.items()) if count}
 
 
-def _loops(reader: ModuleType, code: list[Instruction], warps: int, ttgir: str, target: str) -> list[Loop]:
+def _loops(code: list[Instruction], warps: int, ttgir: str, target: str) -> list[Loop]:
     """The main loop, then the others. Where warps have roles, equal loops of theirs are one loop of more warps."""
 
     def loop(body: list[Instruction], by: int) -> Loop:
-        parts = gather(asked for each in body for asked in reader.asks(each, by))
+        parts = gather(asked for each in body for asked in sass.asks(each, by))
         clocks = budget(parts, RATES[target])
         return Loop(by, len(body), _counted(body), parts, flop(parts), None, clocks and clocks._asdict())
 
     roles = [int(count) for count in re.findall(r"^\s*partition\d+\(.*\bnum_warps\((\d+)\)", ttgir, re.MULTILINE)]
-    found = [(loop(body, roles[0] if roles else warps), body) for body in innermost(code, reader.is_tensor)]
+    found = [(loop(body, roles[0] if roles else warps), body) for body in innermost(code, sass.is_tensor)]
     found.sort(key=lambda pair: (pair[0].issued / pair[0].flop if pair[0].flop else float("inf"), pair[0].issued))
     if not roles or not found:
         return [each for each, _ in found]
@@ -214,7 +212,7 @@ def _loops(reader: ModuleType, code: list[Instruction], warps: int, ttgir: str, 
 
 @contextmanager
 def pretending(target: GPUTarget) -> Iterator[None]:
-    """Triton believes that a device of this kind is there."""
+    """Triton believes that such a device is there."""
     stand_in = SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: str(target),
@@ -231,21 +229,21 @@ def pretending(target: GPUTarget) -> Iterator[None]:
 def read_compiled(answer: dict[str, Any]) -> Compiled:
     """The reverse of `dataclasses.asdict`."""
     loops = [Loop(**loop) for loop in answer["loops"]]
-    return Compiled(**{**answer, "problem": Problem(**answer["problem"]), "loops": loops})
+    return Compiled(**{**answer, "problem": CompileJob(**answer["problem"]), "loops": loops})
 
 
 def main() -> None:
-    """Answers problems from standard input, one a line, until it ends."""
+    """Answers jobs from standard input, one a line, until it ends."""
     if launch.INTERPRETED:
         raise SystemExit("TRITON_INTERPRET=1 is set; the interpreter's kernels cannot be compiled")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # compilers print, too
     for line in sys.stdin:
-        problem = Problem(**json.loads(line))
+        job = CompileJob(**json.loads(line))
         try:
-            compiled = compile_problem(problem)
+            compiled = compile_job(job)
         except Exception as failure:
-            compiled = Compiled(problem, error=f"{type(failure).__name__}: {failure}")
+            compiled = Compiled(job, error=f"{type(failure).__name__}: {failure}")
         print(json.dumps(asdict(compiled)), file=answers)
 
 

@@ -1,4 +1,4 @@
-"""The calls that kernels are compiled for where there is no GPU: each form turns on what compiles to other code."""
+"""The calls that kernels are compiled for where there is no GPU: each case turns on what compiles to other code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,11 +16,11 @@ WALKING = ("fwd", "dq", "dkv")
 
 
 @dataclass(frozen=True)
-class Form:
+class CompileCase:
     """A call that kernels are compiled for, and those of its kernels that are compiled."""
 
     kernels: tuple[str, ...] = (*FORWARD, "delta", "dq", "dkv", "dbias")
-    rows: str = "all"  # of the tile table that `table_plan` compiles in this form: all, sm90 (its half precision), fp32
+    rows: str = "all"  # of the tile table that `table_plan` compiles in this case: all, sm90 (its half precision), fp32
     mask: Callable[[], Mask] = Full
     batch: int = 2
     num_heads: int = 8
@@ -56,12 +56,12 @@ def _lists() -> Mask:
     return Dense(_zeros(4096, 4096, of=torch.bool)) & Segments(_zeros(2, 4096), _zeros(2, 4096))
 
 
-BARE = Form()
+BARE = CompileCase()
 EVERYTHING: dict[str, Any] = {"mask": _spans, "bias": True, "sinks": True, "softcap": 30.0, "dropout_p": 0.1}
 SHORT = replace(BARE, kernels=FORWARD, q_len=8, num_kv_heads=1)
 SHORT_EVERYTHING = EVERYTHING | {"mask": lambda: Causal() & Lengths(_zeros(2)) | Window(4, 4)}
 DECODE = replace(SHORT, q_len=1)
-FORMS = {
+COMPILE_CASES = {
     "bare": BARE,
     "every-feature": replace(BARE, **EVERYTHING),
     "bias": replace(BARE, kernels=("dbias",), bias=True),
@@ -73,7 +73,7 @@ FORMS = {
     "causal": replace(BARE, kernels=WALKING, rows="sm90", mask=Causal),
     "spans": replace(BARE, kernels=WALKING, mask=_spans, sinks=True, softcap=30.0),
     "lists": replace(BARE, kernels=WALKING, rows="sm90", mask=_lists),
-    "one-token": Form(rows="sm90", mask=Causal, batch=1, num_heads=1, num_kv_heads=1, q_len=1, kv_len=1),
+    "one-token": CompileCase(rows="sm90", mask=Causal, batch=1, num_heads=1, num_kv_heads=1, q_len=1, kv_len=1),
     "tf32": replace(BARE, kernels=WALKING, rows="fp32", float32="high"),
 }
 """Nothing hidden; all at once; a bias for its gradient alone; few queries; one; one with a paged cache; the commonest
@@ -81,24 +81,24 @@ mask; all that takes no tables and no dropout; block lists; sizes of 1 (Triton m
 interpreter does not); float32 multiplied the other way."""
 
 
-def call(form: Form, head_dim: int, dtype: torch.dtype, device: str = "meta") -> tuple[AttnSpec, AttnInputs]:
-    """The form as a spec and tensors, zeros of a device or without memory."""
+def call(case: CompileCase, head_dim: int, dtype: torch.dtype, device: str = "meta") -> tuple[AttnSpec, AttnInputs]:
+    """The case as a spec and tensors, zeros of a device or without memory."""
     with torch.device(device):
-        return _call(form, head_dim, dtype)
+        return _call(case, head_dim, dtype)
 
 
-def _call(form: Form, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:
-    mask, keys = form.mask(), (form.batch, form.num_kv_heads, form.kv_len, head_dim)
-    if form.block_size is not None:
-        blocks = form.kv_len // form.block_size
-        mask = Paged(mask, _zeros(form.batch, blocks), form.block_size)
-        keys = (form.batch * blocks, form.num_kv_heads, form.block_size, head_dim)
+def _call(case: CompileCase, head_dim: int, dtype: torch.dtype) -> tuple[AttnSpec, AttnInputs]:
+    mask, keys = case.mask(), (case.batch, case.num_kv_heads, case.kv_len, head_dim)
+    if case.block_size is not None:
+        blocks = case.kv_len // case.block_size
+        mask = Paged(mask, _zeros(case.batch, blocks), case.block_size)
+        keys = (case.batch * blocks, case.num_kv_heads, case.block_size, head_dim)
     inputs = AttnInputs(
-        _zeros(form.batch, form.num_heads, form.q_len, head_dim, of=dtype),
+        _zeros(case.batch, case.num_heads, case.q_len, head_dim, of=dtype),
         _zeros(*keys, of=dtype),
         _zeros(*keys, of=dtype),
-        _zeros(form.batch, form.num_heads, form.q_len, form.kv_len, of=dtype) if form.bias else None,
-        _zeros(form.num_heads, of=torch.float32) if form.sinks else None,
-        _zeros(1, of=torch.int64) if form.dropout_p else None,
+        _zeros(case.batch, case.num_heads, case.q_len, case.kv_len, of=dtype) if case.bias else None,
+        _zeros(case.num_heads, of=torch.float32) if case.sinks else None,
+        _zeros(1, of=torch.int64) if case.dropout_p else None,
     )
-    return AttnSpec.of(inputs, mask=mask, softcap=form.softcap, dropout_p=form.dropout_p), inputs
+    return AttnSpec.of(inputs, mask=mask, softcap=case.softcap, dropout_p=case.dropout_p), inputs

@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from queue import SimpleQueue
 
-from fastattn.kernels.inspect.compile import Compiled, Problem, read_compiled
+from fastattn.kernels.inspect.compile import Compiled, CompileJob, read_compiled
 
 COMMAND = (sys.executable, "-m", "fastattn.kernels.inspect.compile")
 
 
-class Worker:
-    """A process that compiles one problem after another; started with the first, and anew after it died.
+class Compiler:
+    """A process that compiles one job after another; started with the first, and anew after it died.
 
-    `stop` may come from another thread while a problem is compiled; `close` when none is any more.
+    `stop` may come from another thread while a job is compiled; `close` when none is any more.
     """
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class Worker:
         # What compilers print; closed by close().
         self.said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
 
-    def compile(self, problem: Problem) -> Compiled:
+    def compile(self, job: CompileJob) -> Compiled:
         """The figures; or, as its error, the first that went wrong in the compiler's own words."""
         process = self._running()
         self.said.seek(0, os.SEEK_END)
         before = self.said.tell()
         try:
-            print(json.dumps(asdict(problem)), file=process.stdin, flush=True)
+            print(json.dumps(asdict(job)), file=process.stdin, flush=True)
             answer = process.stdout.readline()  # type: ignore[union-attr]
         except BrokenPipeError:
             answer = ""
-        compiled = read_compiled(json.loads(answer)) if answer else Compiled(problem, error=_last_words(process))
+        compiled = read_compiled(json.loads(answer)) if answer else Compiled(job, error=_last_words(process))
         if compiled.error is not None:
             self.said.seek(before)
             errors = [line.split("error: ", 1)[1].strip() for line in self.said if "error: " in line]
@@ -80,28 +80,28 @@ def _last_words(process: subprocess.Popen) -> str:
     return f"the compiler's process ended with {process.wait()}"
 
 
-def compile_all(problems: Sequence[Problem], jobs: int) -> Generator[Compiled, None, None]:
-    """Each problem's figures, as they come, `jobs` at a time. Closing it stops what is under way."""
-    idle: SimpleQueue[Worker] = SimpleQueue()
-    workers = [Worker() for _ in range(jobs)]
-    for worker in workers:
-        idle.put(worker)
+def compile_all(jobs: Sequence[CompileJob], processes: int) -> Generator[Compiled, None, None]:
+    """Each job's figures, as they come, `processes` at a time. Closing it stops what is under way."""
+    idle: SimpleQueue[Compiler] = SimpleQueue()
+    compilers = [Compiler() for _ in range(processes)]
+    for compiler in compilers:
+        idle.put(compiler)
 
-    def compiled(problem: Problem) -> Compiled:
-        worker = idle.get()
+    def compiled(job: CompileJob) -> Compiled:
+        compiler = idle.get()
         try:
-            return worker.compile(problem)
+            return compiler.compile(job)
         finally:
-            idle.put(worker)
+            idle.put(compiler)
 
-    threads = ThreadPoolExecutor(jobs)
+    threads = ThreadPoolExecutor(processes)
     try:
-        for each in as_completed([threads.submit(compiled, problem) for problem in problems]):
+        for each in as_completed([threads.submit(compiled, job) for job in jobs]):
             yield each.result()
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.stop()
+        for compiler in compilers:
+            compiler.stop()
         threads.shutdown()
-        for worker in workers:
-            worker.close()
+        for compiler in compilers:
+            compiler.close()

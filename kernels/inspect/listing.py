@@ -1,8 +1,8 @@
 """A disassembled kernel: its instructions, its control flow, its loops.
 
-Disassemblies are read by sass.py and amdgcn.py; here is what they have in common. A loop is a natural loop: a block
-that dominates one of its predecessors, and all that reaches this predecessor without passing the block (Aho, Lam,
-Sethi and Ullman, 9.6). Text between a label and a backward branch would not do, as compilers put rare paths elsewhere.
+sass.py reads disassemblies; here is what does not depend on the instruction set. A loop is a natural loop: a block that
+dominates one of its predecessors, and all that reaches this predecessor without passing the block (Aho, Lam, Sethi and
+Ullman, 9.6). Text between a label and a backward branch would not do, as compilers put rare paths elsewhere.
 """
 
 import heapq

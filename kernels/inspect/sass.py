@@ -99,14 +99,14 @@ def parse(listing: str) -> list[Instruction]:
             opcode, operands = match.groups()
             name = opcode.split(".")[0]
             jumps = tuple(TARGET.findall(line)) if name in ("BRA", "JMP", "BRX", "JMX") else ()
-            leaves = name in ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET")
+            ends = name in ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET")
             # A predicate stands before the opcode, or as another operand before the label.
             surely = not GUARD.search(line) and (not jumps or operands.startswith("`"))
             if name == "UMOV" and (constant := CONSTANT.match(operands)):
                 constants[constant[1]] = int(constant[2], 16)
             elif UTC.match(name) and (register := IDESC.search(operands)) and register[1] in constants:
                 opcode = f"{opcode}.{_tcgen05_shape(constants[register[1]], name)}"
-            code.append(Instruction(opcode, operands, tuple(labels), jumps, not (leaves and surely)))
+            code.append(Instruction(opcode, operands, tuple(labels), jumps, not (ends and surely)))
             labels = []
     return code
 

@@ -38,7 +38,7 @@ class Tensors(NamedTuple):
 
 @triton.jit
 def attn_fwd_kernel(
-    query,  # pointers or tensor descriptors (operands.py)
+    query,  # pointers or tensor descriptors (tensor_arguments.py)
     key,
     value,
     out,
@@ -47,74 +47,79 @@ def attn_fwd_kernel(
     sizes,  # walk.Sizes
     scales,  # scores.Scales
     mask_args,
-    lists,  # lower.Lists or None
-    KIND: tl.constexpr,
+    lists,  # mask_lowering.Lists or None
+    VARIANT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     t = Tensors(query, key, value, out, rest.lse, rest.bias, rest.sinks, rest.seed)
     sizes = read_sizes(sizes)
-    if KIND.PERSISTENT:
+    if VARIANT.PERSISTENT:
         for program in tl.range(tl.program_id(0), sizes.programs, tl.num_programs(0)):
-            _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
+            _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, VARIANT, BLOCK_M, BLOCK_N)
     else:
-        _fwd_tile(tl.program_id(0), t, strides, sizes, scales, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
+        _fwd_tile(tl.program_id(0), t, strides, sizes, scales, mask_args, lists, VARIANT, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr,
+def _fwd_tile(program, t, strides, sizes, scales, mask_args, lists, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):  # fmt: skip
     batch, head, kv_head, q_lo, q_idx, numbers, walk, split = query_tile(
-        program, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
+        program, sizes, mask_args, lists, VARIANT, BLOCK_M, BLOCK_N
     )
     at = batch, head, kv_head, q_idx
     # [BLOCK_M, BLOCK_D]
-    q = load_tile(t.query, strides.query, batch, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM, KIND.BLOCK_D, True)
-    row_max, row_sum = KIND.begin(BLOCK_M)
-    state = tl.zeros([BLOCK_M, KIND.BLOCK_DV], tl.float32), row_max, row_sum
-    begin, end = part(walk, CHECKED, split, sizes.splits, KIND)
+    q = load_tile(
+        t.query, strides.query, batch, head, q_idx, q_lo, sizes.q_len, VARIANT.HEAD_DIM, VARIANT.BLOCK_D, True
+    )
+    row_max, row_sum = VARIANT.begin(BLOCK_M)
+    state = tl.zeros([BLOCK_M, VARIANT.BLOCK_DV], tl.float32), row_max, row_sum
+    begin, end = part(walk, CHECKED, split, sizes.splits, VARIANT)
     for n in tl.range(begin, end):
-        kv_lo = tile_start(KIND, walk, CHECKED, n, BLOCK_N)
-        state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND, True, BLOCK_M, BLOCK_N)
-    begin, end = part(walk, FULL, split, sizes.splits, KIND)
+        kv_lo = tile_start(VARIANT, walk, CHECKED, n, BLOCK_N)
+        state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, VARIANT, True, BLOCK_M, BLOCK_N)
+    begin, end = part(walk, FULL, split, sizes.splits, VARIANT)
     for n in tl.range(begin, end):
-        kv_lo = tile_start(KIND, walk, FULL, n, BLOCK_N)
-        state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND, False, BLOCK_M, BLOCK_N)
+        kv_lo = tile_start(VARIANT, walk, FULL, n, BLOCK_N)
+        state = _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, VARIANT, False, BLOCK_M, BLOCK_N)
     acc, row_max, row_sum = state
     sink = None
-    if KIND.SINKS and not KIND.SPLIT:  # else they enter once, when the parts are merged
+    if VARIANT.SINKS and not VARIANT.SPLIT:  # else they enter once, when the parts are merged
         sink = tl.load(t.sinks + head).to(tl.float32)
-    divisor, lse = KIND.finish(scales.factor, row_max, row_sum, sink)
-    if KIND.DROPOUT:
+    divisor, lse = VARIANT.finish(scales.factor, row_max, row_sum, sink)
+    if VARIANT.DROPOUT:
         acc *= scales.gain
     place = split * sizes.batch + batch
     tl.store(t.lse + row_places(place, sizes.num_heads, head, sizes.q_len, q_idx), lse, mask=q_idx < sizes.q_len)
-    store_tile(t.out, strides.out, place, head, q_idx, q_lo, sizes.q_len, acc / divisor[:, None], KIND.HEAD_DIM_V,
-               KIND.BLOCK_DV, KIND.BF16_BY_HAND)  # fmt: skip
+    store_tile(t.out, strides.out, place, head, q_idx, q_lo, sizes.q_len, acc / divisor[:, None], VARIANT.HEAD_DIM_V,
+               VARIANT.BLOCK_DV, VARIANT.BF16_BY_HAND)  # fmt: skip
 
 
 @triton.jit
-def _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, KIND: tl.constexpr, CHECK: tl.constexpr,
+def _fwd_step(kv_lo, q, state, at, t, strides, sizes, scales, numbers, VARIANT: tl.constexpr, CHECK: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """One tile of keys and values into the running sums: acc [BLOCK_M, BLOCK_DV], row_max, row_sum."""
     batch, head, kv_head, q_idx = at
     acc, row_max, row_sum = state
     kv_idx = kv_lo + tl.arange(0, BLOCK_N)
-    k = load_tile(t.key, strides.key, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM, KIND.BLOCK_D, CHECK)
-    v = load_tile(t.value, strides.value, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, KIND.HEAD_DIM_V, KIND.BLOCK_DV,
-                  CHECK)  # fmt: skip
+    k = load_tile(
+        t.key, strides.key, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, VARIANT.HEAD_DIM, VARIANT.BLOCK_D, CHECK
+    )
+    v = load_tile(
+        t.value, strides.value, batch, kv_head, kv_idx, kv_lo, sizes.kv_len, VARIANT.HEAD_DIM_V, VARIANT.BLOCK_DV, CHECK
+    )
     # [BLOCK_M, BLOCK_N]
-    raw = dot(q, tl.trans(k), KIND)
-    rows_head = head[:, None] if KIND.PACKED else head
+    raw = dot(q, tl.trans(k), VARIANT)
+    rows_head = head[:, None] if VARIANT.PACKED else head
     scores, kept = score_tile(raw, scales, t.bias, strides.bias, batch, rows_head, q_idx[:, None], kv_idx[None, :],
-                              numbers, KIND, CHECK)  # fmt: skip
-    if KIND.HIDES and (CHECK or KIND.BIAS != ""):
+                              numbers, VARIANT, CHECK)  # fmt: skip
+    if VARIANT.HIDES and (CHECK or VARIANT.BIAS != ""):
         v = only_seen(v, kept, 0)
-    weights, rescale, row_max, row_sum = KIND.step(scores, scales.factor, row_max, row_sum)
-    if KIND.DROPOUT:
+    weights, rescale, row_max, row_sum = VARIANT.step(scores, scales.factor, row_max, row_sum)
+    if VARIANT.DROPOUT:
         bits = kept_weights(t.seed, scales.threshold, batch, head, q_idx, kv_lo, BLOCK_M, BLOCK_N)
         weights = tl.where(bits, weights, 0.0)
-    return add_dot(acc * rescale[:, None], weights, v, KIND), row_max, row_sum
+    return add_dot(acc * rescale[:, None], weights, v, VARIANT), row_max, row_sum
 
 
 @triton.jit
@@ -122,29 +127,29 @@ def attn_merge_kernel(
     t,  # out and lse of the splits; out, lse; sinks
     strides,  # of the parts' out, of out
     sizes,
-    KIND: tl.constexpr,
+    VARIANT: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Partial results over disjoint keys, each with its lse, into one: weighted by exp(lse - total)."""
     sizes = read_sizes(sizes)
-    tile, head, batch, _ = owned(tl.program_id(0), tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads, sizes, KIND)
+    tile, head, batch, _ = owned(tl.program_id(0), tl.cdiv(sizes.q_len, BLOCK_M), sizes.num_heads, sizes, VARIANT)
     q_lo = tile * BLOCK_M
     q_idx = q_lo + tl.arange(0, BLOCK_M)
     inside = q_idx < sizes.q_len
-    row_max, row_sum = KIND.begin(BLOCK_M)
-    acc = tl.zeros([BLOCK_M, KIND.BLOCK_DV], tl.float32)
+    row_max, row_sum = VARIANT.begin(BLOCK_M)
+    acc = tl.zeros([BLOCK_M, VARIANT.BLOCK_DV], tl.float32)
     for split in tl.range(0, sizes.splits):
         place = split * sizes.batch + batch
         rows = row_places(place, sizes.num_heads, head, sizes.q_len, q_idx)
         lse = tl.load(t.part_lse + rows, mask=inside, other=float("-inf"))
-        part_out = load_tile(t.part_out, strides.part_out, place, head, q_idx, q_lo, sizes.q_len, KIND.HEAD_DIM_V,
-                             KIND.BLOCK_DV, True)  # fmt: skip
-        weights, rescale, row_max, row_sum = KIND.step(lse[:, None], LOG2E, row_max, row_sum)
+        part_out = load_tile(t.part_out, strides.part_out, place, head, q_idx, q_lo, sizes.q_len, VARIANT.HEAD_DIM_V,
+                             VARIANT.BLOCK_DV, True)  # fmt: skip
+        weights, rescale, row_max, row_sum = VARIANT.step(lse[:, None], LOG2E, row_max, row_sum)
         acc = acc * rescale[:, None] + weights * part_out
     sink = None
-    if KIND.SINKS:
+    if VARIANT.SINKS:
         sink = tl.load(t.sinks + head).to(tl.float32)
-    divisor, lse = KIND.finish(LOG2E, row_max, row_sum, sink)
+    divisor, lse = VARIANT.finish(LOG2E, row_max, row_sum, sink)
     tl.store(t.lse + row_places(batch, sizes.num_heads, head, sizes.q_len, q_idx), lse, mask=inside)
-    store_tile(t.out, strides.out, batch, head, q_idx, q_lo, sizes.q_len, acc / divisor[:, None], KIND.HEAD_DIM_V,
-               KIND.BLOCK_DV, KIND.BF16_BY_HAND)  # fmt: skip
+    store_tile(t.out, strides.out, batch, head, q_idx, q_lo, sizes.q_len, acc / divisor[:, None], VARIANT.HEAD_DIM_V,
+               VARIANT.BLOCK_DV, VARIANT.BF16_BY_HAND)  # fmt: skip

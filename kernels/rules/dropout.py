@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.tiling.opaque_int import unveil, veil
+from fastattn.kernels.tiling.opaque_int import from_opaque, opaque
 
 WORDS = 2**32
 WIDE = tl.constexpr(2**40)  # added, the threshold takes 64 bits whatever it is
@@ -11,7 +11,7 @@ WIDE = tl.constexpr(2**40)  # added, the threshold takes 64 bits whatever it is
 
 def threshold_of(dropout_p: float) -> int:
     """Words below it are dropped; as it travels."""
-    return veil(int(dropout_p * WORDS) + WIDE.value)
+    return opaque(int(dropout_p * WORDS) + WIDE.value)
 
 
 @triton.jit
@@ -28,4 +28,4 @@ def kept_weights(seed, threshold, batch, head, q_idx, kv_lo, ROWS: tl.constexpr,
     w0, w1, w2, w3 = tl.philox(tl.load(seed), c0, c1, c2, word + batch)
     # The last axis of a join runs fastest: pairs (0, 1) and (2, 3) side by side.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, [ROWS, COLUMNS]).to(tl.int64) >= unveil(threshold) - WIDE
+    return tl.reshape(words, [ROWS, COLUMNS]).to(tl.int64) >= from_opaque(threshold) - WIDE

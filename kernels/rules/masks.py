@@ -1,4 +1,4 @@
-"""Mask rules of the Triton room: which tiles to visit, and which elements of a tile to keep.
+"""Mask rules of the Triton backend: which tiles to visit, and which elements of a tile to keep.
 
 A rule is a few jit functions, handed to a kernel as constexprs:
 
@@ -11,11 +11,11 @@ A rule is a few jit functions, handed to a kernel as constexprs:
 
 A span says: everything that some of them sees lies in [lo, hi), and all of them see everything in [full_lo, full_hi).
 Bounds may lie outside the problem. A rule without spans (None) is walked by block lists. Each rule is held against the
-mask's own table by one test; `args` are made in lower.py, which also says how rules combine:
+mask's own table by one test; `args` are made in mask_lowering.py, which also says how rules combine:
 
-    KIND.TERMS     an OR of ANDs of rules, by their places: at most two terms, all with spans; none where lists are
-    KIND.STARTS    walked. For each term, whether a rule of it has a start
-    KIND.PROGRAM   the mask in postfix: a rule's place, or AND or OR of the two before
+    VARIANT.TERMS     an OR of ANDs of rules, by their places: at most two terms, all with spans; none where lists are
+    VARIANT.STARTS    walked. For each term, whether a rule of it has a start
+    VARIANT.PROGRAM   the mask in postfix: a rule's place, or AND or OR of the two before
 """
 
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.kernels.tiling.opaque_int import stride, unveil
+from fastattn.kernels.tiling.opaque_int import from_opaque, stride
 
-FAR = tl.constexpr(2**29 - 1)  # beyond every length; fits an int32 veiled, and so does the sum of three
+UNBOUNDED = tl.constexpr(2**29 - 1)  # beyond every length; opaque it fits an int32, and so does the sum of three
 AND, OR = tl.constexpr(-1), tl.constexpr(-2)
 
 
@@ -41,79 +41,79 @@ class Rule(NamedTuple):
 
 
 @triton.jit
-def read_numbers(KIND: tl.constexpr, args, batch, head, q_len, kv_len):
+def read_numbers(VARIANT: tl.constexpr, args, batch, head, q_len, kv_len):
     """Every rule's numbers for one batch item and head, after the lengths."""
     numbers = ((q_len, kv_len),)
-    for n in tl.static_range(len(KIND.numbers)):
-        numbers = numbers + (KIND.numbers[n](args[n], batch, head, q_len, kv_len),)
+    for n in tl.static_range(len(VARIANT.numbers)):
+        numbers = numbers + (VARIANT.numbers[n](args[n], batch, head, q_len, kv_len),)
     return numbers
 
 
 @triton.jit
-def keep(KIND: tl.constexpr, q_idx, kv_idx, numbers):
+def keep(VARIANT: tl.constexpr, q_idx, kv_idx, numbers):
     """What the mask keeps within the problem. q_idx and kv_idx broadcast against each other, in either order.
 
     Intervals are intersected query by query: an element is compared twice at most, whatever the rules.
     """
     # A query past the last one sees nothing.
     end = tl.where(q_idx < numbers[0][0], numbers[0][1], 0)
-    if len(KIND.TERMS) > 0:
-        kept = _term(KIND, 0, q_idx, kv_idx, numbers, end)
-        if len(KIND.TERMS) == 2:
-            kept = kept | _term(KIND, 1, q_idx, kv_idx, numbers, end)
+    if len(VARIANT.TERMS) > 0:
+        kept = _term(VARIANT, 0, q_idx, kv_idx, numbers, end)
+        if len(VARIANT.TERMS) == 2:
+            kept = kept | _term(VARIANT, 1, q_idx, kv_idx, numbers, end)
         return kept
     else:
         stack = (kv_idx < end, None)  # top, rest
-        for n in tl.static_range(len(KIND.PROGRAM)):
-            if KIND.PROGRAM[n] == AND:
+        for n in tl.static_range(len(VARIANT.PROGRAM)):
+            if VARIANT.PROGRAM[n] == AND:
                 stack = (stack[0] & stack[1][0], stack[1][1])
-            elif KIND.PROGRAM[n] == OR:
+            elif VARIANT.PROGRAM[n] == OR:
                 stack = (stack[0] | stack[1][0], stack[1][1])
             else:
-                stack = (_alone(KIND, KIND.PROGRAM[n], q_idx, kv_idx, numbers), stack)
+                stack = (_alone(VARIANT, VARIANT.PROGRAM[n], q_idx, kv_idx, numbers), stack)
         return stack[0] & (kv_idx < end)
 
 
 @triton.jit
-def _term(KIND: tl.constexpr, TERM: tl.constexpr, q_idx, kv_idx, numbers, end):
+def _term(VARIANT: tl.constexpr, TERM: tl.constexpr, q_idx, kv_idx, numbers, end):
     start = tl.zeros_like(end)
-    for n in tl.static_range(len(KIND.TERMS[TERM])):
-        end = tl.minimum(end, KIND.stop[KIND.TERMS[TERM][n]](q_idx, numbers[KIND.TERMS[TERM][n] + 1]))
-        if KIND.start[KIND.TERMS[TERM][n]] is not None:
-            start = tl.maximum(start, KIND.start[KIND.TERMS[TERM][n]](q_idx, numbers[KIND.TERMS[TERM][n] + 1]))
+    for n in tl.static_range(len(VARIANT.TERMS[TERM])):
+        end = tl.minimum(end, VARIANT.stop[VARIANT.TERMS[TERM][n]](q_idx, numbers[VARIANT.TERMS[TERM][n] + 1]))
+        if VARIANT.start[VARIANT.TERMS[TERM][n]] is not None:
+            start = tl.maximum(start, VARIANT.start[VARIANT.TERMS[TERM][n]](q_idx, numbers[VARIANT.TERMS[TERM][n] + 1]))
     kept = kv_idx < end
-    if KIND.STARTS[TERM]:
+    if VARIANT.STARTS[TERM]:
         kept = kept & (kv_idx >= start)
     return kept
 
 
 @triton.jit
-def _alone(KIND: tl.constexpr, RULE: tl.constexpr, q_idx, kv_idx, numbers):
-    if KIND.stop[RULE] is None:
-        kept = KIND.keep[RULE](q_idx, kv_idx, numbers[RULE + 1])
+def _alone(VARIANT: tl.constexpr, RULE: tl.constexpr, q_idx, kv_idx, numbers):
+    if VARIANT.stop[RULE] is None:
+        kept = VARIANT.keep[RULE](q_idx, kv_idx, numbers[RULE + 1])
     else:
-        kept = kv_idx < KIND.stop[RULE](q_idx, numbers[RULE + 1])
-        if KIND.start[RULE] is not None:
-            kept = kept & (kv_idx >= KIND.start[RULE](q_idx, numbers[RULE + 1]))
+        kept = kv_idx < VARIANT.stop[RULE](q_idx, numbers[RULE + 1])
+        if VARIANT.start[RULE] is not None:
+            kept = kept & (kv_idx >= VARIANT.start[RULE](q_idx, numbers[RULE + 1]))
     return kept
 
 
 @triton.jit
-def kv_span(KIND: tl.constexpr, TERM: tl.constexpr, q_lo, q_hi, numbers, BLOCK: tl.constexpr):
+def kv_span(VARIANT: tl.constexpr, TERM: tl.constexpr, q_lo, q_hi, numbers, BLOCK: tl.constexpr):
     """The keys that one term shows to queries q_lo ... q_hi - 1, within the problem."""
     span = (0, 0, numbers[0][1], numbers[0][1])
-    for n in tl.static_range(len(KIND.TERMS[TERM])):
-        shown = KIND.kv_span[KIND.TERMS[TERM][n]](q_lo, q_hi, numbers[KIND.TERMS[TERM][n] + 1], BLOCK)
+    for n in tl.static_range(len(VARIANT.TERMS[TERM])):
+        shown = VARIANT.kv_span[VARIANT.TERMS[TERM][n]](q_lo, q_hi, numbers[VARIANT.TERMS[TERM][n] + 1], BLOCK)
         span = _intersect(span, shown)
     return span
 
 
 @triton.jit
-def q_span(KIND: tl.constexpr, TERM: tl.constexpr, kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
+def q_span(VARIANT: tl.constexpr, TERM: tl.constexpr, kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
     """The queries that one term shows keys kv_lo ... kv_hi - 1 to, within the problem."""
     span = (0, 0, numbers[0][0], numbers[0][0])
-    for n in tl.static_range(len(KIND.TERMS[TERM])):
-        shown = KIND.q_span[KIND.TERMS[TERM][n]](kv_lo, kv_hi, numbers[KIND.TERMS[TERM][n] + 1], BLOCK)
+    for n in tl.static_range(len(VARIANT.TERMS[TERM])):
+        shown = VARIANT.q_span[VARIANT.TERMS[TERM][n]](kv_lo, kv_hi, numbers[VARIANT.TERMS[TERM][n] + 1], BLOCK)
         span = _intersect(span, shown)
     return span
 
@@ -123,24 +123,24 @@ def _intersect(a, b):
     return tl.maximum(a[0], b[0]), tl.maximum(a[1], b[1]), tl.minimum(a[2], b[2]), tl.minimum(a[3], b[3])
 
 
-# A placed mask sees the keys with low <= kv_idx - q_idx <= high. No bound is None on the host and FAR in a kernel.
+# A placed mask sees the keys with low <= kv_idx - q_idx <= high. No bound is None on the host, UNBOUNDED in a kernel.
 
 
 @triton.jit
-def _diagonal(bound, offsets, batch, OPEN: tl.constexpr):
-    """A bound as an int32, moved by this batch item's offset where there is one; OPEN where there is no bound."""
+def _diagonal(bound, offsets, batch, IF_NONE: tl.constexpr):
+    """A bound as an int32, moved by this batch item's offset where there is one; IF_NONE where there is none."""
     if bound is None:
-        return OPEN
+        return IF_NONE
     elif offsets is None:
-        return unveil(bound)
+        return from_opaque(bound)
     else:
-        moved = tl.minimum(tl.maximum(tl.load(offsets + batch), -FAR), FAR).to(tl.int32) + unveil(bound)
-        return tl.minimum(tl.maximum(moved, -FAR), FAR)
+        offset = tl.minimum(tl.maximum(tl.load(offsets + batch), -UNBOUNDED), UNBOUNDED).to(tl.int32)
+        return tl.minimum(tl.maximum(offset + from_opaque(bound), -UNBOUNDED), UNBOUNDED)
 
 
 @triton.jit
 def _placed_numbers(args, batch, head, q_len, kv_len):
-    return _diagonal(args[0], args[2], batch, -FAR), _diagonal(args[1], args[2], batch, FAR)
+    return _diagonal(args[0], args[2], batch, -UNBOUNDED), _diagonal(args[1], args[2], batch, UNBOUNDED)
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def _causal_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _causal_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
-    return kv_lo - numbers[1], kv_hi - 1 - numbers[1], FAR, FAR
+    return kv_lo - numbers[1], kv_hi - 1 - numbers[1], UNBOUNDED, UNBOUNDED
 
 
 @triton.jit
@@ -228,8 +228,8 @@ def _chunk(position, size):
 
 @triton.jit
 def _chunked_numbers(args, batch, head, q_len, kv_len):
-    """size, chunks back, chunks ahead, offset; none back or ahead is FAR."""
-    return unveil(args[0]), unveil(args[1]), unveil(args[2]), _diagonal(args[3], args[4], batch, 0)
+    """size, chunks back, chunks ahead, offset; none back or ahead is UNBOUNDED."""
+    return from_opaque(args[0]), from_opaque(args[1]), from_opaque(args[2]), _diagonal(args[3], args[4], batch, 0)
 
 
 @triton.jit
@@ -267,7 +267,7 @@ def _chunk_span(lo, hi, offset, size, back, ahead):
 def _chunk_edge(position, chunks, size, offset):
     """Where the chunk begins that lies `chunks` beyond a position's own. 64 bits wide before it is clamped."""
     edge = (_chunk(position, size).to(tl.int64) + chunks) * size - offset
-    return tl.minimum(tl.maximum(edge, -FAR), FAR).to(tl.int32)
+    return tl.minimum(tl.maximum(edge, -UNBOUNDED), UNBOUNDED).to(tl.int32)
 
 
 # Prefix: causal, and the first keys for all.
@@ -275,7 +275,7 @@ def _chunk_edge(position, chunks, size, offset):
 
 @triton.jit
 def _prefix_numbers(args, batch, head, q_len, kv_len):
-    return 0, _diagonal(args[1], args[2], batch, FAR), _length(args[3], batch, kv_len)
+    return 0, _diagonal(args[1], args[2], batch, UNBOUNDED), _length(args[3], batch, kv_len)
 
 
 @triton.jit
@@ -292,7 +292,7 @@ def _prefix_kv_span(q_lo, q_hi, numbers, BLOCK: tl.constexpr):
 @triton.jit
 def _prefix_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
     span = _causal_q_span(kv_lo, kv_hi, numbers, BLOCK)
-    return tl.where(kv_lo < numbers[2], 0, span[0]), tl.where(kv_hi <= numbers[2], 0, span[1]), FAR, FAR
+    return tl.where(kv_lo < numbers[2], 0, span[0]), tl.where(kv_hi <= numbers[2], 0, span[1]), UNBOUNDED, UNBOUNDED
 
 
 # Row tables: any mask that shows each query one interval of keys, [start, stop) read from a table. A query that sees
@@ -301,9 +301,9 @@ def _prefix_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows_numbers(args, batch, head, q_len, kv_len):
-    """Where this head's rows begin: starts, stops (a number a query); bounds (four a key, see lower.py)."""
-    rows = batch.to(tl.int64) * unveil(args[3][0]) + head.to(tl.int64) * unveil(args[3][1])
-    bounds = batch.to(tl.int64) * unveil(args[4][0]) + head.to(tl.int64) * unveil(args[4][1])
+    """Where this head's rows begin: starts, stops (a number a query); bounds (four a key, see mask_lowering.py)."""
+    rows = batch.to(tl.int64) * from_opaque(args[3][0]) + head.to(tl.int64) * from_opaque(args[3][1])
+    bounds = batch.to(tl.int64) * from_opaque(args[4][0]) + head.to(tl.int64) * from_opaque(args[4][1])
     return args[0] + rows, args[1] + rows, args[2] + bounds, q_len, kv_len
 
 
@@ -335,7 +335,7 @@ def _rows_q_span(kv_lo, kv_hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _segments_numbers(args, batch, head, q_len, kv_len):
-    q_step, kv_step = unveil(args[2]), unveil(args[3])
+    q_step, kv_step = from_opaque(args[2]), from_opaque(args[3])
     return args[0] + batch.to(tl.int64) * q_step, args[1] + batch.to(tl.int64) * kv_step, q_len, kv_len
 
 

@@ -1,4 +1,4 @@
-"""Score rules of the Triton room: raw score -> value, and its derivative.
+"""Score rules of the Triton backend: raw score -> value, and its derivative.
 
 A score works on the raw product <q, k> in float32. `factor` turns its values into units of log2:
 
@@ -90,24 +90,24 @@ def score_of(spec: Any) -> tuple[str, float]:
 
 @triton.jit
 def score_tile(
-    raw, scales, bias, bias_strides, batch, head, q_idx, kv_idx, numbers, KIND: tl.constexpr, CHECK: tl.constexpr
+    raw, scales, bias, bias_strides, batch, head, q_idx, kv_idx, numbers, VARIANT: tl.constexpr, CHECK: tl.constexpr
 ):
     """raw products of queries and keys, in either order -> scores, -inf where hidden, and what is kept.
 
-    q_idx, kv_idx and head broadcast to the tile. KIND.BIAS says over which axes a bias varies: "" (none), "k", "q",
+    q_idx, kv_idx and head broadcast to the tile. VARIANT.BIAS says over which axes a bias varies: "" (none), "k", "q",
     "qk" or "1".
     """
-    scores = KIND.score(raw, scales)
+    scores = VARIANT.score(raw, scales)
     kept = kv_idx >= 0
     if CHECK:
-        kept = keep(KIND, q_idx, kv_idx, numbers)
-    if KIND.BIAS != "":
+        kept = keep(VARIANT, q_idx, kv_idx, numbers)
+    if VARIANT.BIAS != "":
         at = bias + batch.to(tl.int64) * stride(bias_strides, 0) + head.to(tl.int64) * stride(bias_strides, 1)
         inside = (q_idx < numbers[0][0]) & (kv_idx < numbers[0][1])
-        if KIND.BIAS == "k":
+        if VARIANT.BIAS == "k":
             inside = kv_idx < numbers[0][1]
             at += kv_idx.to(tl.int64) * stride(bias_strides, 3)
-        elif KIND.BIAS == "q":
+        elif VARIANT.BIAS == "q":
             inside = q_idx < numbers[0][0]
             at += q_idx.to(tl.int64) * stride(bias_strides, 2)
         else:
@@ -115,6 +115,6 @@ def score_tile(
         added = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)  # who is not there sees nobody
         kept = kept & (added != float("-inf"))
         scores += added
-    if CHECK or KIND.BIAS != "":
+    if CHECK or VARIANT.BIAS != "":
         scores = tl.where(kept, scores, float("-inf"))
     return scores, kept

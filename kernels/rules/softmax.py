@@ -1,4 +1,4 @@
-"""The running softmax of a tile of rows (Milakov and Gimelshein 2018): its state, one step, its end.
+"""The online softmax of a tile of rows (Milakov and Gimelshein 2018): its state, one step, its end.
 
 Scores times `factor`, which is positive, are in units of log2: the factor meets the running maximum before it is
 subtracted, so that one multiply-add an element prepares its exponential. row_max (in the scores' units) and row_sum

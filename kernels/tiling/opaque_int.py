@@ -1,4 +1,4 @@
-"""Numbers that make no other kernel.
+"""Opaque ints: numbers that Triton cannot specialise on, so that they make no other kernel.
 
 Triton makes a constant of an int that is 1 and marks one that 16 divides; inside a tuple it cannot be told not to
 (3.6 to 3.9), and each new kind of number is a new compilation. So lengths, offsets and the like travel as 4 n + 2,
@@ -9,23 +9,23 @@ import triton
 import triton.language as tl
 
 
-def veil(number: int) -> int:
-    """As it travels."""
+def opaque(number: int) -> int:
+    """A number as it travels."""
     return 4 * number + 2
 
 
 @triton.jit
-def unveil(number):
+def from_opaque(number):
     """The number again, of the width it travelled in."""
     return number >> 2
 
 
-def veiled(strides: tuple[int, ...]) -> tuple:
+def opaque_strides(strides: tuple[int, ...]) -> tuple:
     """Four strides as they travel: as they are where 16 divides all but the last, so that rows can be read in vectors;
-    else all but the last in one veiled tuple.
+    else all but the last in one opaque tuple.
     """
     *steps, last = strides
-    return tuple(strides) if all(step % 16 == 0 for step in steps) else (tuple(map(veil, steps)), last)
+    return tuple(strides) if all(step % 16 == 0 for step in steps) else (tuple(map(opaque, steps)), last)
 
 
 @triton.jit
@@ -36,4 +36,4 @@ def stride(strides, AXIS: tl.constexpr):
     elif AXIS == 3:
         return strides[1]
     else:
-        return unveil(strides[0][AXIS])
+        return from_opaque(strides[0][AXIS])

@@ -8,7 +8,7 @@ what may not be written. Addresses are 64 bits wide.
 import triton
 import triton.language as tl
 
-from fastattn.kernels.tiling.opaque_int import stride, unveil
+from fastattn.kernels.tiling.opaque_int import from_opaque, stride
 
 
 @triton.jit
@@ -38,24 +38,26 @@ def store_tile(
 ):  # fmt: skip
     """The reverse of load_tile, rounded to the tensor's dtype."""
     if len(strides) == 0:
-        tile = narrow(tile, tensor.dtype, BF16_BY_HAND)
+        tile = round_to(tile, tensor.dtype, BF16_BY_HAND)
         tensor.store([batch, head, start, 0], tl.reshape(tile, [1, 1, tile.shape[0], BLOCK_D]))
     else:
         pointers, inside = _pointers(tensor, strides, batch, head, rows, length, DIM, BLOCK_D)
-        tl.store(pointers, narrow(tile, tensor.dtype.element_ty, BF16_BY_HAND), mask=inside)
+        tl.store(pointers, round_to(tile, tensor.dtype.element_ty, BF16_BY_HAND), mask=inside)
 
 
 @triton.jit
 def _pointers(tensor, strides, batch, head, rows, length, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[len(rows), BLOCK_D], and which of them lie inside."""
     offs_d = tl.arange(0, BLOCK_D)
-    if len(strides) == 5:  # a pool of blocks: operands.in_blocks
+    if len(strides) == 5:  # a pool of blocks: tensor_arguments._in_blocks
         own, table, width, size, count = strides
         base = tensor
-        block = tl.load(table + batch.to(tl.int64) * unveil(width) + rows // unveil(size), mask=rows < length, other=0)
-        block = tl.minimum(tl.maximum(block, 0), unveil(count) - 1)
+        block = tl.load(
+            table + batch.to(tl.int64) * from_opaque(width) + rows // from_opaque(size), mask=rows < length, other=0
+        )
+        block = tl.minimum(tl.maximum(block, 0), from_opaque(count) - 1)
         offs_row = head.to(tl.int64) * stride(own, 1) + block.to(tl.int64) * stride(own, 0)
-        offs_row += (rows % unveil(size)).to(tl.int64) * stride(own, 2)
+        offs_row += (rows % from_opaque(size)).to(tl.int64) * stride(own, 2)
     else:
         own = strides
         base = tensor + batch.to(tl.int64) * stride(own, 0)
@@ -99,30 +101,30 @@ def only_seen(tile, kept, AXIS: tl.constexpr):
 
 
 # Triton's interpreter multiplies bfloat16 wrongly and cuts float32 off instead of rounding it. BF16_BY_HAND, set only
-# there, widens factors and rounds to nearest even before the cut. Nothing else in this room knows.
+# there, widens factors and rounds to nearest even before the cut. Nothing else in this backend knows.
 
 
 @triton.jit
-def dot(a, b, KIND: tl.constexpr):
+def dot(a, b, VARIANT: tl.constexpr):
     """a @ b in float32."""
-    if KIND.BF16_BY_HAND:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=KIND.PRECISION)
+    if VARIANT.BF16_BY_HAND:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=VARIANT.PRECISION)
     else:
-        return tl.dot(a, b, input_precision=KIND.PRECISION)
+        return tl.dot(a, b, input_precision=VARIANT.PRECISION)
 
 
 @triton.jit
-def add_dot(sum, a, b, KIND: tl.constexpr):
+def add_dot(sum, a, b, VARIANT: tl.constexpr):
     """sum + round(a) @ b in float32; `a`, float32, is rounded to b's dtype."""
-    a = narrow(a, b.dtype, KIND.BF16_BY_HAND)
-    if KIND.BF16_BY_HAND:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=KIND.PRECISION)
+    a = round_to(a, b.dtype, VARIANT.BF16_BY_HAND)
+    if VARIANT.BF16_BY_HAND:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sum, input_precision=VARIANT.PRECISION)
     else:
-        return tl.dot(a, b, sum, input_precision=KIND.PRECISION)
+        return tl.dot(a, b, sum, input_precision=VARIANT.PRECISION)
 
 
 @triton.jit
-def narrow(values, dtype: tl.constexpr, BF16_BY_HAND: tl.constexpr):
+def round_to(values, dtype: tl.constexpr, BF16_BY_HAND: tl.constexpr):
     """float32 rounded to the dtype of a factor or an output."""
     if BF16_BY_HAND and dtype == tl.bfloat16:
         bits = values.to(tl.int32, bitcast=True)

@@ -1,8 +1,8 @@
 """The walk: which program owns which tile, and which tiles of the other side it visits, in which order.
 
 Every pass walks the same way. What a tile's owner visits comes in two parts: CHECKED tiles, in which the mask hides
-something or the problem ends, and FULL ones, which need no check. `tile_start(KIND, walk, PART, n, BLOCK)` is where the
-n-th tile of a part begins; it comes from the mask's spans in closed form, or from block lists. Heavy tiles go first.
+something or the problem ends, and FULL ones, which need no check. `tile_start(VARIANT, walk, PART, n, BLOCK)` is where
+the n-th tile of a part begins: from the mask's spans in closed form, or from block lists. Heavy tiles go first.
 """
 
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.rules.masks import kv_span, q_span, read_numbers
-from fastattn.kernels.tiling.opaque_int import unveil
+from fastattn.kernels.tiling.opaque_int import from_opaque
 
 CHECKED, FULL = tl.constexpr(0), tl.constexpr(1)
 
 
 class Sizes(NamedTuple):
-    """The lengths of a launch, all int32; veiled until `read_sizes`."""
+    """The lengths of a launch, all int32; opaque (opaque_int.py) until `read_sizes`."""
 
     batch: Any
     num_heads: Any
@@ -26,88 +26,90 @@ class Sizes(NamedTuple):
     q_len: Any
     kv_len: Any
     programs: Any  # tiles to own, over all heads and splits
-    section: Any  # heads whose keys and values stay in the cache together
+    l2_group: Any  # heads whose keys and values stay in the second-level cache together
     splits: Any  # programs that share one tile's walk
 
 
 @triton.jit
 def read_sizes(sizes):
-    """The sizes of a launch, unveiled."""
-    heads = unveil(sizes.num_heads), unveil(sizes.kv_heads), unveil(sizes.group)
-    lengths = unveil(sizes.q_len), unveil(sizes.kv_len)
-    walk = unveil(sizes.programs), unveil(sizes.section), unveil(sizes.splits)
-    return Sizes(unveil(sizes.batch), heads[0], heads[1], heads[2], lengths[0], lengths[1], walk[0], walk[1], walk[2])
+    """The sizes of a launch, no longer opaque."""
+    heads = from_opaque(sizes.num_heads), from_opaque(sizes.kv_heads), from_opaque(sizes.group)
+    lengths = from_opaque(sizes.q_len), from_opaque(sizes.kv_len)
+    walk = from_opaque(sizes.programs), from_opaque(sizes.l2_group), from_opaque(sizes.splits)
+    return Sizes(
+        from_opaque(sizes.batch), heads[0], heads[1], heads[2], lengths[0], lengths[1], walk[0], walk[1], walk[2]
+    )
 
 
 @triton.jit
-def owned(program, tiles, heads, sizes, KIND: tl.constexpr):
-    """program -> tile, head, batch, split. Splits of a tile run side by side, then the heads of a section, then its
-    tiles, then the sections. One axis, as the others of a grid end at 65,535.
+def owned(program, tiles, heads, sizes, VARIANT: tl.constexpr):
+    """program -> tile, head, batch, split. Splits of a tile run side by side, then the heads of an L2 group, then
+    its tiles, then the groups. One axis, as the others of a grid end at 65,535.
     """
     split = 0
-    if KIND.SPLIT:
+    if VARIANT.SPLIT:
         split, program = program % sizes.splits, program // sizes.splits
-    first = program // (sizes.section * tiles) * sizes.section
-    width = tl.minimum(sizes.section, sizes.batch * heads - first)
+    first = program // (sizes.l2_group * tiles) * sizes.l2_group
+    width = tl.minimum(sizes.l2_group, sizes.batch * heads - first)
     rest = program - first * tiles
     place = first + rest % width
     return rest // width, place % heads, place // heads, split
 
 
 @triton.jit
-def query_tile(program, sizes, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_tile(program, sizes, mask_args, lists, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """What a program owns that walks keys: batch, head, kv_head, q_lo, q_idx [BLOCK_M], numbers, walk, split.
 
     Last tiles come first: under a causal mask they see most. A PACKED tile holds all queries of a whole group of
     heads; `head` is then a vector like q_idx, whose rows past the last query lie outside the problem.
     """
     q_len, kv_len = sizes.q_len, sizes.kv_len
-    if KIND.PACKED:
-        tile, kv_head, batch, split = owned(program, 1, sizes.kv_heads, sizes, KIND)
+    if VARIANT.PACKED:
+        tile, kv_head, batch, split = owned(program, 1, sizes.kv_heads, sizes, VARIANT)
         rows = tl.arange(0, BLOCK_M)
         mask_head = kv_head * sizes.group  # the mask is the same for all of the group
         q_lo, q_idx, head = 0, rows // sizes.group, mask_head + rows % sizes.group
     else:
         tiles = tl.cdiv(q_len, BLOCK_M)
-        tile, head, batch, split = owned(program, tiles, sizes.num_heads, sizes, KIND)
+        tile, head, batch, split = owned(program, tiles, sizes.num_heads, sizes, VARIANT)
         tile = tiles - 1 - tile
         q_lo, kv_head = tile * BLOCK_M, head // sizes.group
         q_idx = q_lo + tl.arange(0, BLOCK_M)
         mask_head = head
-    numbers = read_numbers(KIND, mask_args, batch, mask_head, q_len, kv_len)
-    if len(KIND.TERMS) == 0:
+    numbers = read_numbers(VARIANT, mask_args, batch, mask_head, q_len, kv_len)
+    if len(VARIANT.TERMS) == 0:
         walk = _listed(lists, batch, mask_head, tile, tl.cdiv(kv_len, BLOCK_N))
     else:
         q_hi = tl.minimum(q_lo + BLOCK_M, q_len)
-        walk = _cut(kv_span(KIND, 0, q_lo, q_hi, numbers, BLOCK_M), BLOCK_N)
-        if len(KIND.TERMS) == 2:
-            walk = _both(walk, _cut(kv_span(KIND, 1, q_lo, q_hi, numbers, BLOCK_M), BLOCK_N))
-        walk = _counted(walk, KIND, BLOCK_N)
+        walk = _cut(kv_span(VARIANT, 0, q_lo, q_hi, numbers, BLOCK_M), BLOCK_N)
+        if len(VARIANT.TERMS) == 2:
+            walk = _both(walk, _cut(kv_span(VARIANT, 1, q_lo, q_hi, numbers, BLOCK_M), BLOCK_N))
+        walk = _counted(walk, VARIANT, BLOCK_N)
     return batch, head, kv_head, q_lo, q_idx, numbers, walk, split
 
 
 @triton.jit
 def query_walk(
-    batch, head, tile, sizes, mask_args, lists, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    batch, head, tile, sizes, mask_args, lists, VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """The mirror, for the owner of a tile of keys: numbers, and the walk over one head's queries."""
-    numbers = read_numbers(KIND, mask_args, batch, head, sizes.q_len, sizes.kv_len)
-    if len(KIND.TERMS) == 0:
+    numbers = read_numbers(VARIANT, mask_args, batch, head, sizes.q_len, sizes.kv_len)
+    if len(VARIANT.TERMS) == 0:
         walk = _listed(lists, batch, head, tile, tl.cdiv(sizes.q_len, BLOCK_M))
     else:
         kv_lo = tile * BLOCK_N
         kv_hi = tl.minimum(kv_lo + BLOCK_N, sizes.kv_len)
-        walk = _cut(q_span(KIND, 0, kv_lo, kv_hi, numbers, BLOCK_N), BLOCK_M)
-        if len(KIND.TERMS) == 2:
-            walk = _both(walk, _cut(q_span(KIND, 1, kv_lo, kv_hi, numbers, BLOCK_N), BLOCK_M))
-        walk = _counted(walk, KIND, BLOCK_M)
+        walk = _cut(q_span(VARIANT, 0, kv_lo, kv_hi, numbers, BLOCK_N), BLOCK_M)
+        if len(VARIANT.TERMS) == 2:
+            walk = _both(walk, _cut(q_span(VARIANT, 1, kv_lo, kv_hi, numbers, BLOCK_N), BLOCK_M))
+        walk = _counted(walk, VARIANT, BLOCK_M)
     return numbers, walk
 
 
 @triton.jit
-def part(walk, PART: tl.constexpr, split, splits, KIND: tl.constexpr):
+def part(walk, PART: tl.constexpr, split, splits, VARIANT: tl.constexpr):
     """The numbers of the tiles of a part that this split visits: begin, end. Shares differ by one at most."""
-    if KIND.SPLIT:
+    if VARIANT.SPLIT:
         total, before = walk[0] + walk[1], walk[0] if PART == FULL else 0
         begin, end = total * split // splits - before, total * (split + 1) // splits - before
         return tl.maximum(begin, 0), tl.minimum(end, walk[PART])
@@ -116,13 +118,13 @@ def part(walk, PART: tl.constexpr, split, splits, KIND: tl.constexpr):
 
 
 @triton.jit
-def tile_start(KIND: tl.constexpr, walk, PART: tl.constexpr, n, BLOCK: tl.constexpr):
+def tile_start(VARIANT: tl.constexpr, walk, PART: tl.constexpr, n, BLOCK: tl.constexpr):
     """Where the n-th tile of a part begins."""
-    if len(KIND.TERMS) == 0:
+    if len(VARIANT.TERMS) == 0:
         if PART == FULL:
             n += walk[0]
         start = tl.load(walk[2] + n) * BLOCK
-    elif len(KIND.TERMS) == 1:
+    elif len(VARIANT.TERMS) == 1:
         start = _in_span(walk[2], walk[3], walk[4], PART, n, BLOCK)
     else:
         before = walk[9] if PART == FULL else walk[8]
@@ -165,10 +167,10 @@ def _both(a, b):
 
 
 @triton.jit
-def _counted(cut, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _counted(cut, VARIANT: tl.constexpr, BLOCK: tl.constexpr):
     """Tiles to check, full tiles, then what says where they are."""
     checked, full = (cut[1] - cut[0] + cut[3] - cut[2]) // BLOCK, (cut[2] - cut[1]) // BLOCK
-    if len(KIND.TERMS) == 1:
+    if len(VARIANT.TERMS) == 1:
         return checked, full, cut[0], cut[1], cut[2]
     else:
         more, more_full = (cut[5] - cut[4] + cut[7] - cut[6]) // BLOCK, (cut[6] - cut[5]) // BLOCK
@@ -178,9 +180,10 @@ def _counted(cut, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _listed(lists, batch, head, tile, others):
-    """The same from block lists (lower.Lists): the two counts, and where the tiles are listed."""
-    counts = lists.counts + batch.to(tl.int64) * unveil(lists.count_strides[0])
-    counts += head * unveil(lists.count_strides[1]) + tile
-    row = batch.to(tl.int64) * unveil(lists.tile_strides[0]) + head.to(tl.int64) * unveil(lists.tile_strides[1])
+    """The same from block lists (mask_lowering.Lists): the two counts, and where the tiles are listed."""
+    counts = lists.counts + batch.to(tl.int64) * from_opaque(lists.count_strides[0])
+    counts += head * from_opaque(lists.count_strides[1]) + tile
+    row = batch.to(tl.int64) * from_opaque(lists.tile_strides[0])
+    row += head.to(tl.int64) * from_opaque(lists.tile_strides[1])
     row += tile * others.to(tl.int64)
-    return tl.load(counts), tl.load(counts + unveil(lists.count_strides[2])), lists.tiles + row
+    return tl.load(counts), tl.load(counts + from_opaque(lists.count_strides[2])), lists.tiles + row

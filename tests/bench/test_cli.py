@@ -139,7 +139,7 @@ def test_a_backend_that_refuses_says_so_in_its_cell(bench, monkeypatch, mode):
     if mode == "fwd":
         reasons = {"why_not": "the moon is wrong"}
     for name, reason in reasons.items():
-        monkeypatch.setattr(dispatch.room("triton"), name, lambda spec, reason=reason: reason)
+        monkeypatch.setattr(dispatch.load("triton"), name, lambda spec, reason=reason: reason)
     code, _, report = bench("--op", "self", "--providers", "fastattn-triton,sdpa", "--mode", mode)
     assert code == 0
     assert rows_of(report, provider="fastattn-triton")[0]["reason"] == "the moon is wrong"

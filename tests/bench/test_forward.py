@@ -24,7 +24,7 @@ def forward_only(monkeypatch):
     """Makes a backend one that has a forward alone."""
 
     def stub(name):
-        monkeypatch.setattr(dispatch.room(name), "why_not", lambda spec: NO_BACKWARD if spec.needs_grad else None)
+        monkeypatch.setattr(dispatch.load(name), "why_not", lambda spec: NO_BACKWARD if spec.needs_grad else None)
 
     return stub
 
@@ -49,7 +49,7 @@ def test_the_free_choice_is_asked_and_labelled_mode_by_mode(forward_only, monkey
     for name in dispatch.BACKENDS:
         if name != "reference":
             monkeypatch.setattr(
-                dispatch.room(name), "why_not", lambda spec: None if spec.needs_grad else "training alone"
+                dispatch.load(name), "why_not", lambda spec: None if spec.needs_grad else "training alone"
             )
     workload = workload_of(small("self"), cpu)
     labels = {mode: provider("fastattn").make(workload, mode).label for mode in ("fwd", "bwd", "fwd+bwd")}

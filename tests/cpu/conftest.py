@@ -1,4 +1,4 @@
-"""For the tests of the CPU room: the library, built once, and every instruction set that the machine has."""
+"""For the tests of the CPU backend: the library, built once, and every instruction set that the machine has."""
 
 import os
 import tempfile

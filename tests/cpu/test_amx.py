@@ -1,4 +1,4 @@
-"""The kernels on AMX tiles, which few machines have: the room's tests once more on a library that emulates the tile
+"""The kernels on AMX tiles, which few machines have: the backend's tests once more on a library that emulates the tile
 instructions, and a look at the instructions that the usual library has.
 """
 
@@ -20,7 +20,7 @@ EMULATED += [HERE.parent / "fastattn" / "test_overflow.py"]
     not (Path("/proc/cpuinfo").exists() and " avx512_bf16" in Path("/proc/cpuinfo").read_text()),
     reason="the tiles' kernels use AVX-512 with bfloat16 beside them, and this machine has none",
 )
-def test_the_room_is_right_on_emulated_tiles(tmp_path):
+def test_the_backend_is_right_on_emulated_tiles(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {
         "CXXFLAGS": "-O1 -DFASTATTN_EMULATE_AMX",

@@ -1,5 +1,5 @@
-"""The CPU room against float64 on every instruction set: forward and every gradient, on poisoned memory, the same bits
-twice and for any number of threads.
+"""The CPU backend against float64 on every instruction set: forward and every gradient, on poisoned memory, the same
+bits twice and for any number of threads.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.masks import Causal, Lengths, Segments, Window
 from fastattn.masks.base import Mask
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
-from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_junk
+from fastattn.testing.nan_padding import FEATURES, PADDED, hidden_pair, with_junk
 from fastattn.testing.strategies import cases
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -40,7 +40,7 @@ def same(left, right):
 
 
 @pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
-def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case, isa, threads):
+def test_every_row_is_within_the_tolerance_and_repeats_bit_for_bit(case, isa, threads):
     problem = make_inputs(case)
     results = run(problem, "cpu")
     check_close(problem, results)
@@ -52,7 +52,7 @@ def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case, isa, th
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(150, max_dim=72))
-def test_drawn_problems_are_within_the_yardstick(case, isa):
+def test_drawn_problems_are_within_the_tolerance(case, isa):
     """Any mask, unions, any feature, any layout."""
     problem = make_inputs(case)
     check_close(problem, run(problem, "cpu"))
@@ -60,14 +60,14 @@ def test_drawn_problems_are_within_the_yardstick(case, isa):
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(8, max_dim=20))
-def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case, isa):
+def test_drawn_problems_of_few_tokens_are_within_the_tolerance(case, isa):
     """Lengths of 0 and 1 are among them."""
     problem = make_inputs(case)
     check_close(problem, run(problem, "cpu"))
 
 
 @pytest.mark.parametrize("q_len, kv_len", [(20, 50), (8, 50), (150, 170)], ids=["", "few-queries", "many"])
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, q_len, kv_len, isa):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, kv_len, "cpu")
@@ -227,11 +227,11 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
     assert verdict.kernel == f"attention forward ({library.isa()}), attention backward ({library.isa()})"
     assert "dtype torch.float64" in explain(*[query.double()] * 3).reasons["cpu"]
     called = []
-    room = dispatch.room("cpu")
+    backend = dispatch.load("cpu")
     for name in ("forward_with_low", "backward"):
-        real = getattr(room, name)
+        real = getattr(backend, name)
         monkeypatch.setattr(
-            room, name, lambda *args, real=real, name=name, **more: called.append(name) or real(*args, **more)
+            backend, name, lambda *args, real=real, name=name, **more: called.append(name) or real(*args, **more)
         )
     attention(query, query, query).sum().backward()
     assert called == ["forward_with_low", "backward"]
@@ -242,9 +242,9 @@ def test_it_is_what_runs_on_the_cpu(library, monkeypatch):
 def test_a_bias_that_takes_no_gradient_gets_none(library, monkeypatch, learned, dtype):
     query = torch.randn(1, 2, 8, 16, dtype=dtype, requires_grad=True)
     bias = torch.randn(1, 2, 8, 8, dtype=dtype, requires_grad=learned)
-    room, seen = dispatch.room("cpu"), []
-    real = room.backward
-    monkeypatch.setattr(room, "backward", lambda *args, **more: seen.append(real(*args, **more)) or seen[0])
+    backend, seen = dispatch.load("cpu"), []
+    real = backend.backward
+    monkeypatch.setattr(backend, "backward", lambda *args, **more: seen.append(real(*args, **more)) or seen[0])
     attention(query, query, query, bias=bias).sum().backward()
     assert (seen[0][3] is None) == (not learned)
     if learned:

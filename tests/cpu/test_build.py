@@ -35,7 +35,7 @@ def test_it_is_built_once_and_says_so_on_one_line(fake, way, tmp_path, capsys):
     assert left_in(path.parent) == [".json", ".lock", library_files.SUFFIX]
 
 
-@pytest.mark.parametrize("fails", ["room.cpp", "ops.cpp", "-shared"])
+@pytest.mark.parametrize("fails", ["dispatch.cpp", "ops.cpp", "-shared"])
 def test_a_failed_build_says_why_and_is_remembered(fails, fake, way, tmp_path, capsys):
     log = fake(fails=fails)
     with pytest.raises(compiler.BuildError) as failure:
@@ -71,7 +71,7 @@ def test_the_key_is_sources_flags_and_compiler(fake, monkeypatch, tmp_path):
     note()
     monkeypatch.setenv("CXXFLAGS", "-O1")
     note()
-    monkeypatch.setattr(compiler, "source_digest", lambda room: "other sources")
+    monkeypatch.setattr(compiler, "source_digest", lambda backend: "other sources")
     note()
     monkeypatch.setattr(torch, "__version__", "9.9")
     note()

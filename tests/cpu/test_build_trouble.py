@@ -319,7 +319,9 @@ def test_a_compiler_that_makes_nothing_is_named(fake, way, tmp_path):
     fake()
     script = '#!/bin/sh\ncase "$*" in *--version*) echo "made-up 1.0";; esac\nexit 0\n'
     (tmp_path / "c++").write_text(script)
-    with pytest.raises(compiler.BuildError, match=r"ended without an error and made no cpu_room\.o\nthe command was"):
+    with pytest.raises(
+        compiler.BuildError, match=r"ended without an error and made no cpu_dispatch\.o\nthe command was"
+    ):
         LIBRARY.build()
 
 

@@ -83,7 +83,7 @@ def test_the_weight_of_an_only_key_is_one(isa):
 
 
 @pytest.mark.parametrize("case", LARGE_CASES.values(), ids=LARGE_CASES)
-def test_every_row_is_within_the_yardstick(case, isa):
+def test_every_row_is_within_the_tolerance(case, isa):
     problem = make_inputs(case)
     results = run(problem, "cpu")
     check_close(problem, results)

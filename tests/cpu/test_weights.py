@@ -1,4 +1,4 @@
-"""attention_weights by the CPU room, against the definition."""
+"""attention_weights by the CPU backend, against the definition."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import torch
 
 from fastattn import attention, attention_weights, dispatch
 from fastattn.testing import CASES, make_inputs, poison
-from fastattn.testing.nan_padding import HIDING, hidden_pair
+from fastattn.testing.nan_padding import PADDED, hidden_pair
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -15,12 +15,12 @@ NAMES = [name for name, case in CASES.items() if not case.dropout_p and case.bat
 
 
 @pytest.fixture
-def by_the_room(monkeypatch):
-    """How often the room was asked."""
+def by_the_backend(monkeypatch):
+    """How often the backend was asked."""
     called = []
-    room = dispatch.room("cpu")
-    real = room.weights
-    monkeypatch.setattr(room, "weights", lambda *args, **named: called.append(1) or real(*args, **named))
+    backend = dispatch.load("cpu")
+    real = backend.weights
+    monkeypatch.setattr(backend, "weights", lambda *args, **named: called.append(1) or real(*args, **named))
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
     return called
 
@@ -37,13 +37,13 @@ def close(got, want, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_definitions_weights(name, isa, by_the_room):
+def test_the_definitions_weights(name, isa, by_the_backend):
     problem = make_inputs(CASES[name])
     tensors, named = arguments(problem)
     wide = [each.float().clone().requires_grad_() for each in tensors]  # so that the plain formulation computes it
     bias = named["bias"] if named["bias"] is None else named["bias"].float()
     want = attention_weights(*wide, **named | {"bias": bias}).detach()
-    assert by_the_room == []
+    assert by_the_backend == []
     lse = attention(*tensors, problem.inputs.value, **named, return_lse=True, backend="cpu")[1]
     with poison():
         for given in (None, lse):
@@ -57,10 +57,10 @@ def test_the_definitions_weights(name, isa, by_the_room):
                 want[:, :, rows].mean(1),
                 problem.case.dtype,
             )
-    assert by_the_room
+    assert by_the_backend
 
 
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, isa):
     weights = []
     for problem in hidden_pair(mask, 20, 50, "cpu"):
@@ -81,7 +81,7 @@ def test_the_same_bits_for_any_number_of_threads(threads):
         assert all(torch.equal(left, right) for left, right in zip(found[0], other, strict=True))
 
 
-def test_derivatives_and_transforms_use_the_plain_formulation(by_the_room):
+def test_derivatives_and_transforms_use_the_plain_formulation(by_the_backend):
     query = torch.randn(1, 2, 5, 8, requires_grad=True)
     attention_weights(query, query).square().sum().backward()
     assert query.grad.abs().sum() > 0
@@ -89,22 +89,22 @@ def test_derivatives_and_transforms_use_the_plain_formulation(by_the_room):
     torch.vmap(lambda each: attention_weights(each, each))(plain[None])
     lse = torch.zeros(1, 2, 5, requires_grad=True)
     assert attention_weights(plain, plain, lse=lse).requires_grad
-    assert by_the_room == []
+    assert by_the_backend == []
     attention_weights(plain, plain)
     with torch.no_grad():
         attention_weights(query, query, lse=lse)
-    assert len(by_the_room) == 2
+    assert len(by_the_backend) == 2
 
 
-def test_dtypes_without_a_kernel_use_the_plain_formulation(by_the_room):
+def test_dtypes_without_a_kernel_use_the_plain_formulation(by_the_backend):
     query = torch.randn(1, 2, 5, 8, dtype=torch.float64)
     for heads in ("all", "mean"):
         assert attention_weights(query, query, heads=heads).dtype == torch.float64
-    assert by_the_room == []
+    assert by_the_backend == []
 
 
 @pytest.mark.parametrize("heads", ["all", "mean"])
-def test_no_rows_give_no_weights(heads, by_the_room):
+def test_no_rows_give_no_weights(heads, by_the_backend):
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
     weights = attention_weights(query, key, rows=[], heads=heads)
-    assert weights.shape == ((2, 4, 0, 7) if heads == "all" else (2, 0, 7)) and by_the_room
+    assert weights.shape == ((2, 4, 0, 7) if heads == "all" else (2, 0, 7)) and by_the_backend

@@ -1,5 +1,5 @@
-// The room's passes on threads of our own, without torch: what ThreadSanitizer watches (make sanitize), and a check that
-// any number of threads gives the same bits.
+// The CPU backend's passes on threads of our own, without torch: what ThreadSanitizer watches (make sanitize), and a
+// check that any number of threads gives the same bits.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/room.h"
+#include "../../csrc/cpu/dispatch.h"
 
 namespace {
 
@@ -91,11 +91,11 @@ const char* solve(const Sizes& s, int threads, Results& r) {
     ends[s.q_len + i] = static_cast<int32_t>(stop < 0 ? 0 : stop > s.kv_len ? s.kv_len : stop);
   }
   if (s.causal) {
-    p.mask.leaves = p.mask.words = 1;
+    p.mask.terms = p.mask.words = 1;
     p.mask.word[0] = 0;
-    p.mask.leaf[0].start = ends.data();
-    p.mask.leaf[0].stop = ends.data() + s.q_len;
-    p.mask.leaf[0].stride[2] = 1;
+    p.mask.term[0].start = ends.data();
+    p.mask.term[0].stop = ends.data() + s.q_len;
+    p.mask.term[0].stride[2] = 1;
   }
   p.threads = threads;
   p.parallel_for = threads > 1 ? on_threads : nullptr;
@@ -116,15 +116,18 @@ const char* solve(const Sizes& s, int threads, Results& r) {
 }  // namespace
 
 int main() {
-  const Sizes problems[] = {
-      {1, 1, 1, 300, 300, 32, true}, {2, 4, 2, 70, 130, 40, false}, {1, 2, 1, 1, 900, 64, false}, {1, 3, 1, 5, 0, 8, false}};
+  const Sizes problems[] = {{1, 1, 1, 300, 300, 32, true},
+                            {2, 4, 2, 70, 130, 40, false},
+                            {1, 2, 1, 1, 900, 64, false},
+                            {1, 3, 1, 5, 0, 8, false}};
   for (const Sizes& sizes : problems) {
     Results alone;
     if (const char* refusal = solve(sizes, 1, alone)) return std::printf("%s\n", refusal), 1;
     for (int threads = 2; threads <= 5; ++threads) {
       Results together;
       if (const char* refusal = solve(sizes, threads, together)) return std::printf("%s\n", refusal), 1;
-      if (!(alone == together)) return std::printf("%d threads give other bits, q_len %d\n", threads, (int)sizes.q_len), 1;
+      if (!(alone == together))
+        return std::printf("%d threads give other bits, q_len %d\n", threads, (int)sizes.q_len), 1;
     }
   }
   std::printf("any number of threads gives the same bits (%s)\n", cpu::isa());

@@ -1,4 +1,4 @@
-"""The CUDA room's library for the simulator: the same translation units, compiled by the C++ compiler."""
+"""The CUDA backend's library for the simulator: the same translation units, compiled by the C++ compiler."""
 
 import dataclasses
 import os
@@ -21,8 +21,8 @@ MULTIPROCESSORS = 4  # of the simulated GPU: small problems meet persistent bloc
 QUIET = ("-Wno-psabi", "-Wno-unused-parameter", "-Wno-unused-function", "-Wno-missing-field-initializers")
 
 
-class Room(NamedTuple):
-    """The simulator's library in place of the room's. Its operator works on CPU tensors."""
+class Simulated(NamedTuple):
+    """The simulator's library in place of the backend's. Its operator works on CPU tensors."""
 
     library: cuda_library.Operators
 
@@ -39,8 +39,8 @@ class Room(NamedTuple):
 
     def splits(self, problem):
         """How many programs share a tile's keys."""
-        known = cuda._problem(problem.spec)
-        return self.library.tiles(known.sizes, known.kind, known.by_head, -1).splits
+        known = cuda._launch(problem.spec)
+        return self.library.tiles(known.sizes, known.variant, known.by_head, -1).splits
 
 
 def take_cpu_tensors(put, library):
@@ -82,12 +82,12 @@ def simulated(flavour):
     path = build(flavour)
     handle = simulator.load(path)
     handle.fastattn_cuda_simulate(MULTIPROCESSORS)
-    return Room(cuda_library.Operators(getattr(torch.ops.fastattn, operator(flavour)).default, path, handle))
+    return Simulated(cuda_library.Operators(getattr(torch.ops.fastattn, operator(flavour)).default, path, handle))
 
 
 @pytest.fixture
 def on_hopper(request):
-    """Skips where the room cannot run a plain call; builds its library first. A test that hangs, or leaves a CUDA
+    """Skips where the backend cannot run a plain call; builds its library first. A test that hangs, or leaves a CUDA
     context that no later test can use, ends the process and is named.
     """
     if not torch.cuda.is_available():
@@ -101,7 +101,7 @@ def on_hopper(request):
 
 
 @pytest.fixture(scope="session")
-def room():
+def backend():
     """For results: the quickest, or the one that watches addresses where this process was started for that."""
     watched = simulator.usual_flavour() == "addresses"
     return simulated("addresses" if watched else "plain")
@@ -124,7 +124,7 @@ def ran(monkeypatch):
     """Which backend's forward and backward ran, in order, as ("cuda", "forward")."""
     found = []
     for name in dispatch.BACKENDS:
-        module = dispatch.room(name)
+        module = dispatch.load(name)
         for part in ("forward", "backward"):
             if hasattr(module, part):
                 real, what = getattr(module, part), (name, part)
@@ -142,6 +142,6 @@ def on_both_simulators(request, take, monkeypatch):
     refused = triton.why_not(AttnSpec.of(AttnInputs(tensor, tensor, tensor)))
     if refused is not None:
         pytest.skip(refused)
-    take(request.getfixturevalue("room").library)
+    take(request.getfixturevalue("backend").library)
     choose_as_on_hopper(monkeypatch.setattr)
     monkeypatch.delenv("FASTATTN_BACKEND", raising=False)

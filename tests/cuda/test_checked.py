@@ -1,5 +1,5 @@
-"""Every kind of forward kernel with each access to shared memory held against the barriers: no race, nothing read
-before it is written, no fence missing between ordinary accesses and those of TMA and wgmma.
+"""Every variant of the forward kernel with each access to shared memory held against the barriers: no race, nothing
+read before it is written, no fence missing between ordinary accesses and those of TMA and wgmma.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA room, for a GPU that need not be here: the promises about the machine code."""
+"""What nvcc makes of the CUDA backend, for a GPU that need not be here: the promises about the machine code."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def rows(library):
 
 def test_every_kernel_is_there(rows):
     have = {(row.dtype, (row.width, row.width_v), row.kind) for row in rows}
-    assert have == set(itertools.product(nvcc.DTYPES, nvcc.WIDTHS, inspect_cuda.KINDS))
+    assert have == set(itertools.product(nvcc.DTYPES, nvcc.WIDTHS, inspect_cuda.VARIANTS))
     assert len(rows) <= MOST_KERNELS
 
 
@@ -108,7 +108,7 @@ def test_the_command_prints_them(library, capsys, tmp_path):
     assert cli.main(["inspect", "--cuda", "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "bf16 128 plain" in out and "of peak" in out
-    assert len(json.loads(path.read_text())) == len(nvcc.DTYPES) * len(nvcc.WIDTHS) * len(inspect_cuda.KINDS)
+    assert len(json.loads(path.read_text())) == len(nvcc.DTYPES) * len(nvcc.WIDTHS) * len(inspect_cuda.VARIANTS)
 
 
 def test_the_page_shows_what_is_compiled(rows):

@@ -1,4 +1,4 @@
-"""The CUDA room on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
+"""The CUDA backend on a Hopper GPU: what the simulator has shown once more, and what only hardware can show.
 
 Where a test fails here, tests/sim/test_instructions.py says first whether one of the instructions is what is wrong.
 """
@@ -17,7 +17,7 @@ import torch
 from fastattn import attention, explain
 from fastattn.masks import Causal, Lengths, Window
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run, with_dtype
-from fastattn.testing.nan_padding import HIDING, hidden_pair, in_blocks
+from fastattn.testing.nan_padding import PADDED, hidden_pair, in_blocks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_hopper")]
 
@@ -38,7 +38,7 @@ def same(left, right):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case, dtype):
+def test_every_row_is_within_the_tolerance_and_repeats_bit_for_bit(case, dtype):
     bias_dtype = torch.float32 if case.bias_dtype == torch.float32 else dtype
     problem = make_inputs(dataclasses.replace(with_dtype(case, dtype), bias_dtype=bias_dtype), DEVICE)
     results = forward(problem)
@@ -65,7 +65,7 @@ def test_every_feature_at_every_width(width):
     check_close(problem, forward(problem))
 
 
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask):
     clean, dirty = hidden_pair(mask, 200, 300, DEVICE)
     want = forward(clean)
@@ -82,13 +82,13 @@ def test_decoding_splits_the_keys(q_len):
     same(results, forward(problem))
 
 
-@pytest.mark.parametrize("foreign", [False, True], ids=["heads-first", "heads-within-rows"])
+@pytest.mark.parametrize("heads_in_rows", [False, True], ids=["heads-first", "heads-within-rows"])
 @pytest.mark.parametrize("size", [1, 3, 16, 48, 64, 128, 256])
 @pytest.mark.parametrize("q_len", [1, 150])
-def test_blocks_of_any_size_are_read_in_place(q_len, size, foreign):
+def test_blocks_of_any_size_are_read_in_place(q_len, size, heads_in_rows):
     """Boxes of fewer than eight rows begin within the pattern of a swizzle."""
     case = Case("blocks", q_len, 1500, 3, 8, 2, 128)
-    whole, paged = in_blocks(case, None, (1500, 700, 0), size, foreign=foreign, device=DEVICE)
+    whole, paged = in_blocks(case, None, (1500, 700, 0), size, heads_in_rows=heads_in_rows, device=DEVICE)
     results = forward(paged)
     check_close(whole, results)
     for _ in range(5):

@@ -25,7 +25,7 @@ ALLOWED = {
 
 @pytest.fixture(scope="module")
 def no_kernels():
-    """The room's library without its kernels: all that a call does but the launch itself."""
+    """The backend's library without its kernels: all that a call does but the launch itself."""
     refused = simulator.why_not()
     if refused is not None:
         pytest.skip(refused)
@@ -41,7 +41,7 @@ def no_kernels():
 
 @pytest.fixture
 def taken(no_kernels, take):
-    """The room takes CPU tensors, and its library is the one without kernels."""
+    """The backend takes CPU tensors, and its library is the one without kernels."""
     take(no_kernels)
 
 
@@ -49,10 +49,10 @@ CALLS = {"plain": (64, None), "causal": (64, Causal()), "decode": (1, None)}
 """By name: queries, mask."""
 
 
-@pytest.mark.parametrize("part", ["room", "call"])
+@pytest.mark.parametrize("part", ["backend", "call"])
 @pytest.mark.parametrize("name", CALLS)
 def test_what_a_call_costs_the_host(name, part, benchmark, taken, unfilled_memory):
-    """The room's part, from a checked spec to the launch, and the whole call: Python, operator and launch code, the
+    """The backend's part, from a checked spec to the launch, and the whole call: Python, operator and launch code, the
     output's memory too; not what the driver takes for a launch.
     """
     q_len, mask = CALLS[name]
@@ -60,7 +60,7 @@ def test_what_a_call_costs_the_host(name, part, benchmark, taken, unfilled_memor
     inputs = AttnInputs(query, key, key)
     spec = AttnSpec.of(inputs, mask=mask)
     with torch.no_grad():
-        if part == "room":
+        if part == "backend":
             benchmark(cuda.forward, spec, inputs)
         else:
             benchmark(attention, query, key, key, mask=mask, backend="cuda")
@@ -74,7 +74,7 @@ def test_the_page_says_what_was_measured():
     median = {each["param"]: each["stats"]["median"] * 1e6 for each in measured["benchmarks"]}
     page = (ROOT / "docs" / "cuda.md").read_text()
     for name in CALLS:
-        assert f"| {name} | {median[f'{name}-room']:.1f} | {median[f'{name}-call']:.1f} |" in page
+        assert f"| {name} | {median[f'{name}-backend']:.1f} | {median[f'{name}-call']:.1f} |" in page
 
 
 def test_a_launch_takes_no_memory_and_waits_for_nothing():
@@ -111,7 +111,7 @@ def test_an_error_names_the_launch(no_kernels):
 
 
 def test_a_gradient_is_refused_at_the_forward_when_compiled_too(taken):
-    """Compiled graphs run their forward without grad mode: the room would be found to have no backward too late."""
+    """Compiled graphs run their forward without grad mode: the backend would be found to have no backward too late."""
     query = torch.randn(1, 2, 8, 64, dtype=torch.bfloat16, requires_grad=True)
     compiled = torch.compile(lambda each: attention(each, each, each, backend="cuda"), backend="aot_eager")
     with pytest.raises(Exception, match="backward does not exist yet"):

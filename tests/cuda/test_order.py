@@ -1,4 +1,4 @@
-"""The order of a problem's tiles: each once, the heaviest first, by sections of heads, evenly over the blocks."""
+"""The order of a problem's tiles: each once, the heaviest first, by L2 groups of heads, evenly over the blocks."""
 
 import ctypes
 import heapq
@@ -11,12 +11,12 @@ from fastattn.testing import simulator
 
 BLOCKS = 132
 BLOCK_M = 128
-SHAPES = {  # batch, num_kv_heads, group, q_tiles, splits, section
+SHAPES = {  # batch, num_kv_heads, group, q_tiles, splits, l2_group
     "one": (1, 1, 1, 1, 1, 1),
     "fewer-than-blocks": (1, 5, 3, 4, 1, 15),
-    "one-section": (2, 8, 1, 32, 1, 16),
-    "sections": (4, 8, 2, 16, 1, 32),
-    "uneven-sections": (1, 7, 2, 16, 1, 4),
+    "one-group": (2, 8, 1, 32, 1, 16),
+    "groups": (4, 8, 2, 16, 1, 32),
+    "uneven-groups": (1, 7, 2, 16, 1, 4),
     "long": (1, 4, 4, 128, 1, 4),
     "splits": (2, 4, 1, 3, 7, 8),
 }
@@ -30,10 +30,10 @@ def order():
     library = simulator.load(simulator.build(Path(__file__).parent / "kernels" / "order.cu"))
     library.order.restype = ctypes.c_char_p
 
-    def run(batch, num_kv_heads, group, q_tiles, splits, section, blocks=BLOCKS):
+    def run(batch, num_kv_heads, group, q_tiles, splits, l2_group, blocks=BLOCKS):
         programs = batch * num_kv_heads * group * q_tiles * splits
         rows = torch.full((programs, 6), -1, dtype=torch.int32)
-        said = library.order(min(blocks, programs), batch, num_kv_heads, group, q_tiles, splits, section,
+        said = library.order(min(blocks, programs), batch, num_kv_heads, group, q_tiles, splits, l2_group,
                              ctypes.c_void_p(rows.data_ptr()))  # fmt: skip
         assert said is None, said
         return rows
@@ -52,18 +52,18 @@ def test_each_tile_is_computed_once(shape, order):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_heaviest_go_first_by_sections_of_heads(shape, order):
-    """A section's heads together, so that their keys stay in the cache; of those the last queries first."""
-    section = SHAPES[shape][-1]
+def test_the_heaviest_go_first_by_l2_groups_of_heads(shape, order):
+    """The heads of an L2 group together, so that their keys stay in the cache; of those the last queries first."""
+    l2_group = SHAPES[shape][-1]
     rows = order(*SHAPES[shape]).long()
     unit = rows[:, 2] * (rows[:, 3].max() + 1) + rows[:, 3]
-    sections = unit // section
-    assert (sections.diff() >= 0).all()
-    for each in sections.unique():
-        assert (rows[sections == each, 4].diff() <= 0).all()
+    groups = unit // l2_group
+    assert (groups.diff() >= 0).all()
+    for each in groups.unique():
+        assert (rows[groups == each, 4].diff() <= 0).all()
 
 
-@pytest.mark.parametrize("shape", ["one-section", "sections", "long"])
+@pytest.mark.parametrize("shape", ["one-group", "groups", "long"])
 def test_blocks_share_a_problem_evenly(shape, order):
     """Of a causal problem who is ready takes the next tile, by a counter; of equal tiles each block takes as many."""
     rows = order(*SHAPES[shape]).long()

@@ -20,8 +20,8 @@ def forward(*tensors, **named):
 
 @each_shape
 @each_row
-def test_one_answer_in_the_simulator(row, shape, room, take):
-    take(room.library)
+def test_one_answer_in_the_simulator(row, shape, backend, take):
+    take(backend.library)
     rows["check"](row, forward, *rows["SHAPES"][shape], torch.bfloat16, gradients=False)
 
 

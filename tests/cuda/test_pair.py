@@ -49,7 +49,7 @@ ROWS = {case.id: case for case in _ROWS}
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_two_are_within_the_yardstick(name, ran):
+def test_the_two_are_within_the_tolerance(name, ran):
     """out, lse and every gradient, one that comes through lse among them."""
     problem = make_inputs(ROWS[name])
     results = run(problem)

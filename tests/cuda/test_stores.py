@@ -25,34 +25,34 @@ WHERE = (*((case, 64) for case in CASES), *(("plain", width) for width in (96, 1
 OUT, PART, LSE = 16, 8, 4  # bytes that a lane stores at a time
 
 
-def stored(room, problem):
-    handle = room.library.handle
+def stored(backend, problem):
+    handle = backend.library.handle
     for lane_bytes in (OUT, PART, LSE):
         simulator.stored(handle, lane_bytes)
-    check_close(problem, room.forward(problem))
+    check_close(problem, backend.forward(problem))
     return {lane_bytes: simulator.stored(handle, lane_bytes) for lane_bytes in (OUT, PART, LSE)}
 
 
 @pytest.mark.parametrize("case, width", WHERE)
-def test_out_and_lse_are_written_in_whole_sectors(case, width, room):
+def test_out_and_lse_are_written_in_whole_sectors(case, width, backend):
     problem = make_inputs(dataclasses.replace(CASES[case], head_dim=width, head_dim_v=width))
-    assert room.splits(problem) == 1
+    assert backend.splits(problem) == 1
     rows = problem.spec.batch * problem.spec.num_heads * problem.spec.q_len
-    found = stored(room, problem)
+    found = stored(backend, problem)
     assert found[OUT] == (2 * rows * width, 2 * rows * width // SECTOR)
     assert found[LSE] == (4 * rows, 4 * rows // SECTOR)
     assert found[PART].bytes == 0
 
 
 @pytest.mark.parametrize("case", SPLIT)
-def test_parts_are_written_in_whole_sectors(case, room):
+def test_parts_are_written_in_whole_sectors(case, backend):
     problem = make_inputs(SPLIT[case])
-    splits = room.splits(problem)
+    splits = backend.splits(problem)
     assert splits > 1
     spec = problem.spec
     rows = splits * spec.batch * spec.num_heads * spec.q_len
     written = 4 * rows * ((spec.head_dim_v + 7) // 8 * 8)
-    found = stored(room, problem)
+    found = stored(backend, problem)
     assert found[PART] == (written, written // SECTOR)
     assert found[LSE] == (4 * rows, 4 * rows // SECTOR)
     assert found[OUT].bytes == 0

@@ -1,19 +1,22 @@
-"""What the tests of the integrations share: who computed attention, and whether two runs of a model agree."""
+"""What tests share: who computed attention, whether two runs of a model agree, a library that is built."""
 
 import socket
 
 import pytest
 import torch
+from torch.overrides import _get_current_function_mode_stack
 
-from fastattn.integrations.vision import torchvision
+from fastattn import patch
+from fastattn.building.cpu_library import LIBRARY
+from fastattn.integrations.vision import swin
 from fastattn.torch_api import mha, sdpa
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The room asked for in each attention that fastattn computes through torch's functions or in Swin."""
+    """The backend asked for in each attention that fastattn computes through torch's functions or in Swin."""
     found = []
-    for module in (mha, sdpa, torchvision):
+    for module in (mha, sdpa, swin):
         attention = module.attention
 
         def noted(*args, attention=attention, **kwargs):
@@ -43,3 +46,19 @@ def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+@pytest.fixture
+def library():
+    """Loaded here, so that a new process has nothing to build."""
+    reason = LIBRARY.prepare()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def nothing_patched():
+    """Takes a patch that was installed away afterwards; the test has left every other one."""
+    yield
+    patch.uninstall()
+    assert not _get_current_function_mode_stack()

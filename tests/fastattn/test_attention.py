@@ -20,7 +20,7 @@ def tensors(*shapes, dtype=WIDE, grad=True, seed=0):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_reference_is_within_the_yardstick_and_repeats_bit_for_bit(case):
+def test_reference_is_within_tolerance_and_repeats_bit_for_bit(case):
     problem = make_inputs(case)
     results = run(problem, "reference")
     check_close(problem, results)
@@ -29,8 +29,8 @@ def test_reference_is_within_the_yardstick_and_repeats_bit_for_bit(case):
 
 
 @pytest.mark.parametrize("case", [CASES["full"], CASES["everything"], CASES["causal-cross"]], ids=lambda case: case.id)
-def test_the_yardstick_sees_a_wrong_result(case):
-    """The yardstick must be able to fail: each tensor off by a little is caught."""
+def test_the_tolerance_catches_a_wrong_result(case):
+    """The tolerance must be able to fail: each tensor off by a little is caught."""
     problem = make_inputs(case)
     results = run(problem, "reference")
     for name in results:
@@ -327,7 +327,7 @@ def test_outputs_do_not_come_from_poisoned_memory():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["full", "causal", "everything"])
-def test_every_dtype_stays_within_the_yardstick(name, dtype):
+def test_every_dtype_stays_within_tolerance(name, dtype):
     problem = make_inputs(with_dtype(CASES[name], dtype))
     results = run(problem, "reference")
     check_close(problem, results)

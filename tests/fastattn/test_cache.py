@@ -1,4 +1,4 @@
-"""KVCache: what attention sees of it, against the same tokens laid end to end; every kind, in every room that runs."""
+"""KVCache: what attention sees of it, against the same tokens laid end to end; every kind, every backend that runs."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fastattn.masks import Causal, Chunked, Full, Lengths, Prefix, Segments, Win
 
 BATCH, HEADS, GROUP, DIM, DIM_V = 2, 2, 2, 16, 24
 WINDOW = 4
-ROOMS = ["reference", "cpu", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 KINDS = {
     "static": lambda **more: KVCache.static(BATCH, HEADS, 40, DIM, head_dim_v=DIM_V, **more),
     "growing": lambda **more: KVCache.growing(BATCH, HEADS, DIM, head_dim_v=DIM_V, **more),
@@ -30,17 +30,17 @@ def tokens(n, dtype=torch.float32):
     return draw(HEADS * GROUP, DIM), draw(HEADS, DIM), draw(HEADS, DIM_V)
 
 
-def runs(room):
-    """The room's name, or a skip with its reason."""
+def runs(backend):
+    """The backend's name, or a skip with its reason."""
     query, key, value = tokens(1)
-    reason = explain(query, key, value, backend="reference").reasons[room]
-    if reason is not None and room != "triton":
+    reason = explain(query, key, value, backend="reference").reasons[backend]
+    if reason is not None and backend != "triton":
         pytest.skip(reason)
     try:
-        explain(query, key, value, backend=room)
+        explain(query, key, value, backend=backend)
     except fastattn.BackendUnavailable as refusal:
         pytest.skip(str(refusal))
-    return room
+    return backend
 
 
 class Beside:
@@ -61,15 +61,15 @@ class Beside:
         return attention(query, self.keys, self.values, mask=mask, backend="reference")
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_sees_what_is_held(kind, room):
+def test_decoding_sees_what_is_held(kind, backend):
     beside = Beside(KINDS[kind]())
     for n in STEPS:
         query = beside.add(n)
         window = getattr(beside.cache, "window", None)
         causal = Causal() if window is None else Window(window - 1, 0)
-        got = attention(query, beside.cache.key, beside.cache.value, mask=Causal(), backend=runs(room))
+        got = attention(query, beside.cache.key, beside.cache.value, mask=Causal(), backend=runs(backend))
         torch.testing.assert_close(got, beside.want(query, causal), atol=1e-5, rtol=1e-4)
     assert beside.cache.held == [sum(STEPS)] * BATCH and beside.cache.lengths.tolist() == beside.cache.held
 
@@ -123,15 +123,15 @@ def test_a_table_and_weights_fit_what_is_held(kind):
     torch.testing.assert_close(out, attention(query, cache.key, cache.value), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["static", "paged-3", "paged-64"])
-def test_sequences_of_different_lengths(kind, room):
+def test_sequences_of_different_lengths(kind, backend):
     cache = KINDS[kind]()
     rows = [([], []) for _ in range(BATCH)]
     for counts, n in (([5, 2], 5), ([1, 1], 1), ([0, 3], 3), ([2, 1], 2)):
         query, key, value = tokens(n)
         cache.update(key, value, new_lengths=counts)
-        got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(room))
+        got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(backend))
         for item, count in enumerate(counts):
             rows[item][0].append(key[item, :, :count])
             rows[item][1].append(value[item, :, :count])
@@ -156,7 +156,7 @@ def test_left_padding(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("size", [1, 5, 64, 128])
 def test_long_sequences_in_blocks(dtype, size):
-    """Several tiles, and both of the CPU room's ways through them."""
+    """Several tiles, and both of the CPU backend's ways through them."""
     cache = KVCache.paged(BATCH, HEADS, DIM, blocks=2 * -(-300 // size), block_size=size, head_dim_v=DIM_V, dtype=dtype)
     beside = Beside(cache, dtype)
     for n in (150, 140, 1, 3):
@@ -169,8 +169,8 @@ def test_long_sequences_in_blocks(dtype, size):
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("room", ROOMS)
-def test_somebody_elses_blocks(room, layout):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_somebody_elses_blocks(backend, layout):
     """flash-attn's layout; entries past the end of a sequence may be anything."""
     keys, values = torch.randn(7, 4, HEADS, DIM), torch.randn(7, 4, HEADS, DIM_V)
     table = torch.tensor([[5, 0, 3, -9], [2, 6, 10**6, 10**6]], dtype=torch.int32)
@@ -178,7 +178,7 @@ def test_somebody_elses_blocks(room, layout):
     cache = KVCache.from_blocks(keys, values, table, [11, 6])
     assert cache.held == [11, 6]
     query = torch.randn(BATCH, HEADS * GROUP, 1, DIM)
-    got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(room))
+    got = attention(query, cache.key, cache.value, mask=Causal(), backend=runs(backend))
     for item, length in enumerate((11, 6)):
         order = table[item, : -(-length // 4)].long()
         key, value = (pool[order].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (keys, values))
@@ -187,7 +187,7 @@ def test_somebody_elses_blocks(room, layout):
 
 
 @pytest.mark.parametrize("kind", ["static", "paged-3", "paged-64"])
-def test_a_finished_sequence_takes_no_more_room(kind):
+def test_a_finished_sequence_takes_no_more_space(kind):
     """40 slots, or 13 blocks of 3 in a row of the table, are full in one sequence; the other goes on."""
     cache = KINDS[kind](**({"table_width": 13} if kind == "paged-3" else {}))
     full = 39 if kind == "paged-3" else 40
@@ -280,7 +280,7 @@ def test_growing_copies_little_and_sliding_keeps_little():
 
 @pytest.mark.parametrize("kind", ["static", "paged-3"])
 def test_nothing_is_copied(kind, monkeypatch):
-    """The room reads the cache's own memory."""
+    """The backend reads the cache's own memory."""
     from fastattn import ops
 
     beside = Beside(KINDS[kind]())
@@ -288,7 +288,7 @@ def test_nothing_is_copied(kind, monkeypatch):
     seen = []
     inner = ops._run_forward
     monkeypatch.setattr(
-        ops, "_run_forward", lambda spec, inputs, room: seen.append(inputs) or inner(spec, inputs, room)
+        ops, "_run_forward", lambda spec, inputs, backend: seen.append(inputs) or inner(spec, inputs, backend)
     )
     attention(query, beside.cache.key, beside.cache.value, mask=Causal())
     assert seen[0].key.data_ptr() == beside.cache.keys.data_ptr()
@@ -326,22 +326,22 @@ def test_segments_are_the_callers_own():
     torch.testing.assert_close(out, attention(query, cache.key, cache.value), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_sliding_cache_answers_for_the_last_update_alone(room):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sliding_cache_answers_for_the_last_update_alone(backend):
     """Its queries see all they should, fewer of the last as well; older ones would see too little, and are refused."""
-    room = runs(room)
+    backend = runs(backend)
     beside = Beside(KINDS["sliding"]())
     beside.add(5)
     query = beside.add(5)
     for count in (5, 2, 1):
         last = query[:, :, -count:]
-        out = attention(last, beside.cache.key, beside.cache.value, mask=Causal(), backend=room)
+        out = attention(last, beside.cache.key, beside.cache.value, mask=Causal(), backend=backend)
         torch.testing.assert_close(out, beside.want(last, Window(WINDOW - 1, 0)), atol=1e-5, rtol=1e-4)
     ten = tokens(10)[0]
     with pytest.raises(ValueError, match="10 queries at the end of 10 tokens see some that slid away; at most 5"):
         attention(ten, beside.cache.key, beside.cache.value, mask=Causal())
     beside.add(0)  # nothing comes, nothing goes
-    out = attention(query, beside.cache.key, beside.cache.value, mask=Causal(), backend=room)
+    out = attention(query, beside.cache.key, beside.cache.value, mask=Causal(), backend=backend)
     torch.testing.assert_close(out, beside.want(query, Window(WINDOW - 1, 0)), atol=1e-5, rtol=1e-4)
 
 

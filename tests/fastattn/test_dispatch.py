@@ -1,4 +1,4 @@
-"""Which room runs: the free choice, the explicit one, the environment, and the explanation."""
+"""Which backend runs: the free choice, the explicit one, the environment, and the explanation."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastattn.spec import AttnSpec
 Q = torch.randn(1, 2, 3, 8)
 
 
-class Room:
+class Backend:
     """A backend that says what it is told."""
 
     def __init__(self, reason, needs=None):
@@ -33,59 +33,59 @@ class Room:
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Put a made-up room first in the list."""
+    """Put a made-up backend first in the list."""
 
     def put(reason=None, needs=None):
-        room = Room(reason, needs)
-        real = dispatch.room
+        backend = Backend(reason, needs)
+        real = dispatch.load
         monkeypatch.setattr(dispatch, "BACKENDS", ("made-up", "reference"))
-        monkeypatch.setattr(dispatch, "room", lambda name: room if name == "made-up" else real(name))
+        monkeypatch.setattr(dispatch, "load", lambda name: backend if name == "made-up" else real(name))
         monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
-        return room
+        return backend
 
     return put
 
 
-def test_a_free_choice_takes_the_first_room_that_can_run(made_up):
-    room = made_up()
+def test_a_free_choice_takes_the_first_backend_that_can_run(made_up):
+    backend = made_up()
     assert (attention(Q, Q, Q) == 7).all()
-    assert room.calls == 1
+    assert backend.calls == 1
 
 
-def test_a_free_choice_passes_by_a_room_that_cannot(made_up):
-    room = made_up("it has no kernel for this")
+def test_a_free_choice_passes_by_a_backend_that_cannot(made_up):
+    backend = made_up("it has no kernel for this")
     torch.testing.assert_close(attention(Q, Q, Q), torch.nn.functional.scaled_dot_product_attention(Q, Q, Q))
-    assert room.calls == 0
+    assert backend.calls == 0
 
 
-def test_a_room_that_wants_asking_runs_only_when_asked(made_up):
-    room = made_up(needs="it is an interpreter")
+def test_a_backend_that_wants_asking_runs_only_when_asked(made_up):
+    backend = made_up(needs="it is an interpreter")
     attention(Q, Q, Q)
-    assert room.calls == 0
+    assert backend.calls == 0
     attention(Q, Q, Q, backend="made-up")
-    assert room.calls == 1
+    assert backend.calls == 1
 
 
 def test_an_explicit_choice_never_falls_back(made_up):
-    room = made_up("it has no kernel for this")
+    backend = made_up("it has no kernel for this")
     with pytest.raises(
         BackendUnavailable, match=r"'made-up' cannot run this call: it has no kernel.*What can: 'reference'"
     ):
         attention(Q, Q, Q, backend="made-up")
-    assert room.calls == 0
+    assert backend.calls == 0
     assert issubclass(BackendUnavailable, RuntimeError)
 
 
 def test_the_environment_is_what_none_means(made_up, monkeypatch):
-    room = made_up()
+    backend = made_up()
     monkeypatch.setenv("FASTATTN_BACKEND", "reference")
     attention(Q, Q, Q)
-    assert room.calls == 0
+    assert backend.calls == 0
     monkeypatch.setenv("FASTATTN_BACKEND", "made-up")
     attention(Q, Q, Q)
-    assert room.calls == 1
+    assert backend.calls == 1
     attention(Q, Q, Q, backend="reference")
-    assert room.calls == 1
+    assert backend.calls == 1
     monkeypatch.setenv("FASTATTN_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="FASTATTN_BACKEND: unknown backend 'nonsense'"):
         attention(Q, Q, Q)
@@ -125,9 +125,9 @@ def test_explain_mentions_autocast(made_up):
     assert any("autocast" in note for note in verdict.notes)
 
 
-def test_every_room_answers_the_same_questions():
+def test_every_backend_answers_the_same_questions():
     """The CUDA backend has no backward yet."""
     for name in dispatch.BACKENDS:
-        room = dispatch.room(name)
-        assert all(hasattr(room, question) for question in ("why_not", "forward", "kernel_name"))
-        assert hasattr(room, "backward") == hasattr(room, "kernel_name_backward") == (name != "cuda")
+        backend = dispatch.load(name)
+        assert all(hasattr(backend, question) for question in ("why_not", "forward", "kernel_name"))
+        assert hasattr(backend, "backward") == hasattr(backend, "kernel_name_backward") == (name != "cuda")

@@ -48,7 +48,7 @@ REFUSED = {
     "a length that is true": ({"cache_seqlens": True}, "cache_seqlens: a number or an int tensor .* got bool"),
     "lengths below 0": ({"cache_seqlens": ints(-3, 5)}, r"cache_seqlens: 0 to 16, .* got \[-3, 5\]"),
     "lengths beyond": ({"k": None, "v": None, "cache_seqlens": 50}, r"cache_seqlens: 0 to 16, .* got \[50, 50\]"),
-    "no room": ({"cache_seqlens": 16}, "k: 1 new tokens do not fit behind"),
+    "no space": ({"cache_seqlens": 16}, "k: 1 new tokens do not fit behind"),
     "rows too few": ({"cache_batch_idx": ints(0)}, r"cache_batch_idx: int32 \[2\] is needed"),
     "rows in a list": ({"cache_batch_idx": [0, 1]}, "cache_batch_idx: an int tensor .* got list"),
     "rows of floats": ({"cache_batch_idx": torch.tensor([0.7, 1.2])}, "cache_batch_idx: int32"),

@@ -148,33 +148,35 @@ def test_copies_stay_exchanged(name):
     saved.seek(0)
     copies = copy.deepcopy(model), torch.load(saved, weights_only=False)
     report.restore()
-    for twin in copies:
+    for copied in copies:
         seen = Seen()
         with watching(seen):
-            close(run(twin, given), want)
-        assert seen.masks and len(replace_attention(twin)) == 0
+            close(run(copied, given), want)
+        assert seen.masks and len(replace_attention(copied)) == 0
     assert torch.equal(run(model, given), want)
 
 
 @each
-def test_another_room_for_what_is_exchanged(name):
+def test_another_backend_for_what_is_exchanged(name):
     model, given, *_, count = made(name)
     first = replace_attention(model)
     before = state(model)
     second = replace_attention(model, backend="reference")
     assert len(second) == count and all("reference" in row.what for row in second.rows if row.changed)
     assert len(replace_attention(model, backend="reference")) == 0
-    rooms = []
+    backends = []
     with pytest.MonkeyPatch.context() as patch:
         inner = functional.ops.attention
-        patch.setattr(functional.ops, "attention", lambda a, b, room: rooms.append(room) or inner(a, b, room))
+        patch.setattr(
+            functional.ops, "attention", lambda a, b, backend: backends.append(backend) or inner(a, b, backend)
+        )
         run(model, given)
-        assert set(rooms) == {"reference"}
+        assert set(backends) == {"reference"}
         second.restore()
         assert state(model) == before
-        del rooms[:]
+        del backends[:]
         run(model, given)
-        assert set(rooms) == {None}
+        assert set(backends) == {None}
     first.restore()
 
 
@@ -305,11 +307,11 @@ def test_a_copied_report_is_the_copys(name, both, backend):
     before = [type(module) for module in model.modules()]
     report = replace_attention(model, backend=backend)
     exchanged = [type(module) for module in model.modules()]
-    twin, its = both(model, report)
+    copied, its = both(model, report)
     assert len(its) == count and str(its) == str(report)
     its.restore()
-    assert [type(module) for module in twin.modules()] == before
-    assert torch.equal(run(twin, given), want)
+    assert [type(module) for module in copied.modules()] == before
+    assert torch.equal(run(copied, given), want)
     assert [type(module) for module in model.modules()] == exchanged  # untouched
     seen = Seen()
     with watching(seen):
@@ -340,7 +342,7 @@ def test_a_report_on_a_parametrized_module_is_copied():
     owner, _, tensor = f"{path}.{weight}".rpartition(".")
     parametrize.register_parametrization(model.get_submodule(owner), tensor, Longer())
     model.how_it_was = replace_attention(model)
-    twin = copy.deepcopy(model)
-    twin.how_it_was.restore()
-    close(run(twin, given), run(model, given))
-    assert type(twin.blocks[0].attn) is not type(model.blocks[0].attn)
+    copied = copy.deepcopy(model)
+    copied.how_it_was.restore()
+    close(run(copied, given), run(model, given))
+    assert type(copied.blocks[0].attn) is not type(model.blocks[0].attn)

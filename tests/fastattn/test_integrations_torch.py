@@ -1,4 +1,4 @@
-"""Models written for PyTorch: modules exchanged in place, functions caught while they run."""
+"""Models written for PyTorch: modules exchanged in place, functions redirected while they run."""
 
 import copy
 import pickle
@@ -165,8 +165,8 @@ def test_only_the_class_changes():
     model(X)
     assert seen == [X.shape]
     encoder().load_state_dict(model.state_dict(), strict=True)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(encoder()))):
-        assert twin.eval()(X).shape == X.shape
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(encoder()))):
+        assert copied.eval()(X).shape == X.shape
 
 
 def test_a_module_by_itself():
@@ -254,7 +254,7 @@ def test_patch_keeps_biases_modes_and_nested_tensors():
         assert F.scaled_dot_product_attention(jagged, jagged, jagged).is_nested
 
 
-def test_patch_refuses_a_nested_tensor_on_a_named_room():
+def test_patch_refuses_a_nested_tensor_on_a_named_backend():
     for layout in (torch.jagged, torch.strided):
         nested = torch.nested.nested_tensor([torch.randn(n, 3, 8) for n in (3, 5)], layout=layout).transpose(1, 2)
         with patch("reference"), pytest.raises(RuntimeError, match="a nested tensor is left to torch's own function"):

@@ -127,9 +127,9 @@ def test_numbers_gradients_and_the_way_back(name, calls, same):
     assert list(model.state_dict()) == list(tensors)
     path = next(name for name, module in model.named_modules() if module is attends)
     assert isinstance(attends, before[path][0])
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(replaced_again(name)))):
-        assert [type(module).__name__ for module in twin.modules()] == [type(m).__name__ for m in model.modules()]
-        same([twin.eval()(*given)], have[:1])
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(replaced_again(name)))):
+        assert [type(module).__name__ for module in copied.modules()] == [type(m).__name__ for m in model.modules()]
+        same([copied.eval()(*given)], have[:1])
     report.restore()
     assert state(model) == before
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in model.state_dict().items())

@@ -86,7 +86,7 @@ def test_generating_with_its_cache(calls):
     assert torch.equal(*found) and len(calls) == 10
 
 
-def test_a_room_by_name(calls):
+def test_a_backend_by_name(calls):
     model, given = made("decoder")
     report = replace_attention(model, backend="reference")
     model(**given)

@@ -246,7 +246,7 @@ def test_bool_masks_reach_attention_as_they_are(monkeypatch):
     multi_head_attention_forward(*positional, **keyword)
     [call] = seen
     assert call["bias"] is None
-    assert [tuple(leaf.table.shape) for leaf in call["mask"].conjuncts()] == [
+    assert [tuple(part.table.shape) for part in call["mask"].conjuncts()] == [
         (1, 1, QUERIES, KEYS),
         (BATCH, 1, 1, KEYS),
     ]

@@ -140,15 +140,15 @@ def test_state_travels_both_ways(name):
     for other in others:
         other.load_state_dict(ours.state_dict(), strict=True)
         torch.testing.assert_close(other(*given)[0], want, rtol=1e-4, atol=1e-5)
-    twins = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
+    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
-    twins.append(torch.load(file, weights_only=False))
-    for twin in twins:
-        assert type(twin) is MultiheadAttention
-        assert torch.equal(twin(*given)[0], want)
-    assert twins[0]._qkv_same_embed_dim == ours._qkv_same_embed_dim
+    copies.append(torch.load(file, weights_only=False))
+    for copied in copies:
+        assert type(copied) is MultiheadAttention
+        assert torch.equal(copied(*given)[0], want)
+    assert copies[0]._qkv_same_embed_dim == ours._qkv_same_embed_dim
 
 
 def test_a_backend_by_name():

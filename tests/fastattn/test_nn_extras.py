@@ -1,4 +1,4 @@
-"""What the modules of fastattn.nn add to torch's: windows, fewer key heads, a room by name."""
+"""What the modules of fastattn.nn add to torch's: windows, fewer key heads, a backend by name."""
 
 import pytest
 import torch

@@ -282,8 +282,8 @@ def test_copies_pickles_and_saves(kind):
     tensors, file = given(kind, model), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert type(twin) is type(model) and torch.equal(twin(*tensors), model(*tensors))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert type(copied) is type(model) and torch.equal(copied(*tensors), model(*tensors))
 
 
 @pytest.mark.parametrize("kind", KINDS)

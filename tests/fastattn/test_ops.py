@@ -157,7 +157,7 @@ def test_gradients_lie_as_compiled_code_is_told(dtype, backend):
     query = torch.randn(1, 2, 7, 8).to(dtype)
     bias, sinks = torch.randn(7, 7, 2).to(dtype).permute(2, 0, 1), torch.randn(2).to(dtype)
     inputs = AttnInputs(query, query, query, bias, sinks)
-    reason = dispatch.room(backend).why_not(AttnSpec.of(inputs))
+    reason = dispatch.load(backend).why_not(AttnSpec.of(inputs))
     if reason is not None:
         pytest.skip(reason)
     packed = AttnSpec.of(inputs).flat()

@@ -59,9 +59,9 @@ def put(ran, monkeypatch):
         for name, row in rows.items():
             kind, told = row if isinstance(row, tuple) else (row, {})
             made[name] = kind(name, ran, **told)
-        real = dispatch.room
+        real = dispatch.load
         monkeypatch.setattr(dispatch, "BACKENDS", (*made, "reference"))
-        monkeypatch.setattr(dispatch, "room", lambda name: made[name] if name in made else real(name))
+        monkeypatch.setattr(dispatch, "load", lambda name: made[name] if name in made else real(name))
         monkeypatch.delenv("FASTATTN_BACKEND", raising=False)
         return made
 

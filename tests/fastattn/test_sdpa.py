@@ -217,7 +217,7 @@ def test_autocast_casts_as_torch_does():
         assert scaled_dot_product_attention(query.double(), key.double(), key.double()).dtype == torch.float64
 
 
-ROOM = {
+SELECTED = {
     "all": (list(SDPBackend.__members__.values())[1:5], None),
     "math": (SDPBackend.MATH, "reference"),
     "flash": (SDPBackend.FLASH_ATTENTION, None),
@@ -226,7 +226,7 @@ ROOM = {
 }
 
 
-@pytest.mark.parametrize("name", ROOM)
+@pytest.mark.parametrize("name", SELECTED)
 def test_sdpa_kernel_is_heard(name, monkeypatch):
     seen = []
     attention = module.attention
@@ -234,9 +234,9 @@ def test_sdpa_kernel_is_heard(name, monkeypatch):
         module, "attention", lambda *args, **kwargs: seen.append(kwargs["backend"]) or attention(*args, **kwargs)
     )
     query, key = tensors((2, 3, 4, 8), (2, 3, 5, 8))
-    with sdpa_kernel(ROOM[name][0]):
+    with sdpa_kernel(SELECTED[name][0]):
         scaled_dot_product_attention(query, key, key)
-    assert seen == [ROOM[name][1]]
+    assert seen == [SELECTED[name][1]]
 
 
 @pytest.mark.parametrize("kernels", [[], [SDPBackend.CUDNN_ATTENTION], [SDPBackend.EFFICIENT_ATTENTION]], ids=str)

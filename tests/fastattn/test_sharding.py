@@ -184,7 +184,7 @@ def test_packed_sequences_and_dropout_are_whole():
     on_ranks(test)
 
 
-def test_torchs_function_and_a_room_by_name():
+def test_torchs_function_and_a_backend_by_name():
     q, k, v, *_ = tensors()
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 

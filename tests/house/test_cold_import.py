@@ -27,6 +27,14 @@ fastattn.nn.MultiheadAttention(8, 2)(torch.randn(3, 1, 8), torch.randn(4, 1, 8),
 print(fastattn.explain(query, query, query))
 """
 
+REPLACE = """
+import sys
+import torch, fastattn
+assert len(fastattn.replace_attention(torch.nn.TransformerEncoderLayer(8, 2))) == 1
+libraries = ("diffusers", "flash_attn", "transformers", "vision", "x_transformers")
+print(*(name for name in sys.modules if name.startswith(tuple(f"fastattn.integrations.{each}" for each in libraries))))
+"""
+
 
 def fresh(code, cwd):
     """Standard output of the code in a new process, away from the checkout."""
@@ -46,9 +54,21 @@ def test_import_adds_nothing_but_fastattn_and_the_standard_library(cold, record_
     assert roots - set(sys.stdlib_module_names) - {"torch"} == {"fastattn"}
 
 
-def test_import_leaves_out_the_rooms_the_benchmark_and_the_flop_counter(cold):
+def test_import_leaves_out_the_backends_the_benchmark_and_the_flop_counter(cold):
     heavy = ("fastattn.kernels", "fastattn.bench", "fastattn.testing", "torch.utils.flop_counter", "torch._dynamo")
     assert [name for name in cold["new"] if name.startswith(heavy)] == []
+
+
+@pytest.mark.parametrize("library", ["diffusers", "flash_attn", "transformers", "vision", "x_transformers"])
+def test_import_loads_no_integration_of_a_library(cold, library):
+    """Each is loaded by its own import, or by replace_attention of a model that holds modules of that library."""
+    name = f"fastattn.integrations.{library}"
+    assert [each for each in cold["new"] if each == name or each.startswith(f"{name}.")] == []
+
+
+def test_replacing_torchs_attention_loads_no_integration_of_a_library(tmp_path):
+    loaded = fresh(REPLACE, tmp_path).split()
+    assert loaded == []
 
 
 def test_import_takes_no_gpu_memory(cold):

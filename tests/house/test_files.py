@@ -21,7 +21,7 @@ MOST_LINES = 400
 BANNED = re.compile(r"\b(seqlen_?[qk]|N_CTX|qo_len|kv_seq_?len|nheads|n_heads|headdim|d_head|D_HEAD|kBlockN)\b")
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(root|tmp|work|mnt|opt|home/\w+|Users/\w+)/")
 
-TILES = {"configs.py", "compile.py"}
+TILES = {"tile_table.py", "compile.py"}
 TILE_SIZE = re.compile(r"BLOCK_\w+|num_warps|num_stages")
 
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)

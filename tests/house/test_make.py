@@ -148,6 +148,11 @@ def test_every_target_sets_up_first(target):
     assert any(".venv/bin/" in line for line in lines[setup + 1 :])
 
 
+def test_lint_looks_at_python_and_at_cpp():
+    _, said = make("-n", "lint")
+    assert all(each in said for each in ("ruff check", "ruff format --check", "mypy", "clang_format", "-name '*.cu'"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "given"),
     [

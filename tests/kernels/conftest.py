@@ -1,5 +1,5 @@
-"""For the tests of the Triton room: its masks (every class with a rule in every form, users' own, combinations), and an
-interpreter that does not do its work twice.
+"""For the tests of the Triton backend: its masks (every class with a rule in every form, users' own, combinations), and
+an interpreter that does not do its work twice.
 """
 
 import importlib.util

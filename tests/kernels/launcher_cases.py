@@ -1,5 +1,5 @@
-"""What a launch hands to the driver, through Triton's own launcher and packed, against a stand-in for libcuda. Run by
-test_launcher.py in processes of their own: Triton's interpreter, which the other tests use, has no launcher.
+"""What a launch hands to the driver, through Triton's own launcher and packed_launch, against a stand-in for libcuda.
+Run by test_launcher.py in processes of their own: Triton's interpreter, which the other tests use, has no launcher.
 """
 
 import ctypes
@@ -16,13 +16,13 @@ from triton import knobs
 
 from fastattn import attention
 from fastattn.backends import triton as backend
-from fastattn.kernels.host import launch, packed, run
+from fastattn.kernels.host import launch, packed_launch, run
 from fastattn.kernels.inspect import compile_cases
 from fastattn.masks import Causal, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 
 CAPABILITIES = {"sm90": 90, "sm80": 80}
-ROWS = [(form, 64, "bf16") for form in compile_cases.FORMS if form != "tf32"]
+ROWS = [(case, 64, "bf16") for case in compile_cases.COMPILE_CASES if case != "tf32"]
 ROWS += [("bare", 64, "fp32"), ("tf32", 64, "fp32"), ("bare", 80, "bf16"), ("causal", 128, "fp16")]
 
 
@@ -37,9 +37,9 @@ def target(request, stub, monkeypatch):
     return request.param
 
 
-def passes(form, head_dim, dtype, target):
-    """The plans of a form's passes with a call's tensors."""
-    spec, inputs = compile_cases.call(compile_cases.FORMS[form], head_dim, compile_cases.DTYPES[dtype], "cpu")
+def passes(case, head_dim, dtype, target):
+    """The plans of a case's passes with a call's tensors."""
+    spec, inputs = compile_cases.call(compile_cases.COMPILE_CASES[case], head_dim, compile_cases.DTYPES[dtype], "cpu")
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     given = launch.forward_tensors(spec, inputs, out, lse)
     yield spec, run.ReadyPlan(launch.plan_forward(spec, given, target)), given
@@ -53,11 +53,11 @@ def passes(form, head_dim, dtype, target):
         yield spec, run.ReadyPlan(launch.plan_backward(spec, given, target)), given
 
 
-@pytest.mark.parametrize(("form", "head_dim", "dtype"), ROWS)
-def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
+@pytest.mark.parametrize(("case", "head_dim", "dtype"), ROWS)
+def test_every_parameter_is_handed_over(stub, target, case, head_dim, dtype):
     """As many as the kernel's PTX declares and as wide, each with the argument's own bytes; packed as by Triton."""
-    seen, wanted = set(), compile_cases.FORMS[form].kernels
-    for spec, ready, given in passes(form, head_dim, dtype, target):
+    seen, wanted = set(), compile_cases.COMPILE_CASES[case].kernels
+    for spec, ready, given in passes(case, head_dim, dtype, target):
         given = given | ready.plan.more_tensors(spec, given)
         for each in ready.launches:
             planned = each.launch
@@ -65,7 +65,7 @@ def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
             if planned.row.kernel not in wanted:
                 continue
             binary = bound.kernel.warmup(*bound.args, grid=(bound.programs,), **bound.options)
-            sizes = packed.declared(binary.asm["ptx"])
+            sizes = packed_launch.declared(binary.asm["ptx"])
             want = [part for arg in bound.args for part in stubbing.expected(arg)] + stubbing.SCRATCH
             said = []
             for stream in (None, 0):
@@ -80,13 +80,13 @@ def test_every_parameter_is_handed_over(stub, target, form, head_dim, dtype):
             assert grid == (planned.programs, 1, 1) and threads == 32 * binary.metadata.num_warps
             assert shared == binary.metadata.shared
             seen.add(planned.row.kernel)
-    assert seen, "the form launches nothing"
+    assert seen, "the case launches nothing"
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """What packed launches were handed: the addresses, by name, as they lie in the buffer."""
-    found, plain = [], packed.PackedLaunch.run
+    found, plain = [], packed_launch.PackedLaunch.run
 
     def running(self, addresses, stream):
         plain(self, addresses, stream)
@@ -94,7 +94,7 @@ def launched(monkeypatch):
         maps = {name: ctypes.c_uint64.from_address(place).value for name, place in self.maps}
         found.append((self.name, held | maps))
 
-    monkeypatch.setattr(packed.PackedLaunch, "run", running)
+    monkeypatch.setattr(packed_launch.PackedLaunch, "run", running)
     return found
 
 
@@ -273,7 +273,7 @@ def test_what_is_not_known_is_left_to_tritons_launcher(target):
     [each] = ready.launches
     bound = each.launch.bound(given)
     compiled = bound.run()
-    assert packed.pack(compiled, 1, each.launch.args, bound.args) is not None
+    assert packed_launch.pack(compiled, 1, each.launch.args, bound.args) is not None
 
     class Other:
         def __init__(self, **changed):
@@ -282,13 +282,13 @@ def test_what_is_not_known_is_left_to_tritons_launcher(target):
             self.metadata = compiled.metadata._replace(**changed)
 
     for changed in ({"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 8}, {"profile_scratch_size": 8}):
-        assert packed.pack(Other(**changed), 1, each.launch.args, bound.args) is None, changed
+        assert packed_launch.pack(Other(**changed), 1, each.launch.args, bound.args) is None, changed
     bare = Other()
     bare.asm = {}  # TRITON_STORE_BINARY_ONLY
-    assert packed.pack(bare, 1, each.launch.args, bound.args) is None
+    assert packed_launch.pack(bare, 1, each.launch.args, bound.args) is None
     cut = Other()
     cut.asm = {"ptx": compiled.asm["ptx"].replace(".param .u64", ".param .u32", 1)}
-    assert packed.pack(cut, 1, each.launch.args, bound.args) is None
+    assert packed_launch.pack(cut, 1, each.launch.args, bound.args) is None
 
 
 def test_a_length_that_is_met_once_packs_nothing(target, launched, monkeypatch):
@@ -315,8 +315,8 @@ def test_a_driver_without_descriptors_is_left_to_tritons_launcher(target, launch
             return getattr(self.library, name)
 
     library = ctypes.CDLL
-    monkeypatch.setattr(packed, "_libcuda", packed._libcuda.__wrapped__)
-    monkeypatch.setattr(packed.ctypes, "CDLL", Old)
+    monkeypatch.setattr(packed_launch, "_libcuda", packed_launch._libcuda.__wrapped__)
+    monkeypatch.setattr(packed_launch.ctypes, "CDLL", Old)
     query, key, value = tensors()
     inputs = AttnInputs(query, key, value)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The Triton room against float64: forward and every gradient, on poisoned memory, the same bits twice."""
+"""The Triton backend against float64: forward and every gradient, on poisoned memory, the same bits twice."""
 
 import subprocess
 import sys
@@ -14,16 +14,18 @@ from fastattn import BackendUnavailable, attention, dispatch, explain
 from fastattn.masks import Causal
 from fastattn.masks.base import Mask
 from fastattn.testing import CASES, Case, check_close, make_inputs, poison, run
-from fastattn.testing.nan_padding import FEATURES, HIDING, hidden_pair, with_junk
+from fastattn.testing.nan_padding import FEATURES, PADDED, hidden_pair, with_junk
 from fastattn.testing.strategies import cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROOM = dispatch.room("triton")
+ADAPTER = dispatch.load("triton")
 
 
-def test_the_room_is_there():
+def test_the_backend_is_there():
     """It refuses no row: if this fails, the rest of this file ran nothing."""
-    assert {name: ROOM.why_not(make_inputs(case, DEVICE).spec) for name, case in CASES.items()} == dict.fromkeys(CASES)
+    assert {name: ADAPTER.why_not(make_inputs(case, DEVICE).spec) for name, case in CASES.items()} == dict.fromkeys(
+        CASES
+    )
 
 
 TWICE = ("gqa", "table", "packed-causal", "segments-scattered", "bias", "everything")
@@ -57,7 +59,7 @@ def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case):
 
 
 @pytest.mark.parametrize("q_len", [20, 8], ids=["", "few-queries"])
-@pytest.mark.parametrize("mask", HIDING)
+@pytest.mark.parametrize("mask", PADDED)
 def test_what_nobody_sees_may_hold_anything(mask, q_len):
     """Keys, values, queries and gradients that no partner sees, in tiles that are visited and tiles that are not."""
     clean, dirty = hidden_pair(mask, q_len, 50, DEVICE)

@@ -1,4 +1,4 @@
-"""What every row of the tile table compiles to, for the GPU it is meant for, in every form; without a GPU."""
+"""What every row of the tile table compiles to, for the GPU it is meant for, in every compile case; without a GPU."""
 
 import json
 import os
@@ -16,10 +16,10 @@ import triton
 from filelock import FileLock
 
 from fastattn.cli.inspect_triton import markdown
-from fastattn.kernels.host import configs
-from fastattn.kernels.host.configs import TABLE
+from fastattn.kernels.host import tile_table
+from fastattn.kernels.host.tile_table import TABLE
 from fastattn.kernels.inspect import compile as compiling
-from fastattn.kernels.inspect.codegen_checks import broken, figure
+from fastattn.kernels.inspect.codegen_checks import failed_checks, figure
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST = 200
@@ -51,9 +51,9 @@ def rows_that(rows, **wanted):
     return [row for row in rows if all(getattr(row.problem, name) in each for name, each in wanted.items())]
 
 
-def test_no_gate_is_broken(inspected):
+def test_no_codegen_check_fails(inspected):
     assert len(inspected) == len(compiling.table_plan())
-    assert [f"{row.problem}: {words}" for row in inspected for words in broken(row)] == []
+    assert [f"{row.problem}: {words}" for row in inspected for words in failed_checks(row)] == []
 
 
 def takes_over(heavier, row):
@@ -72,7 +72,7 @@ def test_the_plan_reaches_every_row_bare_and_with_every_feature_in_few_compiles(
         reached.setdefault(launched.row, set()).add(each.form)
     for row in TABLE:
         if row.target in compiling.GPUS:
-            full = {form for form in reached.get(row, ()) if form == "spans" or form.endswith("every-feature")}
+            full = {case for case in reached.get(row, ()) if case == "spans" or case.endswith("every-feature")}
             heavier = [each for each in TABLE if takes_over(each, row)]
             assert full or heavier, row
             assert row.load or reached[row] - full, row
@@ -112,13 +112,13 @@ def test_what_has_no_loop_with_products_says_so(inspected):
 
 
 def test_the_figures_that_chose_the_rows_are_what_this_compiler_makes(inspected):
-    compiler = re.search(r"what Triton (\S+) makes", configs.__doc__)[1]
+    compiler = re.search(r"what Triton (\S+) makes", tile_table.__doc__)[1]
     if compiler != triton.__version__:
         pytest.skip(f"the rows were chosen with triton {compiler}; here is {triton.__version__}")
     made = {}
     for each in inspected:
-        problem = each.problem
-        row = compiling.launches(problem.target, problem.head_dim, problem.dtype, problem.form)[problem.kernel].row
+        job = each.problem
+        row = compiling.launches(job.target, job.head_dim, job.dtype, job.form)[job.kernel].row
         made.setdefault(row, about(figure(each)))
     assert made == {row: about(row.chosen) for row in TABLE if row.target in compiling.GPUS}
 

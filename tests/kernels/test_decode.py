@@ -9,8 +9,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn import dropout_mask, reference
 from fastattn.backends import triton
-from fastattn.kernels.host import configs, launch
-from fastattn.kernels.host.configs import pick, pick_forward, splits_of, tiles_of
+from fastattn.kernels.host import launch, tile_table
+from fastattn.kernels.host.tile_table import pick, pick_forward, splits_of, tiles_of
 from fastattn.masks import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window
 from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
@@ -31,7 +31,7 @@ def processors(monkeypatch):
     """Pretends that the device has this many; plans made for another number are forgotten."""
 
     def pretend(count):
-        monkeypatch.setitem(configs.PROCESSORS, TARGET, count)
+        monkeypatch.setitem(tile_table.PROCESSORS, TARGET, count)
         monkeypatch.setattr("fastattn.kernels.host.run._PLANS", {})
 
     return pretend
@@ -58,7 +58,7 @@ def launches(problem):
 def splits(problem):
     """Over how many programs the keys of a tile are split, by the memory that the parts take."""
     first, *merge = launches(problem)
-    assert first.options["KIND"].SPLIT.value == bool(merge)
+    assert first.options["VARIANT"].SPLIT.value == bool(merge)
     return first.args[4].lse.shape[0] // problem.spec.batch
 
 
@@ -68,7 +68,7 @@ def most_splits(problem):
 
 
 def is_packed(problem):
-    return launches(problem)[0].options["KIND"].PACKED.value
+    return launches(problem)[0].options["VARIANT"].PACKED.value
 
 
 def check(problem, grads=False):
@@ -311,10 +311,10 @@ def spec_of(batch, heads, kv_len, q_len=1):
     return AttnSpec.of(AttnInputs(query, key, key))
 
 
-@pytest.mark.parametrize("target", configs.ANCESTORS)
+@pytest.mark.parametrize("target", tile_table.ANCESTORS)
 def test_parts_fill_the_device_and_no_more(target):
     """Two waves at most, four tiles of keys each at least, none where four fifths of the device have work."""
-    device = configs.PROCESSORS[target]
+    device = tile_table.PROCESSORS[target]
     for programs in (0, 1, 2, 5, 50, 100, 148, 1000):
         for kv_len in (0, 1, 500, 5000, 10**6):
             spec = spec_of(1, 1, kv_len)
@@ -326,8 +326,8 @@ def test_parts_fill_the_device_and_no_more(target):
                 assert (parts + 1) * programs > 2 * device
 
 
-@pytest.mark.parametrize("target", configs.ANCESTORS)
+@pytest.mark.parametrize("target", tile_table.ANCESTORS)
 def test_parts_take_little_memory(target):
     """As many as fit the device, whatever the length: partial outputs do not grow with it."""
     spec = spec_of(1, 1, 2**27)
-    assert splits_of(spec, pick_forward(spec, target), target, 1) <= 2 * configs.PROCESSORS[target]
+    assert splits_of(spec, pick_forward(spec, target), target, 1) <= 2 * tile_table.PROCESSORS[target]

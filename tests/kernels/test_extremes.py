@@ -16,7 +16,7 @@ SIZES = {"-1e9": -1e9, "-1e10": -1e10, "-1e30": -1e30, "lowest": -LARGEST, "1e30
 def definition(query, key, value, bias, visible, scale=0.25):
     """In float64, row by row less its maximum."""
     logits = (query.double() @ key.double().mT * scale).float().double() + (0 if bias is None else bias.double())
-    logits = logits.float().double().masked_fill(~visible, -torch.inf)  # a float32 sum, as every room makes it
+    logits = logits.float().double().masked_fill(~visible, -torch.inf)  # a float32 sum, as every backend makes it
     return torch.softmax(logits, -1).nan_to_num(0) @ value.double()
 
 

@@ -1,4 +1,4 @@
-"""The Triton room, feature by feature: biases, sinks, soft caps, dropout, widths, strides, gradients, nothing."""
+"""The Triton backend, feature by feature: biases, sinks, soft caps, dropout, widths, strides, gradients, nothing."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn import attention, dropout_mask, explain
 from fastattn.kernels.host import launch
-from fastattn.kernels.host.operands import TensorDescriptor
+from fastattn.kernels.host.tensor_arguments import TensorDescriptor
 from fastattn.masks import Causal, Dense, Full, Lengths, Window
 from fastattn.testing import Case, check_close, make_inputs, poison, run
 

@@ -79,7 +79,7 @@ def of_keys(problem, results, keys, seen):
 
 @pytest.mark.parametrize("name", SEEN)
 def test_100k_tokens(name):
-    """Queries here and there are within the yardstick, as a problem of their own; keys here and there within 1 %."""
+    """Queries here and there are within the tolerance, as a problem of their own; keys here and there within 1 %."""
     needs(24)
     mask, rule = SEEN[name]
     problem = problem_of(name, LONG, mask=mask, batch=1, num_heads=2, num_kv_heads=1, head_dim=64)
@@ -313,7 +313,7 @@ LATER = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_later_calls_read_their_own_tensors(name):
-    """The first call of a kind is launched by Triton, later ones packed; tensors are freed and moved in between."""
+    """A structure's first call is launched by Triton, later ones packed; tensors are freed and moved in between."""
     fields, kept = dict(LATER[name]), []
     mask = fields.pop("mask", None)
     for turn in range(5):

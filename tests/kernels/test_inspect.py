@@ -1,6 +1,7 @@
 """`fastattn inspect`: its options, what it says, how it ends. Nothing is compiled here but one kernel."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,13 @@ pytest.importorskip("rich", reason="fastattn inspect needs rich")
 
 from fastattn import cli
 from fastattn.cli import inspect_triton
-from fastattn.kernels.host.configs import TABLE
+from fastattn.kernels.host.tile_table import TABLE
 from fastattn.kernels.inspect import codegen_checks, compile_pool, sass
 from fastattn.kernels.inspect import compile as compiling
-from fastattn.kernels.inspect.compile import Compiled, Loop, Problem, read_compiled
+from fastattn.kernels.inspect.compile import Compiled, CompileJob, Loop, read_compiled
 from fastattn.kernels.inspect.listing import innermost
 
-BARE = Problem("sm90", "fwd", 128, "bf16", "bare")
+BARE = CompileJob("sm90", "fwd", 128, "bf16", "bare")
 LOOP = Loop(
     warps=8,
     issued=400,
@@ -42,15 +43,15 @@ GOOD = Compiled(BARE, "3.6.0", None, 8, TILE, 200, 0, 130 * 1024, 227 * 1024, {"
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Problems are answered by a function instead of a compiler."""
+    """Jobs are answered by a function instead of a compiler."""
 
     def install(answer):
-        def compile_all(problems, jobs):
-            yield from (answer(problem) for problem in problems)
+        def compile_all(jobs, processes):
+            yield from (answer(job) for job in jobs)
 
         monkeypatch.setattr(compile_pool, "compile_all", compile_all)
 
-    install(lambda problem: replace(GOOD, problem=problem))
+    install(lambda job: replace(GOOD, problem=job))
     return install
 
 
@@ -78,16 +79,16 @@ def test_the_defaults_are_hoppers_half_precision_at_the_usual_heads(answers, cap
         for head_dim in (64, 128):
             for form in ("bare", "causal"):
                 assert any(line.startswith(f"sm90 {kernel} d{head_dim} bf16 {form} ") for line in rows)
-    assert code == 0 and "all gates hold" in out
+    assert code == 0 and "all codegen checks hold" in out
     assert "sm90 fwd d64 bf16 bare" in said  # the progress
 
 
 def test_all_takes_what_is_not_chosen(answers, capsys):
     _, out, _ = run(capsys, "--all", "--kernel", "fwd", "--dtype", "fp16", "--json", "-")
-    problems = [row["problem"] for row in json.loads(out)]
-    assert {each["target"] for each in problems} == set(compiling.GPUS)
-    assert {each["head_dim"] for each in problems} == {row.head_dim for row in TABLE}
-    assert {each["dtype"] for each in problems} == {"fp16"} and {each["kernel"] for each in problems} == {"fwd"}
+    jobs = [row["problem"] for row in json.loads(out)]
+    assert {each["target"] for each in jobs} == set(compiling.GPUS)
+    assert {each["head_dim"] for each in jobs} == {row.head_dim for row in TABLE}
+    assert {each["dtype"] for each in jobs} == {"fp16"} and {each["kernel"] for each in jobs} == {"fwd"}
 
 
 def test_table_keeps_to_what_is_chosen(answers, capsys):
@@ -107,13 +108,13 @@ def test_json_is_one_list_that_reads_back(answers, capsys, tmp_path):
 
 def test_every_row_has_figures_or_words(answers, capsys):
     """One does not compile, one multiplies nothing, one does not say how much, one is too large."""
-    odd = {
+    rows = {
         "fwd": Compiled(BARE, error="CompilationError: no such thing"),
         "dq": replace(GOOD, loops=[]),
         "dkv": replace(GOOD, loops=[replace(LOOP, clocks=None, parts={"unknown": {"UTCHMMA": (4, 0.0)}})]),
         "delta": replace(GOOD, shared_bytes=300 * 1024),
     }
-    answers(lambda problem: replace(odd[problem.kernel], problem=problem))
+    answers(lambda job: replace(rows[job.kernel], problem=job))
     code, out, _ = run(capsys, "--form", "bare", "--head-dim", "256")
     assert code == 1
     for words in (
@@ -123,7 +124,7 @@ def test_every_row_has_figures_or_words(answers, capsys):
         "delta d256 bf16 bare: 74752 B more shared memory than the target has",
         "✗ sm90 fwd d256 bf16 bare: compiles",
         "✗ sm90 delta d256 bf16 bare: shared memory fits the target",
-        "gates broken: 2",
+        "codegen checks failed: 2",
     ):
         assert words in out
 
@@ -138,26 +139,30 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("words", PLANTED)
-def test_each_gate_sees_what_it_is_for(words):
-    assert {gate.words for gate in codegen_checks.GATES} == set(PLANTED)
-    assert codegen_checks.broken(GOOD) == []
-    assert codegen_checks.broken(replace(GOOD, **PLANTED[words])) == [words]
+def test_each_check_sees_what_it_is_for(words):
+    assert {check.words for check in codegen_checks.CODEGEN_CHECKS} == set(PLANTED)
+    assert codegen_checks.failed_checks(GOOD) == []
+    assert codegen_checks.failed_checks(replace(GOOD, **PLANTED[words])) == [words]
 
 
-def test_a_kernel_that_lost_its_loop_breaks_the_gates():
-    assert "HGMMA in the main loop" in codegen_checks.broken(replace(GOOD, loops=[]))
+def test_a_kernel_that_lost_its_loop_fails_the_checks():
+    assert "HGMMA in the main loop" in codegen_checks.failed_checks(replace(GOOD, loops=[]))
 
 
-def test_gates_concern_the_target_a_row_belongs_to():
+def test_checks_concern_the_target_a_row_belongs_to():
     borrowed = replace(GOOD, problem=replace(BARE, target="gfx942"), shared_bytes=80 * 1024, shared_limit=64 * 1024)
-    assert codegen_checks.broken(borrowed) == codegen_checks.broken(replace(borrowed, error="no such layout")) == []
+    assert (
+        codegen_checks.failed_checks(borrowed)
+        == codegen_checks.failed_checks(replace(borrowed, error="no such layout"))
+        == []
+    )
 
 
 def test_control_c_shows_what_was_compiled(answers, capsys):
-    def answer(problem):
-        if problem.kernel == "dq":
+    def answer(job):
+        if job.kernel == "dq":
             raise KeyboardInterrupt
-        return replace(GOOD, problem=problem)
+        return replace(GOOD, problem=job)
 
     answers(answer)
     code, out, said = run(capsys, "--form", "bare", "--head-dim", "64", "--kernel", "fwd,dq,dkv")
@@ -185,28 +190,28 @@ def test_markdown_goes_between_the_marks_of_a_file(answers, capsys, tmp_path):
 
 
 def test_verbose_spells_out_every_loop(answers, capsys):
-    answers(lambda problem: replace(GOOD, problem=problem, loops=[LOOP, replace(LOOP, issued=700)]))
+    answers(lambda job: replace(GOOD, problem=job, loops=[LOOP, replace(LOOP, issued=700)]))
     _, out, _ = run(capsys, "--kernel", "fwd", "--form", "bare", "--head-dim", "64", "-v")
     assert "main loop: 400 instructions, 8 warps" in out and "another loop: 700 instructions, 8 warps" in out
 
 
-# ---- workers
+# ---- the compile pool
 
 DIES = """
 import json, os, sys
 for line in sys.stdin:
-    problem = json.loads(line)
-    if problem["kernel"] == "dq":
+    job = json.loads(line)
+    if job["kernel"] == "dq":
         print("kernel.py:3:4: error: no such layout", file=sys.stderr, flush=True)
         os.abort()
-    print(json.dumps({"problem": problem, "loops": [], "registers": os.getpid()}), flush=True)
+    print(json.dumps({"problem": job, "loops": [], "registers": os.getpid()}), flush=True)
 """
 
 
-def test_a_compiler_that_dies_takes_one_problem_with_it(monkeypatch):
+def test_a_compiler_that_dies_takes_one_job_with_it(monkeypatch):
     monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", DIES))
-    problems = [replace(BARE, kernel=kernel) for kernel in ("fwd", "dq", "dkv", "delta")]
-    rows = {row.problem.kernel: row for row in compile_pool.compile_all(problems, 1)}
+    jobs = [replace(BARE, kernel=kernel) for kernel in ("fwd", "dq", "dkv", "delta")]
+    rows = {row.problem.kernel: row for row in compile_pool.compile_all(jobs, 1)}
     assert rows["dq"].error == "the compiler's process ended with -6: no such layout"
     assert [name for name, row in rows.items() if row.error is None] == ["fwd", "dkv", "delta"]
     assert rows["fwd"].registers != rows["dkv"].registers == rows["delta"].registers
@@ -214,10 +219,12 @@ def test_a_compiler_that_dies_takes_one_problem_with_it(monkeypatch):
 
 @pytest.fixture
 def stopped(monkeypatch):
-    """The workers that were stopped."""
+    """The compilers that were stopped."""
     found = []
     monkeypatch.setattr(
-        compile_pool.Worker, "stop", lambda self, stop=compile_pool.Worker.stop: (found.append(self), stop(self))
+        compile_pool.Compiler,
+        "stop",
+        lambda self, stop=compile_pool.Compiler.stop: (found.append(self), stop(self)),
     )
     return found
 
@@ -252,37 +259,37 @@ def test_leaving_early_ends_the_processes(monkeypatch, stopped):
     leave_once(monkeypatch, starting)
     with pytest.raises(KeyboardInterrupt):
         next(compile_pool.compile_all([BARE], 1))
-    (worker,) = stopped
-    assert worker.process.returncode == -signal.SIGKILL
+    (compiler,) = stopped
+    assert compiler.process.returncode == -signal.SIGKILL
 
 
 def test_leaving_early_ends_a_process_at_work(monkeypatch, stopped):
     asked = threading.Event()
     monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", "import time; time.sleep(20)"))
-    monkeypatch.setattr(compile_pool, "asdict", lambda problem: asked.set() or {})
+    monkeypatch.setattr(compile_pool, "asdict", lambda job: asked.set() or {})
     leave_once(monkeypatch, asked)
     with pytest.raises(KeyboardInterrupt):
         next(compile_pool.compile_all([BARE], 1))
-    (worker,) = stopped
-    assert worker.process.returncode == -signal.SIGKILL
+    (compiler,) = stopped
+    assert compiler.process.returncode == -signal.SIGKILL
 
 
 def test_what_a_stopped_process_has_not_read_is_no_error(monkeypatch):
     monkeypatch.setattr(compile_pool, "COMMAND", (sys.executable, "-c", ""))
-    worker = compile_pool.Worker()
-    monkeypatch.setattr(compile_pool, "asdict", lambda problem: {"ended": worker.process.wait()})
-    assert worker.compile(BARE).error == "the compiler's process ended with 0"
-    worker.close()
-    assert worker.process.stdin.closed and worker.process.stdout.closed
+    compiler = compile_pool.Compiler()
+    monkeypatch.setattr(compile_pool, "asdict", lambda job: {"ended": compiler.process.wait()})
+    assert compiler.compile(BARE).error == "the compiler's process ended with 0"
+    compiler.close()
+    assert compiler.process.stdin.closed and compiler.process.stdout.closed
 
 
-def test_a_stopped_worker_starts_no_process():
-    worker = compile_pool.Worker()
-    worker.stop()
+def test_a_stopped_compiler_starts_no_process():
+    compiler = compile_pool.Compiler()
+    compiler.stop()
     with pytest.raises(RuntimeError, match="has been stopped"):
-        worker.compile(BARE)
-    worker.close()
-    assert worker.process is None
+        compiler.compile(BARE)
+    compiler.close()
+    assert compiler.process is None
 
 
 def test_a_real_row_comes_from_a_process_without_the_interpreter(monkeypatch):
@@ -291,6 +298,13 @@ def test_a_real_row_comes_from_a_process_without_the_interpreter(monkeypatch):
     assert row.error is None and row.registers > 0 and row.main is None
     (row,) = compile_pool.compile_all([replace(BARE, kernel="nope")], 1)
     assert row.error.startswith("ValueError: this call launches no kernel 'nope'; it launches fwd, ")
+
+
+def test_gfx942_is_compiled_and_not_disassembled(capsys):
+    code, out, _ = run(capsys, "--target", "gfx942", "--kernel", "delta", "--form", "bare", "--head-dim", "64")
+    assert code == 0
+    assert "gfx942 delta d64 bf16 bare: compiled, not disassembled: no registers, no instructions, no budget" in out
+    assert re.search(r"gfx942 delta d64 bf16 bare +64, 4 warps, 1 stages +- +- +0 of 64 KiB", out)
 
 
 # ---- loops of warps with roles
@@ -313,9 +327,9 @@ ROLES = """\
 def test_roles_that_do_the_same_are_one_loop_of_more_warps():
     code = sass.parse(ROLES)
     assert len(innermost(code, sass.is_tensor)) == 2
-    checked, unchecked = sorted(compiling._loops(sass, code, 8, "", "sm90"), key=lambda loop: -loop.issued)
+    checked, unchecked = sorted(compiling._loops(code, 8, "", "sm90"), key=lambda loop: -loop.issued)
     assert (checked.issued, unchecked.issued) == (3, 2)
-    assert compiling._loops(sass, code, 8, "", "sm90")[0] == unchecked
+    assert compiling._loops(code, 8, "", "sm90")[0] == unchecked
     ttgir = "    partition0(%arg0: i32 loc(#loc)) num_warps(4) {\n    partition1(%arg0: i32) num_warps(4) {\n"
-    (together,) = compiling._loops(sass, code, 12, ttgir, "sm90")
+    (together,) = compiling._loops(code, 12, ttgir, "sm90")
     assert together.warps == 8 and together.flop == 2 * 2 * 64 * 64 * 16

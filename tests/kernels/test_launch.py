@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from fastattn import dispatch
-from fastattn.kernels.host import configs, launch
-from fastattn.kernels.host.configs import ANCESTORS, PASSES, pick, pick_forward, section_of, splits_of, tiles_of
+from fastattn.kernels.host import launch, tile_table
+from fastattn.kernels.host.tile_table import ANCESTORS, PASSES, l2_group_of, pick, pick_forward, splits_of, tiles_of
 from fastattn.kernels.inspect.compile import GPUS, pretending
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Prefix, Segments, Window
 from fastattn.spec import AttnInputs, AttnSpec
@@ -117,11 +117,11 @@ def test_other_sizes_take_the_same_kernel(kernels_of, sizes, target, head_dim):
         assert kernels_of(target, **base | each) == want, each
 
 
-FAR = 2**40
+BEYOND = 2**40
 MASKS = {
-    "causal": [Causal(), Causal(align="top-left"), Causal(offset=1), Causal(offset=-16), Causal(offset=FAR)],
+    "causal": [Causal(), Causal(align="top-left"), Causal(offset=1), Causal(offset=-16), Causal(offset=BEYOND)],
     "window": [Window(17, 0), Window(1, 0), Window(0, 16), Window(100, 100, offset=1), Window(0, 0, offset=-16)],
-    "chunked": [Chunked(1), Chunked(16, 1), Chunked(17, None, 0), Chunked(100, 16, 1, offset=-1), Chunked(FAR)],
+    "chunked": [Chunked(1), Chunked(16, 1), Chunked(17, None, 0), Chunked(100, 16, 1, offset=-1), Chunked(BEYOND)],
     "offsets": [Causal(offset=ints(64)), Causal(offset=ints(1))],
     "lengths": [Lengths(ints(64)), Lengths(ints(1))],
     "prefix": [Prefix(ints(64)), Prefix(ints(1), offset=1), Prefix(ints(64), align="top-left")],
@@ -137,7 +137,7 @@ def test_other_numbers_in_a_mask_take_the_same_kernel(kernels_of, masks, target)
     kernels = {}
     for mask, q_len in itertools.product(masks, (4096, 4097, 513)):
         spec, _ = call(batch=64, q_len=q_len, mask=mask)
-        hides = launch.Problem(spec, target).mask.hides
+        hides = launch.LaunchBuilder(spec, target).mask.hides
         kernels.setdefault(hides, []).append(kernels_of(target, batch=64, q_len=q_len, mask=mask))
     assert all(each == alike[0] for alike in kernels.values() for each in alike)
 
@@ -254,7 +254,7 @@ def test_the_choice_is_pure(monkeypatch, made, target):
 def made_rows(spec, kernel, target):
     row = pick_forward(spec, target) if kernel in ("short", "decode") else pick(spec, kernel, target)
     parts = [splits_of(spec, row, target, programs) for programs in (1, 3, 50)] if row.block_n else []
-    return row, parts, section_of(spec, spec.kv_len)
+    return row, parts, l2_group_of(spec, spec.kv_len)
 
 
 @pytest.mark.parametrize("target", ANCESTORS)
@@ -295,7 +295,7 @@ def test_big_problems_have_a_program_for_each_tile(sizes, target):
         block = each.row.block_n if each.row.kernel == "dkv" else each.row.block_m
         tiles = batch * heads * tiles_of(length, block)
         if each.row.persistent:
-            assert each.programs == min(tiles, configs.PROCESSORS[target])
+            assert each.programs == min(tiles, tile_table.PROCESSORS[target])
         else:
             assert each.programs == tiles
         assert each.programs <= MOST_PROGRAMS
@@ -337,13 +337,13 @@ def scratch(monkeypatch):
     """scratch(**call) -> bytes taken by both passes, beyond the inputs and what is returned."""
     monkeypatch.setattr(launch.Launch, "run", lambda self: None)
     monkeypatch.setattr(launch, "target_for", lambda device: "sm90")
-    room = dispatch.room("triton")
+    backend = dispatch.load("triton")
 
     def of(**arguments):
         spec, inputs = call(**arguments)
         with Counting() as counting:
-            out, lse = room.forward(spec, inputs)
-            grads = room.backward(spec, inputs, out, lse, out, lse)
+            out, lse = backend.forward(spec, inputs)
+            grads = backend.backward(spec, inputs, out, lse, out, lse)
         returned = sum(each.untyped_storage().nbytes() for each in (out, lse, *grads) if each is not None)
         return counting.taken - returned
 

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 
-from fastattn.kernels.host import kernel_variant, lower  # noqa: E402
+from fastattn.kernels.host import kernel_variant, mask_lowering  # noqa: E402
 from fastattn.kernels.rules import masks  # noqa: E402
 from fastattn.kernels.tiling import walk  # noqa: E402
 from fastattn.masks import blocks  # noqa: E402
@@ -16,38 +16,38 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 # Lengths, blocks of queries and keys, splits: one of each, odd ones either way round, wide and narrow tiles.
 SIZES = ((1, 1, 16, 16, 2), (37, 53, 16, 16, 3), (53, 37, 32, 16, 1), (1, 70, 16, 32, 2), (33, 1, 16, 16, 1))
-ROOM = 128
-"""Queries and keys that the table of `keep` has room for: past every length above."""
+SPACE = 128
+"""Queries and keys that the table of `keep` has space for: past every length above."""
 
 
 @triton.jit
-def elements_kernel(kept_ptr, q_len, kv_len, num_heads, mask_args, KIND: tl.constexpr, ROOM: tl.constexpr):
-    """`keep` for a whole [ROOM, ROOM], as it is and mirrored, of one batch item and head a program."""
+def elements_kernel(kept_ptr, q_len, kv_len, num_heads, mask_args, VARIANT: tl.constexpr, SPACE: tl.constexpr):
+    """`keep` for a whole [SPACE, SPACE], as it is and mirrored, of one batch item and head a program."""
     place = tl.program_id(0)
-    numbers = masks.read_numbers(KIND, mask_args, place // num_heads, place % num_heads, q_len, kv_len)
-    idx = tl.arange(0, ROOM)
-    kept = masks.keep(KIND, idx[:, None], idx[None, :], numbers).to(tl.int8) + tl.zeros([ROOM, ROOM], tl.int8)
-    mirrored = masks.keep(KIND, idx[None, :], idx[:, None], numbers).to(tl.int8) + tl.zeros([ROOM, ROOM], tl.int8)
-    at = kept_ptr + place * ROOM * ROOM * 2 + idx[:, None] * ROOM + idx[None, :]
+    numbers = masks.read_numbers(VARIANT, mask_args, place // num_heads, place % num_heads, q_len, kv_len)
+    idx = tl.arange(0, SPACE)
+    kept = masks.keep(VARIANT, idx[:, None], idx[None, :], numbers).to(tl.int8) + tl.zeros([SPACE, SPACE], tl.int8)
+    mirrored = masks.keep(VARIANT, idx[None, :], idx[:, None], numbers).to(tl.int8) + tl.zeros([SPACE, SPACE], tl.int8)
+    at = kept_ptr + place * SPACE * SPACE * 2 + idx[:, None] * SPACE + idx[None, :]
     tl.store(at, kept)
-    tl.store(at + ROOM * ROOM, mirrored)
+    tl.store(at + SPACE * SPACE, mirrored)
 
 
 @triton.jit
-def visits_kernel(visits_ptr, sizes, mask_args, lists, KIND: tl.constexpr, MIRROR: tl.constexpr, MOST: tl.constexpr,
+def visits_kernel(visits_ptr, sizes, mask_args, lists, VARIANT: tl.constexpr, MIRROR: tl.constexpr, MOST: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Whose tile each program owns and where the tiles begin that it visits: batch, head, start, split, how many to
     check, how many full, then their starts.
     """
     program = tl.program_id(0)
     if MIRROR:
-        tile, head, batch, split = walk.owned(program, tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads, sizes, KIND)
+        tile, head, batch, split = walk.owned(program, tl.cdiv(sizes.kv_len, BLOCK_N), sizes.num_heads, sizes, VARIANT)
         lo = tile * BLOCK_N
-        _, found = walk.query_walk(batch, head, tile, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N)
+        _, found = walk.query_walk(batch, head, tile, sizes, mask_args, lists, VARIANT, BLOCK_M, BLOCK_N)
         BLOCK: tl.constexpr = BLOCK_M
     else:
         batch, head, _, lo, _, _, found, split = walk.query_tile(
-            program, sizes, mask_args, lists, KIND, BLOCK_M, BLOCK_N
+            program, sizes, mask_args, lists, VARIANT, BLOCK_M, BLOCK_N
         )
         BLOCK: tl.constexpr = BLOCK_N
     at = visits_ptr + program * (6 + MOST)
@@ -55,38 +55,38 @@ def visits_kernel(visits_ptr, sizes, mask_args, lists, KIND: tl.constexpr, MIRRO
     tl.store(at + 1, head)
     tl.store(at + 2, lo)
     tl.store(at + 3, split)
-    begin, end = walk.part(found, walk.CHECKED, split, sizes.splits, KIND)
+    begin, end = walk.part(found, walk.CHECKED, split, sizes.splits, VARIANT)
     checked = tl.maximum(end - begin, 0)
     tl.store(at + 4, checked)
     for n in tl.range(begin, end):
-        tl.store(at + 6 + n - begin, walk.tile_start(KIND, found, walk.CHECKED, n, BLOCK))
-    begin, end = walk.part(found, walk.FULL, split, sizes.splits, KIND)
+        tl.store(at + 6 + n - begin, walk.tile_start(VARIANT, found, walk.CHECKED, n, BLOCK))
+    begin, end = walk.part(found, walk.FULL, split, sizes.splits, VARIANT)
     tl.store(at + 5, tl.maximum(end - begin, 0))
     for n in tl.range(begin, end):
-        tl.store(at + 6 + checked + n - begin, walk.tile_start(KIND, found, walk.FULL, n, BLOCK))
+        tl.store(at + 6 + checked + n - begin, walk.tile_start(VARIANT, found, walk.FULL, n, BLOCK))
 
 
 def elements(spec, lowered, made):
-    """int8 [batch, heads, 2, ROOM, ROOM]."""
-    kept = torch.full((spec.batch, spec.num_heads, 2, ROOM, ROOM), -1, dtype=torch.int8, device=DEVICE)
+    """int8 [batch, heads, 2, SPACE, SPACE]."""
+    kept = torch.full((spec.batch, spec.num_heads, 2, SPACE, SPACE), -1, dtype=torch.int8, device=DEVICE)
     programs = (spec.batch * spec.num_heads,)
-    elements_kernel[programs](kept, spec.q_len, spec.kv_len, spec.num_heads, lowered.args, KIND=made, ROOM=ROOM)
+    elements_kernel[programs](kept, spec.q_len, spec.kv_len, spec.num_heads, lowered.args, VARIANT=made, SPACE=SPACE)
     return kept
 
 
 def visits(spec, lowered, made, block_m, block_n, *, mirror, splits):
     """For each (batch, head, start of the owner's tile, split): tiles to check, full tiles."""
-    lists = None if lowered.terms else lower.block_lists(spec, block_m, block_n, mirror=mirror)
+    lists = None if lowered.terms else mask_lowering.block_lists(spec, block_m, block_n, mirror=mirror)
     length, block, other, width = (
         (spec.kv_len, block_n, spec.q_len, block_m) if mirror else (spec.q_len, block_m, spec.kv_len, block_n)
     )
     programs = triton.cdiv(length, block) * spec.batch * spec.num_heads * splits
     heads = spec.num_heads, spec.num_heads, 1
     sizes = walk.Sizes(spec.batch, *heads, spec.q_len, spec.kv_len, programs, 2, splits)
-    most = 2 * triton.cdiv(other, width) + 1  # room for a walk that visits tiles twice
+    most = 2 * triton.cdiv(other, width) + 1  # space for a walk that visits tiles twice
     found = torch.full((programs, 6 + most), -1, dtype=torch.int32, device=DEVICE)
     visits_kernel[(programs,)](
-        found, sizes, lowered.args, lists, KIND=made, MIRROR=mirror, MOST=most, BLOCK_M=block_m, BLOCK_N=block_n
+        found, sizes, lowered.args, lists, VARIANT=made, MIRROR=mirror, MOST=most, BLOCK_M=block_m, BLOCK_N=block_n
     )
     owners = {}
     for batch, head, lo, split, checked, full, *starts in found.tolist():
@@ -118,11 +118,11 @@ def hold(table, owners, block_rows, block_columns, splits):
 
 def conform(spec, block_m, block_n, splits):
     q_len, kv_len, mask, batch, heads = spec.q_len, spec.kv_len, spec.mask, spec.batch, spec.num_heads
-    lowered = lower.lower(spec)
-    made = [kernel_variant.kind_of(spec, lowered, interpreted=INTERPRETED, split=split) for split in (False, True)]
+    lowered = mask_lowering.lower(spec)
+    made = [kernel_variant.variant_of(spec, lowered, interpreted=INTERPRETED, split=split) for split in (False, True)]
     wanted = mask.dense(q_len, kv_len, device=DEVICE).expand(batch, heads, q_len, kv_len)
     kept = elements(spec, lowered, made[0])
-    whole = torch.zeros(batch, heads, ROOM, ROOM, dtype=torch.int8, device=DEVICE)
+    whole = torch.zeros(batch, heads, SPACE, SPACE, dtype=torch.int8, device=DEVICE)
     whole[:, :, :q_len, :kv_len] = wanted
     assert torch.equal(kept[:, :, 0], whole)
     assert torch.equal(kept[:, :, 1], whole.mT)
@@ -168,7 +168,7 @@ def _nothing(lo, hi, numbers, BLOCK: tl.constexpr):
 
 @triton.jit
 def _everything(lo, hi, numbers, BLOCK: tl.constexpr):
-    return 0, 0, masks.FAR, masks.FAR
+    return 0, 0, masks.UNBOUNDED, masks.UNBOUNDED
 
 
 WRONG = {
@@ -182,7 +182,7 @@ WRONG = {
 
 @pytest.fixture
 def no_known_kinds():
-    """Kinds are remembered by the names of their rules."""
+    """Variants are remembered by the names of their rules."""
     kernel_variant._kind.cache_clear()
     yield
     kernel_variant._kind.cache_clear()
@@ -214,5 +214,5 @@ def test_the_conformance_test_sees_wrong_block_lists(wrong, spec_of, monkeypatch
 
 
 def test_every_rule_is_in_the_zoo(zoo, spec_of):
-    used = {rule for each in zoo for rule in lower.lower(spec_of(each, 37, 53)).rules}
+    used = {rule for each in zoo for rule in mask_lowering.lower(spec_of(each, 37, 53)).rules}
     assert used == set(masks.RULES) == set(TELLING)

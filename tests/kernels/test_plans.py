@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn.backends import triton as backend
-from fastattn.kernels.host import launch, lower, run
+from fastattn.kernels.host import launch, mask_lowering, run
 from fastattn.masks import Causal, Chunked, Dense, Lengths, Packed, Prefix, Segments, Window
 from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
@@ -124,7 +124,7 @@ def test_a_plan_that_is_met_again_is_the_one_that_would_be_made(target, monkeypa
     monkeypatch.setattr(run, "ReadyPlan", Compared)
     monkeypatch.setattr(run, "_PLANS", {})
     monkeypatch.setattr(launch, "target_for", lambda device: target)
-    monkeypatch.setattr(lower, "_MADE", type(lower._MADE)())
+    monkeypatch.setattr(mask_lowering, "_MADE", type(mask_lowering._MADE)())
     draw = Draws(seed=len(target))
     for turn in range(CALLS):
         draw.begin(anew=turn % 12 == 0)

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from fastattn.kernels.inspect import amdgcn, sass
+from fastattn.kernels.inspect import sass
 from fastattn.kernels.inspect.listing import Instruction, innermost
 
 
@@ -198,37 +198,6 @@ def test_arithmetic_runs_on_its_pipe(line):
 def test_control_memory_and_uniform_instructions_take_an_issue_slot_alone(line):
     assert asked(line) == []
     assert list(sass.asks(code_of(line)[0], 8)) == [("issue", "instructions", 8)]
-
-
-AMD = """\
-attn_fwd_kernel:
-.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
-\tds_read2_b64 v[106:109], v119 offset1:2
-\tv_mfma_f32_32x32x8_bf16 v[34:49], v[106:107], v[94:95], 0
-\tv_exp_f32_e32 v1, v2
-\tv_add_f32_e32 v1, v2, v3                ; a comment
-.Ltmp3:
-\t.loc\t1 5 23
-\ts_cbranch_scc1 .LBB0_1
-\ts_endpgm
-\t.section\t.rodata,"a",@progbits
-    .private_segment_fixed_size: 24
-    .vgpr_count:     239
-"""
-
-
-def test_amd_assembly_reads_alike():
-    binary = amdgcn.read(AMD)
-    assert (binary.registers, binary.spilled_bytes) == (239, 24)
-    (loop,) = innermost(binary.code, amdgcn.is_tensor)
-    assert [each.opcode for each in loop][-1] == "s_cbranch_scc1"
-    amounts = [ask for each in loop for ask in amdgcn.asks(each, 4) if ask[0] != "issue"]
-    assert amounts == [
-        ("shared", "ds_read2_b64", 2 * 8 * 256),
-        ("half", "v_mfma_f32_32x32x8_bf16", 4 * 2 * 32 * 32 * 8),
-        ("special", "v_exp_f32", 256),
-        ("alu", "v_add_f32", 256),
-    ]
 
 
 def test_an_instruction_is_known_by_its_first_word():

@@ -6,8 +6,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
 
-from fastattn.kernels.host import configs, tune
-from fastattn.kernels.host.configs import TABLE, shared_limit
+from fastattn.kernels.host import tile_table, tune
+from fastattn.kernels.host.tile_table import TABLE, shared_limit
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
@@ -28,9 +28,9 @@ def test_a_row_stands_in_and_leaves_no_trace():
     row = next(each for each in TABLE if each.target == "sm90" and each.kernel == "fwd" and not each.load)
     other = tune.candidates(row, 64)[0]
     with pytest.raises(KeyError), tune.standing_in(other):
-        assert configs._row("fwd", "sm90", 64, 16, 0) == other
+        assert tile_table._row("fwd", "sm90", 64, 16, 0) == other
         raise KeyError
-    assert configs.TABLE is TABLE and configs._row("fwd", "sm90", 64, 16, 0) != other
+    assert tile_table.TABLE is TABLE and tile_table._row("fwd", "sm90", 64, 16, 0) != other
 
 
 @ON_CPU

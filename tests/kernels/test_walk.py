@@ -12,9 +12,9 @@ import triton.language as tl  # noqa: E402
 from fastattn.kernels.host import (  # noqa: E402
     kernel_variant,
     launch,
-    lower,
+    mask_lowering,
 )
-from fastattn.kernels.host.configs import section_of  # noqa: E402
+from fastattn.kernels.host.tile_table import l2_group_of  # noqa: E402
 from fastattn.kernels.tiling import walk  # noqa: E402
 from fastattn.masks import (  # noqa: E402
     Causal,
@@ -46,15 +46,17 @@ def spec_of(mask, q_len, kv_len=None, batch=1, heads=1, kv_heads=None, dim=16):
 
 
 @triton.jit
-def counts_kernel(counts_ptr, sizes, mask_args, lists, KIND: tl.constexpr, MIRROR: tl.constexpr, BLOCK: tl.constexpr):
+def counts_kernel(
+    counts_ptr, sizes, mask_args, lists, VARIANT: tl.constexpr, MIRROR: tl.constexpr, BLOCK: tl.constexpr
+):
     """Whose tile a program owns, how many tiles it checks, how many are full."""
     program = tl.program_id(0)
     if MIRROR:
-        tile, head, batch, _ = walk.owned(program, tl.cdiv(sizes.kv_len, BLOCK), sizes.num_heads, sizes, KIND)
-        _, found = walk.query_walk(batch, head, tile, sizes, mask_args, lists, KIND, BLOCK, BLOCK)
+        tile, head, batch, _ = walk.owned(program, tl.cdiv(sizes.kv_len, BLOCK), sizes.num_heads, sizes, VARIANT)
+        _, found = walk.query_walk(batch, head, tile, sizes, mask_args, lists, VARIANT, BLOCK, BLOCK)
         lo = tile * BLOCK
     else:
-        _, _, _, lo, _, _, found, _ = walk.query_tile(program, sizes, mask_args, lists, KIND, BLOCK, BLOCK)
+        _, _, _, lo, _, _, found, _ = walk.query_tile(program, sizes, mask_args, lists, VARIANT, BLOCK, BLOCK)
     tl.store(counts_ptr + program * 3, lo // BLOCK)
     tl.store(counts_ptr + program * 3 + 1, found[0])
     tl.store(counts_ptr + program * 3 + 2, found[1])
@@ -63,13 +65,13 @@ def counts_kernel(counts_ptr, sizes, mask_args, lists, KIND: tl.constexpr, MIRRO
 def counts(mask, q_len, kv_len=None, *, mirror=False):
     """[programs, 3]: the tile a program owns, how many it checks, how many it need not."""
     spec = spec_of(mask, q_len, kv_len)
-    lowered = lower.lower(spec)
-    lists = None if lowered.terms else lower.block_lists(spec, BLOCK, BLOCK, mirror=mirror)
+    lowered = mask_lowering.lower(spec)
+    lists = None if lowered.terms else mask_lowering.block_lists(spec, BLOCK, BLOCK, mirror=mirror)
     programs = triton.cdiv(spec.kv_len if mirror else spec.q_len, BLOCK)
     sizes = walk.Sizes(1, 1, 1, 1, spec.q_len, spec.kv_len, programs, 1, 1)
-    made = kernel_variant.kind_of(spec, lowered, interpreted=INTERPRETED)
+    made = kernel_variant.variant_of(spec, lowered, interpreted=INTERPRETED)
     found = torch.zeros(programs, 3, dtype=torch.int32, device=DEVICE)
-    counts_kernel[(programs,)](found, sizes, lowered.args, lists, KIND=made, MIRROR=mirror, BLOCK=BLOCK)
+    counts_kernel[(programs,)](found, sizes, lowered.args, lists, VARIANT=made, MIRROR=mirror, BLOCK=BLOCK)
     return found.cpu()
 
 
@@ -170,32 +172,32 @@ def test_heavy_tiles_come_first():
 
 
 @triton.jit
-def owned_kernel(owners_ptr, sizes, tiles, KIND: tl.constexpr):
+def owned_kernel(owners_ptr, sizes, tiles, VARIANT: tl.constexpr):
     program = tl.program_id(0)
     for n in tl.static_range(4):
-        tl.store(owners_ptr + program * 4 + n, walk.owned(program, tiles, sizes.num_heads, sizes, KIND)[n])
+        tl.store(owners_ptr + program * 4 + n, walk.owned(program, tiles, sizes.num_heads, sizes, VARIANT)[n])
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 def test_programs_own_every_tile_once(split):
-    """Whatever the section: one head, some, a number that does not divide them, more than there are."""
+    """Whatever the L2 group: one head, some, a number that does not divide them, more than there are."""
     splits = 3 if split else 1
-    for batch, heads, tiles, section in itertools.product((1, 2), (1, 5), (1, 4), (1, 2, 3, 10, 64)):
+    for batch, heads, tiles, l2_group in itertools.product((1, 2), (1, 5), (1, 4), (1, 2, 3, 10, 64)):
         spec = spec_of(Full(), 64, batch=batch, heads=heads)
-        made = kernel_variant.kind_of(spec, lower.lower(spec), interpreted=INTERPRETED, split=split)
+        made = kernel_variant.variant_of(spec, mask_lowering.lower(spec), interpreted=INTERPRETED, split=split)
         programs = batch * heads * tiles * splits
         owners = torch.full((programs, 4), -1, dtype=torch.int32, device=DEVICE)
-        sizes = walk.Sizes(batch, heads, heads, 1, 64, 64, programs, section, splits)
-        owned_kernel[(programs,)](owners, sizes, tiles, KIND=made)
+        sizes = walk.Sizes(batch, heads, heads, 1, 64, 64, programs, l2_group, splits)
+        owned_kernel[(programs,)](owners, sizes, tiles, VARIANT=made)
         wanted = set(itertools.product(range(tiles), range(heads), range(batch), range(splits)))
         assert {tuple(owner) for owner in owners.tolist()} == wanted
-        if section == 1:  # one head's tiles in a row
+        if l2_group == 1:  # one head's tiles in a row
             heads_in_turn = owners[:: tiles * splits, 1:3]
             assert torch.equal(heads_in_turn, owners[tiles * splits - 1 :: tiles * splits, 1:3])
 
 
 def test_numbers_of_a_grid_fit_32_bits():
-    """Few keys and many queries: sections are no larger than there are heads."""
+    """Few keys and many queries: L2 groups are no larger than there are heads."""
     for q_len, kv_len in ((2**22, 1), (2**20, 0), (2**22, 16)):
         query = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device="meta").expand(2, 8, q_len, 64)
         key = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device="meta").expand(2, 1, kv_len, 64)
@@ -209,14 +211,14 @@ def test_numbers_of_a_grid_fit_32_bits():
         assert len(sizes) >= 4
         for each, part in sizes:
             rows = -(-(spec.kv_len if "dkv" in each.row.kernel else spec.q_len) // each.row.block_m)
-            assert part.section * rows < 2**31, each.row
+            assert part.l2_group * rows < 2**31, each.row
             assert all(0 <= number < 2**31 for number in part)
 
 
 def test_sections_share_the_cache():
     spec = spec_of(Full(), 4096, batch=4, heads=32, dim=128)
-    assert section_of(spec, 4096) * 4096 * 2 * 128 * 4 <= 32 * 2**20
-    assert section_of(spec, 2**24) == 1
+    assert l2_group_of(spec, 4096) * 4096 * 2 * 128 * 4 <= 32 * 2**20
+    assert l2_group_of(spec, 2**24) == 1
 
 
 def test_block_lists_name_each_tile_once_the_checked_ones_first():

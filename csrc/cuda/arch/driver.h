@@ -1,4 +1,5 @@
-// The driver's functions, asked for by name: nothing is linked against libcuda. The host's half; the simulator has none.
+// The driver's functions, asked for by name: nothing is linked against libcuda. The host's half; the simulator has
+// none.
 #pragma once
 
 #include <cstdio>
@@ -26,8 +27,8 @@ inline void* driver_function(const char* name, char* said, size_t size) {
   return nullptr;
 }
 
-// While it lives, a device is the thread's current one; afterwards what was before: no other device gets a context that had
-// none. `refused`: null, or why it is not.
+// While it lives, a device is the thread's current one; afterwards what was before: no other device gets a context that
+// had none. `refused`: null, or why it is not.
 class OnDevice {
  public:
   explicit OnDevice(int device) {

@@ -26,8 +26,8 @@ DEVICE void add_release(int* global, int value) {
 }
 
 // 4, 8 or 16 bytes of each thread, aligned to their size. An assignment of 16 bytes may become four instructions of 4
-// (nvcc 13.0 makes that of some): a warp's lanes then write 4 of every 16 bytes, and each 32-byte sector goes to L2 four
-// times. PTX ISA: st (.v2, .v4).
+// (nvcc 13.0 makes that of some): a warp's lanes then write 4 of every 16 bytes, and each 32-byte sector goes to L2
+// four times. PTX ISA: st (.v2, .v4).
 DEVICE void store_global(float* global, float value) {
 #ifdef FASTATTN_SIM
   sim::store_global(global, &value, sizeof value);

@@ -67,10 +67,10 @@ class Cache:
         self.lengths = self.held  # with the new ones
         self.new: Rows | None = None
         if self._looked_at:
-            _check_range("cache_seqlens", self.held, self.capacity, "tokens that the cache has room for")
+            _check_range("cache_seqlens", self.held, self.capacity, "tokens that the cache has space for")
             for name, ints, most, what in (
                 ("cache_batch_idx", rows, keys.shape[0] - 1, "the last row of k_cache"),
-                ("cache_leftpad", starts, self.capacity, "tokens that the cache has room for"),
+                ("cache_leftpad", starts, self.capacity, "tokens that the cache has space for"),
             ):
                 if ints is not None:
                     _check_range(name, ints, most, what)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastattn import dispatch, process
+from fastattn.integrations.torch.generators import decorated
 from fastattn.integrations.torch.recording import Choice, Everywhere, follow, unchecked
-from fastattn.integrations.torch.steps import decorated
 from fastattn.torch_api import mha, sdpa
 
 __all__ = ["patch"]

@@ -1,7 +1,7 @@
 """fastattn in torch's own registry of flash-attention implementations.
 
     import torch
-    from fastattn.integrations import registry
+    from fastattn.integrations.torch import registry
 
     registry.register()                                         # offers it, and changes nothing
     torch.nn.attention.activate_flash_attention_impl("fastattn")

@@ -1,26 +1,37 @@
-"""fastattn in models that were written for PyTorch: modules exchanged in place, or functions caught while they run."""
+"""fastattn in models that were written for PyTorch: modules exchanged in place, or their calls redirected."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from fastattn import dispatch
-from fastattn.integrations import left_alone, x_transformers
-from fastattn.integrations.diffusers import replacement as diffusers
+from fastattn.integrations import left_alone
 from fastattn.integrations.exchange import InTurn, assign, exchange
 from fastattn.integrations.report import Replacement, Report
+from fastattn.integrations.sdpa_redirect import Request
 from fastattn.integrations.torch.patching import patch
-from fastattn.integrations.vision import replacement as vision
-from fastattn.integrations.vision import torchvision
 from fastattn.nn import MultiheadAttention
 
 __all__ = ["Replacement", "Report", "patch", "replace_attention"]
 
 TORCH_MODULE = nn.MultiheadAttention
 """Torch's own class, whatever a patch has put in its place."""
+
+LIBRARIES = (
+    ("diffusers", "diffusers.processors"),
+    ("torchvision", "vision.swin"),
+    ("timm", "vision.replacement"),
+    ("torchvision", "vision.replacement"),
+    ("open_clip", "vision.replacement"),
+    ("clip", "vision.replacement"),
+    ("x_transformers", "x_transformers"),
+)
+"""A library, and the module here that knows attention of it: is_known, replace. The first that knows a module has it.
+"""
 
 
 def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report:
@@ -37,7 +48,7 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
 
     Args:
         model: any module; itself, too, may be an attention module.
-        backend: the room that runs them, by name; None takes the first that can.
+        backend: the backend that runs them, by name; None takes the first that can.
 
     Returns:
         A report, with a row for each module that was changed or passed by, and `restore()`.
@@ -51,20 +62,14 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
     dispatch.requested(backend)
     report = Report()
     modules = list(model.named_modules())
-    processors: list[Any] = []
+    glue, request = _glue(modules), Request(patch, backend, [])
     try:
         _replace_transformers(report, model, modules, backend)
         for path, module in modules:
             if isinstance(module, TORCH_MODULE):
                 report.add(*_replace_torchs(path, module, backend))
-            elif diffusers.is_holder(module):
-                report.add(*diffusers.replace(path, module, patch, backend, processors))
-            elif torchvision.is_known(module):
-                report.add(*torchvision.replace(path, module, backend))
-            elif vision.is_known(module):
-                report.add(*vision.replace(path, module, patch, backend))
-            elif x_transformers.is_known(module):
-                report.add(*x_transformers.replace(path, module, patch, backend))
+            elif (known := next((each for each in glue if each.is_known(module)), None)) is not None:
+                report.add(*known.replace(path, module, request))
     except BaseException:
         report.restore()
         raise
@@ -77,6 +82,13 @@ def replace_attention(model: nn.Module, *, backend: str | None = None) -> Report
     for row in left_alone.rows(modules, {row.path for row in report.rows}):
         report.add(row)
     return report
+
+
+def _glue(modules: list[tuple[str, nn.Module]]) -> list[Any]:
+    """The modules of LIBRARIES for the libraries that a model's classes are of; no other is imported."""
+    there = {base.__module__.split(".")[0] for kind in {type(module) for _, module in modules} for base in kind.__mro__}
+    names = dict.fromkeys(name for library, name in LIBRARIES if library in there)
+    return [importlib.import_module(f"fastattn.integrations.{name}") for name in names]
 
 
 def _replace_transformers(
@@ -99,7 +111,7 @@ def _replace_torchs(
     if isinstance(module, MultiheadAttention):
         if backend is None or backend == module.backend:
             return Replacement(path, kind.__name__, False, "it is fastattn's already"), None
-        what = f"it is fastattn's already, now in the room {backend!r}"
+        what = f"it is fastattn's already, now on the backend {backend!r}"
         return Replacement(path, kind.__name__, True, what), assign(module, "backend", backend)
     reason = _why_not(module)
     if reason is not None:

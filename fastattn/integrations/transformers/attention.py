@@ -22,7 +22,7 @@ from fastattn import functional
 from fastattn.functional import attention, attention_weights
 from fastattn.integrations.transformers import arguments
 from fastattn.integrations.transformers.model_mask import ModelMask, padding
-from fastattn.integrations.transformers.own_code import hiding
+from fastattn.integrations.transformers.own_code import mask_as_bias
 from fastattn.integrations.transformers.replacement import NAME, remember, replace
 from fastattn.masks import Causal, Dense, Full, Mask, Window
 from fastattn.masks.mask_mod import Call, Unreadable, read
@@ -237,7 +237,7 @@ def _visibility(
     if attention_mask.dtype == torch.bool:
         return attention_mask, None
     if attention_mask.is_floating_point():
-        return None, hiding(attention_mask)
+        return None, mask_as_bias(attention_mask)
     raise ValueError(
         f"{type(module).__name__}: attention_mask must be bool (True = attend) or floating (added to the scores) "
         f"when it reaches the attention, got {attention_mask.dtype} {list(attention_mask.shape)}"

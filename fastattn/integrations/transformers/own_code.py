@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastattn.functional import attention, attention_weights
 
-__all__ = ["OWN", "hiding", "own_class"]
+__all__ = ["OWN", "mask_as_bias", "own_class"]
 
 MASKED = 1e30
 """What XLNet subtracts from a hidden score."""
@@ -92,7 +92,7 @@ def superglue_forward(
         project(x).unflatten(-1, (self.num_attention_heads, self.attention_head_size)).transpose(1, 2)
         for project, x in ((self.query, hidden_states), (self.key, source), (self.value, source))
     )
-    bias = None if attention_mask is None else hiding(attention_mask)
+    bias = None if attention_mask is None else mask_as_bias(attention_mask)
     out, weights = _attend(self, query, key, value, None, bias, None, bool(output_attentions))
     out = out.transpose(1, 2).flatten(2)
     return (out, weights) if weights is not None else (out,)
@@ -120,7 +120,7 @@ def _attend(
     return out, attention_weights(query, key, lse=lse, **shared).to(query.dtype)
 
 
-def hiding(mask: Tensor) -> Tensor:
+def mask_as_bias(mask: Tensor) -> Tensor:
     """A float mask as a bias: what it hides by the least number of its dtype is hidden by -inf. A query that sees
     nothing then gives 0 and not the average of everything.
     """

@@ -137,15 +137,15 @@ def _left_alone(model: nn.Module) -> list[Replacement]:
             continue
         inside.append(path)
         called = sorted(_reached(kind) & sdpa_redirect.CALLS)
-        caught_by = f"; it calls {called[0]}, which fastattn.patch() catches" if called else ""
-        rows.append(Replacement(path, kind.__name__, False, OWN_CODE + caught_by))
+        reached_by = f"; it calls {called[0]}, which fastattn.patch() catches" if called else ""
+        rows.append(Replacement(path, kind.__name__, False, OWN_CODE + reached_by))
     return rows[::-1]
 
 
 def _already(path: str, name: str, module: Any, backend: str | None) -> Replacement:
     """The row for what is on fastattn; changed where another backend is asked for."""
     moved = backend is not None and module.__dict__.get("fastattn_backend") != backend
-    return Replacement(path, name, moved, f"{ALREADY}, now in the room {backend!r}" if moved else ALREADY)
+    return Replacement(path, name, moved, f"{ALREADY}, now on the backend {backend!r}" if moved else ALREADY)
 
 
 def _set_implementation(path: str, model: Any, backend: str | None, undo: list[Callable[[], None]]) -> Replacement:

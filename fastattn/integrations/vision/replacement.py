@@ -20,20 +20,20 @@ PACKAGES = ("timm", "torchvision", "open_clip", "clip")
 def is_known(module: nn.Module) -> bool:
     """Whether a module is one of these libraries' own and computes attention through torch's functions."""
     kind = type(module)
-    if isinstance(module, sdpa_redirect.Caught):
-        kind = kind.__mro__[2]  # what it was caught from
+    if isinstance(module, sdpa_redirect.Redirected):
+        kind = kind.__mro__[2]  # what it was made from
     return kind.__module__.split(".")[0] in PACKAGES and bool(
         sdpa_redirect.names_in(kind.forward) & sdpa_redirect.CALLS
     )
 
 
 def replace(
-    path: str, module: nn.Module, mode: sdpa_redirect.Mode, backend: str | None
+    path: str, module: nn.Module, request: sdpa_redirect.Request
 ) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for such a module, exchanged where it can be, and what takes it back."""
     kind: Any = type(module)
-    if isinstance(module, sdpa_redirect.Caught):
-        return sdpa_redirect.already((path, kind.__name__), module, backend)
+    if isinstance(module, sdpa_redirect.Redirected):
+        return sdpa_redirect.already((path, kind.__name__), module, request.backend)
     if "forward" in vars(module):
         what = "its forward was replaced on the instance; fastattn.patch() reaches it"
         return Replacement(path, kind.__name__, False, what), None
@@ -43,7 +43,7 @@ def replace(
         reason, switched = _own_way(module, names)
         if reason is not None:
             return Replacement(path, kind.__name__, False, reason), None
-    backs = [exchange(module, sdpa_redirect.caught(kind, "forward", mode, backend))]
+    backs = [exchange(module, sdpa_redirect.redirected(kind, "forward", request.mode, request.backend))]
     if switched:
         backs.append(assign(module, "fused_attn", True))
     function = next(iter(sorted(names & sdpa_redirect.CALLS)))

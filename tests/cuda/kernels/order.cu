@@ -12,7 +12,8 @@ __global__ void order_kernel(const ForwardArgs a, int32_t* rows) {
   int32_t program = blockIdx.x;
   for (int32_t round = 0; program < a.programs; ++round) {
     const Place place = place_of<BLOCK_M>(a, program);
-    const int32_t row[6] = {static_cast<int32_t>(blockIdx.x), round, place.batch, place.head, place.q_first, place.split};
+    const int32_t row[6] = {
+        static_cast<int32_t>(blockIdx.x), round, place.batch, place.head, place.q_first, place.split};
     for (int n = 0; n < 6; ++n) rows[6 * program + n] = row[n];
     program = next_program<kPlain>(a, program, round);
   }
@@ -23,7 +24,7 @@ __global__ void order_kernel(const ForwardArgs a, int32_t* rows) {
 
 extern "C" __attribute__((visibility("default"))) const char* order(int32_t blocks, int32_t batch, int32_t num_kv_heads,
                                                                     int32_t group, int32_t q_tiles, int32_t splits,
-                                                                    int32_t section, int32_t* rows) {
+                                                                    int32_t l2_group, int32_t* rows) {
   using namespace fastattn::cuda;
   ForwardArgs a{};
   a.batch = batch;
@@ -33,7 +34,7 @@ extern "C" __attribute__((visibility("default"))) const char* order(int32_t bloc
   a.tile_rows = BLOCK_M;
   a.q_tiles = q_tiles;
   a.splits = splits;
-  a.section = section;
+  a.l2_group = l2_group;
   a.programs = batch * num_kv_heads * group * q_tiles * splits;
   a.blocks = blocks;
   fastattn::arch::Launch how;

@@ -83,11 +83,11 @@ def models():
 def inspect():
     """Without Triton or a compiled library: the fields of what is written."""
     from fastattn.cli.inspect_cuda import Row
-    from fastattn.kernels.inspect.compile import Compiled, Loop, Problem
+    from fastattn.kernels.inspect.compile import Compiled, CompileJob, Loop
 
     return [
         *(f"[].{name}" for name in fields(Compiled, "broken")),
-        *(f"[].problem.{name}" for name in fields(Problem)), *(f"[].loops[].{name}" for name in fields(Loop)),
+        *(f"[].problem.{name}" for name in fields(CompileJob)), *(f"[].loops[].{name}" for name in fields(Loop)),
         *(f"--cuda [].{name}" for name in fields(Row, "broken")),
     ]  # fmt: skip
 

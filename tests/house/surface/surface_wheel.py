@@ -15,6 +15,9 @@ RENAMED = {
     "fastattn/csrc/cpu/dispatch.h": "fastattn/csrc/cpu/room.h",
     "fastattn/csrc/cuda/dispatch.cu": "fastattn/csrc/cuda/room.cu",
     "fastattn/csrc/cuda/dispatch.h": "fastattn/csrc/cuda/room.h",
+    "fastattn/csrc/cpu/decode.h": "fastattn/csrc/cpu/narrow.h",
+    "fastattn/csrc/cpu/decode_half.h": "fastattn/csrc/cpu/narrow_half.h",
+    "fastattn/csrc/cpu/decode_rows.h": "fastattn/csrc/cpu/narrow_rows.h",
 }
 """C++ files that have another name than when the list was written: new name -> name in the list."""
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"

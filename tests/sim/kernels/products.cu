@@ -94,27 +94,16 @@ const char* multiply_of(int is_bf16, int form, const void* a, const void* b, voi
 // both in shared memory, and 5, A in registers, B K-major.
 EXPORT run_products(int n, int is_bf16, int form, const void* a, const void* b, void* d) {
   switch (n) {
-    case 64:
-      return multiply_of<64>(is_bf16, form, a, b, d);
-    case 80:
-      return multiply_of<80>(is_bf16, form, a, b, d);
-    case 96:
-      return multiply_of<96>(is_bf16, form, a, b, d);
-    case 112:
-      return multiply_of<112>(is_bf16, form, a, b, d);
-    case 128:
-      return multiply_of<128>(is_bf16, form, a, b, d);
-    case 144:
-      return multiply_of<144>(is_bf16, form, a, b, d);
-    case 160:
-      return multiply_of<160>(is_bf16, form, a, b, d);
-    case 176:
-      return multiply_of<176>(is_bf16, form, a, b, d);
-    case 192:
-      return multiply_of<192>(is_bf16, form, a, b, d);
-    case 256:
-      return multiply_of<256>(is_bf16, form, a, b, d);
-    default:
-      return "no wgmma of this N";
+    case 64: return multiply_of<64>(is_bf16, form, a, b, d);
+    case 80: return multiply_of<80>(is_bf16, form, a, b, d);
+    case 96: return multiply_of<96>(is_bf16, form, a, b, d);
+    case 112: return multiply_of<112>(is_bf16, form, a, b, d);
+    case 128: return multiply_of<128>(is_bf16, form, a, b, d);
+    case 144: return multiply_of<144>(is_bf16, form, a, b, d);
+    case 160: return multiply_of<160>(is_bf16, form, a, b, d);
+    case 176: return multiply_of<176>(is_bf16, form, a, b, d);
+    case 192: return multiply_of<192>(is_bf16, form, a, b, d);
+    case 256: return multiply_of<256>(is_bf16, form, a, b, d);
+    default: return "no wgmma of this N";
   }
 }

@@ -1,5 +1,5 @@
 // From a problem to launches: how it is cut, what the kernels are told, which of them run.
-#include "room.h"
+#include "dispatch.h"
 
 #include <cmath>
 #include <cstdio>
@@ -9,14 +9,14 @@
 namespace fastattn::cuda {
 namespace {
 
-constexpr int64_t kCacheBytes = 32 << 20;  // of L2 for the keys and values of a section
+constexpr int64_t kCacheBytes = 32 << 20;  // of L2 for the keys and values of an L2 group
 constexpr double kBusy = 0.8;              // share of the multiprocessors that makes splitting not worth its merge
 constexpr double kNearBest = 0.85;
-constexpr int64_t kLeastTiles = 4;         // of keys, below which they are not split
+constexpr int64_t kLeastTiles = 4;  // of keys, below which they are not split
 constexpr int32_t kMostSplits = 128;
-constexpr float kWideCap = 1e30f;          // a cap above it bends no score
-constexpr int64_t kSectorFloats = 8;       // 32 bytes: what memory is written in
-constexpr int64_t kRowBytes = 16;          // what TMA wants addresses and strides to be multiples of
+constexpr float kWideCap = 1e30f;     // a cap above it bends no score
+constexpr int64_t kSectorFloats = 8;  // 32 bytes: what memory is written in
+constexpr int64_t kRowBytes = 16;     // what TMA wants addresses and strides to be multiples of
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
@@ -29,9 +29,10 @@ const char* refuse(const char* what, const char* why, const Request& request) {
   std::snprintf(said, sizeof said,
                 "%s: %s (device %d, %s, kind %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
                 "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
-                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.kind, request.splits,
-                number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len), number(p.kv_len),
-                number(p.head_dim), number(p.head_dim_v), number(p.key.blocks ? p.key.block_size : 0));
+                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.variant,
+                request.splits, number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len),
+                number(p.kv_len), number(p.head_dim), number(p.head_dim_v),
+                number(p.key.blocks ? p.key.block_size : 0));
   return said;
 }
 
@@ -51,7 +52,8 @@ int32_t choose_splits(int64_t tiles, int64_t key_tiles, int32_t multiprocessors)
   return static_cast<int32_t>(splits);
 }
 
-// A tensor in boxes of 64 columns; `step` gets 0 for each of batch (or blocks) and heads that repeats. Null, or why not.
+// A tensor in boxes of 64 columns; `step` gets 0 for each of batch (or blocks) and heads that repeats. Null, or why
+// not.
 const char* describe(arch::TensorMap* map, const Table& table, int64_t columns, int64_t rows, int64_t heads,
                      int64_t batch, int32_t box_rows, int32_t (&step)[2]) {
   arch::TensorShape shape;
@@ -93,19 +95,19 @@ const char* describe_queries(ForwardArgs& a, const Params& p) {
 
 bool is_near(const Column& column) { return column.stride * 8 <= INT32_MAX && column.stride * 8 >= INT32_MIN; }
 
-Interval interval_of(const MaskLeaf& leaf) {
+Interval interval_of(const MaskTerm& term) {
   Interval interval{};
-  if (leaf.kind == kBand) {
-    interval.low = static_cast<int32_t>(leaf.low);
-    interval.high = static_cast<int32_t>(leaf.high);
-    const Column* columns[3] = {&leaf.offset, &leaf.first, &leaf.end};
+  if (term.kind == kBand) {
+    interval.low = static_cast<int32_t>(term.low);
+    interval.high = static_cast<int32_t>(term.high);
+    const Column* columns[3] = {&term.offset, &term.first, &term.end};
     for (int n = 0; n < 3; ++n)
       interval.column[n] = {static_cast<const char*>(columns[n]->data),
                             static_cast<int32_t>(columns[n]->stride * (columns[n]->wide ? 8 : 4)), columns[n]->wide};
   } else {
-    interval.start = leaf.start;
-    interval.stop = leaf.stop;
-    for (int axis = 0; axis < 3; ++axis) interval.stride[axis] = leaf.stride[axis];
+    interval.start = term.start;
+    interval.stop = term.stop;
+    for (int axis = 0; axis < 3; ++axis) interval.stride[axis] = term.stride[axis];
   }
   return interval;
 }
@@ -114,26 +116,25 @@ const char* take_mask(ForwardArgs& a, const Request& request) {
   const MaskProgram& mask = request.problem.mask;
   a.listed = request.lists.counts != nullptr;
   if (a.listed) {
-    if (mask.leaves > kMostProgramLeaves || mask.words > kMostProgramWords) return "the mask has too many leaves";
+    if (mask.terms > kMostProgramTerms || mask.words > kMostProgramWords) return "the mask has too many terms";
     a.lists = request.lists;
     a.program.words = mask.words;
     for (int n = 0; n < mask.words; ++n) a.program.word[n] = mask.word[n];
-    for (int n = 0; n < mask.leaves; ++n) a.program.leaf[n] = mask.leaf[n];
+    for (int n = 0; n < mask.terms; ++n) a.program.term[n] = mask.term[n];
     return nullptr;
   }
-  a.terms = mask.leaves;
-  if (mask.leaves > 2 || (mask.leaves == 2 && mask.word[2] != kOr))
-    return "the mask is not one or two intervals a query";
-  for (int n = 0; n < mask.leaves; ++n) {
-    if (mask.leaf[n].kind != kInterval && mask.leaf[n].kind != kBand) return "the mask has no intervals";
-    if (!is_near(mask.leaf[n].offset) || !is_near(mask.leaf[n].first) || !is_near(mask.leaf[n].end))
+  a.terms = mask.terms;
+  if (mask.terms > 2 || (mask.terms == 2 && mask.word[2] != kOr)) return "the mask is not one or two intervals a query";
+  for (int n = 0; n < mask.terms; ++n) {
+    if (mask.term[n].kind != kInterval && mask.term[n].kind != kBand) return "the mask has no intervals";
+    if (!is_near(mask.term[n].offset) || !is_near(mask.term[n].first) || !is_near(mask.term[n].end))
       return "the mask's numbers of each batch item lie too far apart";
-    a.interval[n] = interval_of(mask.leaf[n]);
+    a.interval[n] = interval_of(mask.term[n]);
   }
-  if (mask.leaves == 0 && request.kind != kPlain) {  // everything, as an interval
+  if (mask.terms == 0 && request.variant != kPlain) {  // everything, as an interval
     a.terms = 1;
-    a.interval[0].low = -kFar;
-    a.interval[0].high = kFar;
+    a.interval[0].low = -kUnbounded;
+    a.interval[0].high = kUnbounded;
   }
   return nullptr;
 }
@@ -157,9 +158,9 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   if (programs > INT32_MAX / 2) return "there are too many tiles";
   a.programs = static_cast<int32_t>(programs);
   const int64_t bytes = 2 * p.kv_len * (p.head_dim + p.head_dim_v), fit = kCacheBytes / bytes;
-  const int64_t section = (fit < 1 ? 1 : fit) * a.unit_heads;
-  a.section = static_cast<int32_t>(section < units ? section : units);
-  const bool natural = request.kind == kEverything;
+  const int64_t l2_group = (fit < 1 ? 1 : fit) * a.unit_heads;
+  a.l2_group = static_cast<int32_t>(l2_group < units ? l2_group : units);
+  const bool natural = request.variant == kGeneral;
   a.scale = p.scale;
   a.factor = natural ? kLog2e : p.scale * kLog2e;
   a.lowest = natural ? -kLargest : fmaxf(-kLargest, -kLargestPower / a.factor);
@@ -188,7 +189,7 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   int64_t rows = p.kv_len, items = p.batch;
   int32_t box_rows = cut.tile.block_n;
   if (p.key.blocks) {
-    if (request.kind == kPlain) return "keys in blocks have another kind of kernel";
+    if (request.variant == kPlain) return "keys in blocks have another kind of kernel";
     rows = p.key.block_size;
     items = p.key.block_count;
     if (rows > INT32_MAX || items > INT32_MAX) return "a block is too long, or they are too many";
@@ -200,24 +201,24 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
 }
 
 template <class T>
-const char* launch_width(int32_t width, Kind kind, const ForwardArgs& args, const arch::Launch& how) {
+const char* launch_width(int32_t width, KernelVariant variant, const ForwardArgs& args, const arch::Launch& how) {
   switch (width) {
-    case 0: return launch_forward<T, 64, 64>(kind, args, how);
-    case 1: return launch_forward<T, 96, 96>(kind, args, how);
-    case 2: return launch_forward<T, 128, 128>(kind, args, how);
-    case 3: return launch_forward<T, 192, 128>(kind, args, how);
-    case 4: return launch_forward<T, 192, 192>(kind, args, how);
-    default: return launch_forward<T, 256, 256>(kind, args, how);
+    case 0: return launch_forward<T, 64, 64>(variant, args, how);
+    case 1: return launch_forward<T, 96, 96>(variant, args, how);
+    case 2: return launch_forward<T, 128, 128>(variant, args, how);
+    case 3: return launch_forward<T, 192, 128>(variant, args, how);
+    case 4: return launch_forward<T, 192, 192>(variant, args, how);
+    default: return launch_forward<T, 256, 256>(variant, args, how);
   }
 }
 
 }  // namespace
 
-Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
+Plan plan(const Params& p, KernelVariant variant, bool by_head, int32_t multiprocessors) {
   Plan cut{};
   cut.width = width_index(p.head_dim, p.head_dim_v);
   if (cut.width < 0) return cut;
-  cut.tile = tile_size(kWidths[cut.width][0], kWidths[cut.width][1], kind);
+  cut.tile = tile_size(kWidths[cut.width][0], kWidths[cut.width][1], variant);
   cut.part_step = static_cast<int32_t>(ceil_div(p.head_dim_v, kSectorFloats) * kSectorFloats);
   cut.tile_heads = 1;
   cut.tile_rows = cut.tile.block_m;
@@ -229,7 +230,7 @@ Plan plan(const Params& p, Kind kind, bool by_head, int32_t multiprocessors) {
   const int64_t units = p.batch * p.num_kv_heads * ceil_div(p.group, cut.tile_heads);
   const int64_t tiles = units * ceil_div(p.q_len, cut.tile_rows);
   cut.splits = choose_splits(tiles, ceil_div(p.kv_len, cut.tile.block_n), multiprocessors);
-  cut.counts = kind != kPlain && tiles * cut.splits > multiprocessors;
+  cut.counts = variant != kPlain && tiles * cut.splits > multiprocessors;
   return cut;
 }
 
@@ -243,21 +244,21 @@ const char* forward(const Request& request) {
   if (p.kv_len == 0) return refuse("the CUDA forward", "there are no keys", request);
   const bool listed = request.lists.counts != nullptr;
   bool by_head = listed;
-  for (int n = 0; n < p.mask.leaves; ++n) by_head = by_head || p.mask.leaf[n].stride[1] != 0;
+  for (int n = 0; n < p.mask.terms; ++n) by_head = by_head || p.mask.term[n].stride[1] != 0;
   const int32_t here = multiprocessors(request.device);
   if (here < 1) return refuse("the CUDA forward", "the device names no multiprocessors", request);
-  const Plan cut = plan(p, request.kind, by_head, here);
+  const Plan cut = plan(p, request.variant, by_head, here);
   if (cut.width < 0) return refuse("the CUDA forward", "no kernel is that wide", request);
   ForwardArgs args{};
   if (const char* why = fill(args, request, cut)) return refuse("the CUDA forward", why, request);
   arch::Launch how;
   // Tiles that may differ and have no counter get a block each, whatever number of blocks the caller planned for.
-  const bool alone = request.kind != kPlain && !args.taken;
+  const bool alone = request.variant != kPlain && !args.taken;
   args.blocks = args.programs < here || alone ? args.programs : here;
   how.grid = dim3(args.blocks);
   how.stream = request.stream;
-  const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.kind, args, how)
-                                         : launch_width<arch::f16>(cut.width, request.kind, args, how);
+  const char* why = p.dtype == kBFloat16 ? launch_width<arch::bf16>(cut.width, request.variant, args, how)
+                                         : launch_width<arch::f16>(cut.width, request.variant, args, how);
   if (why) return refuse("the CUDA forward", why, request);
   if (request.splits == 1) return nullptr;
   MergeArgs merged{};
@@ -312,7 +313,7 @@ int32_t multiprocessors(int32_t device) {
 
 // For the host's side in Python: block_m, block_n, splits, whether a counter is wanted and part_step into `cut`; 1
 // where there is such a kernel, else 0.
-FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32_t by_head, int32_t multiprocessors,
+FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t variant, int32_t by_head, int32_t multiprocessors,
                                        int32_t* cut) {
   fastattn::Params p;
   p.batch = sizes[0];
@@ -324,7 +325,7 @@ FASTATTN_EXPORT int fastattn_cuda_plan(const int64_t* sizes, int32_t kind, int32
   p.head_dim = sizes[5];
   p.head_dim_v = sizes[6];
   const fastattn::cuda::Plan plan =
-      fastattn::cuda::plan(p, static_cast<fastattn::cuda::Kind>(kind), by_head != 0, multiprocessors);
+      fastattn::cuda::plan(p, static_cast<fastattn::cuda::KernelVariant>(variant), by_head != 0, multiprocessors);
   cut[0] = plan.tile.block_m;
   cut[1] = plan.tile.block_n;
   cut[2] = plan.splits;

@@ -201,13 +201,13 @@ def splits_of(spec: AttnSpec, row: TileConfig, target: str, programs: int) -> in
     """
     if programs > 0.8 * PROCESSORS[target]:
         return 1
-    room = 2 * PROCESSORS[target] // max(programs, 1)
-    return max(1, min(room, spec.kv_len // (4 * row.block_n)))
+    most = 2 * PROCESSORS[target] // max(programs, 1)
+    return max(1, min(most, spec.kv_len // (4 * row.block_n)))
 
 
 def stages_of(spec: AttnSpec, row: TileConfig, tables: int) -> int:
     """How many tiles a walk has under way: the row's number, or what tables of [q_len, kv_len], read tile by tile
-    beside keys and values, leave room for. Pure.
+    beside keys and values, leave space for. Pure.
     """
     if not tables:
         return row.num_stages
@@ -223,8 +223,8 @@ def shared_limit(row: TileConfig, target: str) -> int:
     return WIDE_FLOAT32[1] if wide else SHARED_BYTES[target]
 
 
-def section_of(spec: AttnSpec, length: int) -> int:
-    """How many heads run side by side, tile by tile: as many as share the cache with `length` tokens. Pure."""
+def l2_group_of(spec: AttnSpec, length: int) -> int:
+    """How many heads run side by side, tile by tile: as many as share the L2 cache with `length` tokens. Pure."""
     bytes_of_head = length * (spec.head_dim + spec.head_dim_v) * spec.dtype.itemsize
     return max(1, L2_BYTES // max(bytes_of_head, 1))
 

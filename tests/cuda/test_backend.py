@@ -1,4 +1,4 @@
-"""The CUDA room's door: where it stands on machines with and without a GPU, nvcc or a Hopper chip."""
+"""The CUDA backend's adapter: where it stands on machines with and without a GPU, nvcc or a Hopper chip."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def hopper(chip, monkeypatch):
 
 @pytest.fixture
 def chip(monkeypatch):
-    """A GPU of a compute capability, as far as the room can see, and a library that could be built."""
+    """A GPU of a compute capability, as far as the backend can see, and a library that could be built."""
 
     def put(*capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -64,10 +64,10 @@ def chip(monkeypatch):
     cuda._device_reason.cache_clear()
 
 
-def test_on_a_machine_without_a_gpu_the_room_says_so():
+def test_on_a_machine_without_a_gpu_the_backend_says_so():
     reasons = explain(TENSOR, TENSOR, TENSOR).reasons
     assert list(reasons)[:2] == ["cpu", "cuda"]
-    assert reasons["cuda"] == "the tensors are on cpu, and this room runs on NVIDIA GPUs"
+    assert reasons["cuda"] == "the tensors are on cpu, and this backend runs on NVIDIA GPUs"
     with pytest.raises(BackendUnavailable, match="backend 'cuda' cannot run this call: the tensors are on cpu"):
         attention(TENSOR, TENSOR, TENSOR, backend="cuda")
 
@@ -178,7 +178,7 @@ def test_what_is_copied_is_said_of_the_tensors_at_hand(name):
 
 
 MANY = Dense(torch.ones(16, 16, dtype=torch.bool))
-for _ in range(cuda.MOST_LEAVES):
+for _ in range(cuda.MOST_TERMS):
     MANY = MANY & Dense(torch.ones(16, 16, dtype=torch.bool))
 REFUSED = {
     "float32": (spec_of(TENSOR.float()), "torch.float32 has no kernel; float16 and bfloat16 have"),
@@ -295,7 +295,7 @@ def test_a_build_that_is_forbidden_is_not_started(fake, monkeypatch):
     assert "FASTATTN_BUILD=never forbids it" in LIBRARY.why_not()
 
 
-def test_the_rooms_do_not_share_a_key():
+def test_the_backends_do_not_share_a_key():
     """Nobody's CPU library is built again for a change of a CUDA kernel."""
     assert compiler.source_digest("cpu") != compiler.source_digest("cuda")
     root = compiler.sources()
@@ -309,7 +309,7 @@ def test_widths_are_those_of_the_tile_table():
     assert eval(table.replace("{", "(").replace("}", ")")) == nvcc.WIDTHS
 
 
-KINDS = {
+VARIANTS = {
     "plain": (None, cuda.PLAIN, False),
     "full": (Full(), cuda.PLAIN, False),
     "causal": (Causal(), cuda.MASKED, False),
@@ -319,18 +319,18 @@ KINDS = {
     "lengths": (Lengths(torch.tensor([9])), cuda.MASKED, True),
     "chunked": (Chunked(4), cuda.MASKED, True),
     "two-intervals": (Window(3, 0) | Lengths(torch.tensor([2])), cuda.MASKED, True),
-    "table": (Dense(torch.ones(16, 16, dtype=torch.bool)), cuda.EVERYTHING, True),
-    "scattered": (Segments(torch.arange(16)[None] % 3), cuda.EVERYTHING, True),
+    "table": (Dense(torch.ones(16, 16, dtype=torch.bool)), cuda.GENERAL, True),
+    "scattered": (Segments(torch.arange(16)[None] % 3), cuda.GENERAL, True),
     "sorted": (Segments(torch.arange(16)[None] // 5, sorted=True), cuda.MASKED, True),
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_mask_gets_the_leanest_kernel_that_can(name):
-    mask, kind, hides = KINDS[name]
-    problem = cuda._problem(spec_of(mask=mask))
-    assert (problem.kind, problem.hides) == (kind, hides)
-    assert cuda.kernel_name(spec_of(mask=mask)).endswith(f"({cuda.KINDS[kind]})")
+    mask, variant, hides = VARIANTS[name]
+    launch = cuda._launch(spec_of(mask=mask))
+    assert (launch.variant, launch.hides) == (variant, hides)
+    assert cuda.kernel_name(spec_of(mask=mask)).endswith(f"({cuda.VARIANTS[variant]})")
 
 
 def test_more_intervals_than_a_kernel_takes_are_refused_before_a_run():

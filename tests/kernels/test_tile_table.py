@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from fastattn import dispatch
-from fastattn.kernels.host.configs import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, WIDE_FLOAT32, pick, target_of
+from fastattn.kernels.host.tile_table import ANCESTORS, MAX_HEAD_DIM, PASSES, TABLE, WIDE_FLOAT32, pick, target_of
 from fastattn.masks import Causal, Dense, Lengths
 from fastattn.spec import AttnInputs, AttnSpec
 
@@ -62,7 +62,7 @@ def test_what_a_problem_carries_chooses_smaller_tiles():
     assert pick(AttnSpec.of(AttnInputs(*tensors), mask=masks[2]), "merge", "sm90").load == 0
 
 
-def test_the_door_knows_the_tables_limits():
+def test_the_adapter_knows_the_tables_limits():
     """It names them itself, so that a refusal does not import triton."""
-    door = dispatch.room("triton")
-    assert (door.MAX_HEAD_DIM, door.WIDE_FLOAT32) == (MAX_HEAD_DIM, WIDE_FLOAT32)
+    adapter = dispatch.load("triton")
+    assert (adapter.MAX_HEAD_DIM, adapter.WIDE_FLOAT32) == (MAX_HEAD_DIM, WIDE_FLOAT32)

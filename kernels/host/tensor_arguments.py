@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.host.kernel_variant import wide
-from fastattn.kernels.tiling.opaque_int import veil, veiled
+from fastattn.kernels.tiling.opaque_int import opaque, opaque_strides
 
 TMA_BYTES = 16
 """What the copy engine wants addresses and strides to be multiples of (CUDA driver API, cuTensorMapEncodeTiled)."""
@@ -43,7 +43,7 @@ class Box:
         return TensorDescriptor(tensor, list(self.shape), list(self.steps), list(self.block))
 
 
-def operands(
+def tensor_arguments(
     descriptors: bool,
     moved: dict[str, tuple[Tensor, int | None]],
     strided: dict[str, Tensor | None],
@@ -83,7 +83,7 @@ def _in_blocks(pool: Tensor, table: Tensor) -> tuple:
     its row's step, a block's length, how many blocks there are.
     """
     blocks, _, size, _ = pool.shape
-    return _strides(pool), Pointer("table"), veil(block_table(table).stride(0)), veil(size), veil(blocks)
+    return _strides(pool), Pointer("table"), opaque(block_table(table).stride(0)), opaque(size), opaque(blocks)
 
 
 def block_table(table: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def block_table(table: Tensor) -> Tensor:
 
 def _strides(tensor: Tensor) -> tuple:
     """Those of [batch, heads, length] have steps that 16 divides."""
-    return veiled(tensor.stride()) if tensor.dim() == 4 else tensor.stride()
+    return opaque_strides(tensor.stride()) if tensor.dim() == 4 else tensor.stride()
 
 
 def movable(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from fastattn.kernels.host.operands import Box, Pointer
+from fastattn.kernels.host.tensor_arguments import Box, Pointer
 
 MAP_BYTES = 128
 """Of a CUtensorMap, and what its own address is a multiple of in a PyCUtensorMap (Triton's driver.c)."""
@@ -126,8 +126,8 @@ def pack(compiled: Any, programs: int, planned: tuple, bound: tuple) -> PackedLa
     if library is None or ptx is None:
         return None
     descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
-    kinds = tuple(compiled.src.signature.values())[: len(planned)]  # the rest are constants
-    found = list(_parts(kinds, planned, bound, descriptors))
+    types = tuple(compiled.src.signature.values())[: len(planned)]  # the rest are constants
+    found = list(_parts(types, planned, bound, descriptors))
     parts = [each for each in found if each is not None]
     if len(parts) < len(found):
         return None
@@ -143,22 +143,22 @@ def declared(ptx: str) -> list[int]:
     return [int(bits) // 8 * int(count or 1) for bits, count in DECLARED.findall(parameters)]
 
 
-def _parts(kind: Any, planned: Any, given: Any, descriptors: Iterator[dict[str, Any]]) -> Iterator[Part | None]:
+def _parts(type_: Any, planned: Any, given: Any, descriptors: Iterator[dict[str, Any]]) -> Iterator[Part | None]:
     """The parameters that an argument of a type, as Triton names it, becomes; None is one that is not known here."""
-    if isinstance(kind, tuple):
-        for each in zip(kind, planned, given, strict=True):
+    if isinstance(type_, tuple):
+        for each in zip(type_, planned, given, strict=True):
             yield from _parts(*each, descriptors)
-    elif kind == "constexpr":
+    elif type_ == "constexpr":
         return
-    elif kind.startswith("*") and isinstance(planned, Pointer):
+    elif type_.startswith("*") and isinstance(planned, Pointer):
         yield Part(bytes(8), planned.name)
-    elif kind.startswith("tensordesc") and isinstance(planned, Box):
+    elif type_.startswith("tensordesc") and isinstance(planned, Box):
         data = _tensor_map(given, next(descriptors, None))
         yield None if data is None else Part(data, planned.name)
         yield from (Part(struct.pack("i", each)) for each in given.shape)
         yield from (Part(struct.pack("q", each)) for each in given.strides)
-    elif kind in NUMBERS:
-        yield Part(struct.pack(NUMBERS[kind], given))
+    elif type_ in NUMBERS:
+        yield Part(struct.pack(NUMBERS[type_], given))
     else:
         yield None
 

@@ -1,6 +1,6 @@
 """The spec's mask as a kernel takes it: which rules, how they combine, what they read, and what is walked.
 
-A mask is a tree of leaves under `&` and `|`. Its leaves become rules (masks.RULES), the tree a postfix program over
+A mask is a tree of atoms under `&` and `|`. Its atoms become rules (masks.RULES), the tree a postfix program over
 them. For the walk the tree is also written as an OR of ANDs: where that has at most two terms and every rule has spans,
 kernels walk the terms' spans, in closed form; else block lists, made on the tensors' device, without a host sync.
 """
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastattn.kernels.rules.masks import AND, FAR, OR, RULES
-from fastattn.kernels.tiling.opaque_int import veil, veiled
+from fastattn.kernels.rules.masks import AND, OR, RULES, UNBOUNDED
+from fastattn.kernels.tiling.opaque_int import opaque, opaque_strides
 from fastattn.spec import AttnSpec
 
 MOST_TERMS = 2
 
 
-class Lowered(NamedTuple):
-    """A mask's part of a kernel's kind, and its arguments."""
+class LoweredMask(NamedTuple):
+    """A mask's part of a kernel's variant, and its arguments."""
 
     rules: tuple[str, ...]  # in masks.RULES
     program: tuple[int, ...]
@@ -31,7 +31,7 @@ class Lowered(NamedTuple):
     args: tuple
 
 
-def lower(spec: AttnSpec) -> Lowered:
+def lower(spec: AttnSpec) -> LoweredMask:
     """The rules, program, terms and arguments of the spec's mask."""
     names: list[str] = []
     args: list[tuple] = []
@@ -57,7 +57,7 @@ def lower(spec: AttnSpec) -> Lowered:
     mask = _without_full(spec.mask)
     terms = [()] if _is_full(mask) else visit(mask)
     spans = len(terms) <= MOST_TERMS and all(RULES[name].kv_span is not None for name in names)
-    return Lowered(
+    return LoweredMask(
         tuple(names),
         tuple(program),
         tuple(terms) if spans else (),
@@ -91,16 +91,16 @@ def _hides(names: list[str], args: list[tuple], spec: AttnSpec) -> bool:
         return True
     if any(offsets is not None for _, _, offsets in args):
         return True
-    # Veiled numbers keep their order.
-    low = max((each for each, _, _ in args if each is not None), default=veil(-FAR.value))
-    high = min((each for _, each, _ in args if each is not None), default=veil(FAR.value))
-    corner = veil(spec.kv_len - spec.q_len)
-    return not (low <= min(veil(0), corner) and high >= max(veil(0), corner))
+    # Opaque numbers keep their order.
+    low = max((each for each, _, _ in args if each is not None), default=opaque(-UNBOUNDED.value))
+    high = min((each for _, each, _ in args if each is not None), default=opaque(UNBOUNDED.value))
+    corner = opaque(spec.kv_len - spec.q_len)
+    return not (low <= min(opaque(0), corner) and high >= max(opaque(0), corner))
 
 
 def _by_head(names: list[str], args: list[tuple]) -> bool:
     """The strides of heads are 0 where one table serves all."""
-    strides = {"Rows": lambda of: of[3][1] != veil(0), "Dense": lambda of: of[0].stride(1) != 0}
+    strides = {"Rows": lambda of: of[3][1] != opaque(0), "Dense": lambda of: of[0].stride(1) != 0}
     return any(strides[name](each) for name, each in zip(names, args, strict=True) if name in strides)
 
 
@@ -130,8 +130,8 @@ def _block_lists(spec: AttnSpec, block_m: int, block_n: int, mirror: bool) -> Li
     return Lists(
         counts,
         lists.tiles,
-        tuple(map(veil, (steps[0] * heads * rows, steps[1] * rows, batch * heads * rows))),
-        tuple(map(veil, (steps[0] * heads * rows * others, steps[1] * rows * others))),
+        tuple(map(opaque, (steps[0] * heads * rows, steps[1] * rows, batch * heads * rows))),
+        tuple(map(opaque, (steps[0] * heads * rows * others, steps[1] * rows * others))),
     )
 
 
@@ -172,7 +172,7 @@ def _placed(mask: Any, spec: AttnSpec, left: int | None, right: int | None) -> t
     """low, high, offsets [batch] or None. A fixed offset is in the bounds already."""
     at, offsets = _offset(mask, spec)
     low, high = None if left is None else near(at - left), None if right is None else near(at + right)
-    return *(None if bound is None else veil(bound) for bound in (low, high)), offsets
+    return *(None if bound is None else opaque(bound) for bound in (low, high)), offsets
 
 
 def _offset(mask: Any, spec: AttnSpec) -> tuple[int, Tensor | None]:
@@ -190,12 +190,12 @@ def _chunked(mask: Any, spec: AttnSpec) -> tuple:
     """
     at, offsets = _offset(mask, spec)
     whole, at = divmod(at, mask.size)
-    size = min(mask.size, FAR.value)
+    size = min(mask.size, UNBOUNDED.value)
     if size < mask.size:  # no key is beyond its first chunk; what matters is where the queries leave theirs
         at = max(0, size - (mask.size - at))
-    back = FAR.value if mask.left_chunks is None else near(mask.left_chunks - whole)
-    ahead = FAR.value if mask.right_chunks is None else near(mask.right_chunks + whole)
-    return *map(veil, (size, back, ahead, at)), offsets
+    back = UNBOUNDED.value if mask.left_chunks is None else near(mask.left_chunks - whole)
+    ahead = UNBOUNDED.value if mask.right_chunks is None else near(mask.right_chunks + whole)
+    return *map(opaque, (size, back, ahead, at)), offsets
 
 
 def _rows(mask: Any, spec: AttnSpec) -> tuple:
@@ -223,7 +223,7 @@ def _row_table(mask: Any, spec: AttnSpec) -> tuple:
     bounds = torch.stack([torch.searchsorted(edge.contiguous(), keys, right=True) for edge in edges], 2)
     start, stop, bounds = (each.to(torch.int32).contiguous() for each in (start, stop, bounds))
     steps = (heads if batch > 1 else 0), (1 if heads > 1 else 0)
-    rows, keys = (tuple(veil(n * length) for n in steps) for length in (spec.q_len, 4 * spec.kv_len))
+    rows, keys = (tuple(opaque(n * length) for n in steps) for length in (spec.q_len, 4 * spec.kv_len))
     return start, stop, bounds, rows, keys
 
 
@@ -234,13 +234,13 @@ def _least_after(rows: Tensor) -> Tensor:
 def _segments(mask: Any, spec: AttnSpec) -> tuple:
     """ids of queries and keys, their batch strides."""
     queries, keys = mask.q_ids.contiguous(), mask.key_ids.contiguous()
-    return queries, keys, *(veil(0 if each.shape[0] == 1 else each.shape[1]) for each in (queries, keys))
+    return queries, keys, *(opaque(0 if each.shape[0] == 1 else each.shape[1]) for each in (queries, keys))
 
 
 def _dense(mask: Any, spec: AttnSpec) -> tuple:
     """The table's bytes; its strides over [batch, num_heads, q_len, kv_len]."""
     table = mask.table.expand(spec.batch, spec.num_heads, spec.q_len, spec.kv_len).view(torch.uint8)
-    return table, veiled(table.stride())
+    return table, opaque_strides(table.stride())
 
 
 ARGUMENTS = {
@@ -258,8 +258,8 @@ ARGUMENTS = {
 
 
 def near(number: int) -> int:
-    """A position or size no farther away than FAR, which is beyond every length."""
-    return max(-FAR.value, min(FAR.value, number))
+    """A position or size no farther away than UNBOUNDED, which is beyond every length."""
+    return max(-UNBOUNDED.value, min(UNBOUNDED.value, number))
 
 
 def _per_batch(tensor: Tensor | None, spec: AttnSpec) -> Tensor | None:

@@ -1,5 +1,5 @@
 // Which instruction set runs a problem.
-#include "room.h"
+#include "dispatch.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -35,13 +35,13 @@ namespace {
 
 using Pass = const char* (*)(const Params&);
 
-struct Room {
+struct InstructionSet {
   const char* name;
   Pass forward, backward, weights;
   bool here;
 };
 
-#define FASTATTN_ROOM(name, isa, here) {name, isa::forward, isa::backward, isa::weights, here}
+#define FASTATTN_ENTRY(name, isa, here) {name, isa::forward, isa::backward, isa::weights, here}
 
 #if defined(__x86_64__)
 // AMX with bfloat16: the processor has it, the system saves its tiles, and lets this process use them.
@@ -63,30 +63,31 @@ bool has_tiles() {
 #endif
 
 // Worst first. Two share a name: a machine has the better one or not.
-const Room* rooms(int* count) {
+const InstructionSet* instruction_sets(int* count) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const bool has_amx = has_bf16 && has_tiles();
-  static const Room all[] = {FASTATTN_ROOM("generic", generic, true), FASTATTN_ROOM("avx2", avx2, has_avx2),
-                             FASTATTN_ROOM("avx512", avx512, has_avx512 && !has_bf16),
-                             FASTATTN_ROOM("avx512", avx512bf16, has_bf16), FASTATTN_ROOM("amx", amx, has_amx)};
+  static const InstructionSet all[] = {FASTATTN_ENTRY("generic", generic, true), FASTATTN_ENTRY("avx2", avx2, has_avx2),
+                                       FASTATTN_ENTRY("avx512", avx512, has_avx512 && !has_bf16),
+                                       FASTATTN_ENTRY("avx512", avx512bf16, has_bf16),
+                                       FASTATTN_ENTRY("amx", amx, has_amx)};
 #else
-  static const Room all[] = {FASTATTN_ROOM("generic", generic, true)};
+  static const InstructionSet all[] = {FASTATTN_ENTRY("generic", generic, true)};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
 }
 
 // Null where the one that is asked for is not here.
-const Room* chosen() {
+const InstructionSet* chosen() {
   int count;
-  const Room* all = rooms(&count);
+  const InstructionSet* all = instruction_sets(&count);
   const char* asked = std::getenv("FASTATTN_CPU_ISA");
-  const Room* best = nullptr;
+  const InstructionSet* best = nullptr;
   for (int n = 0; n < count; ++n)
     if (all[n].here && (!asked || !*asked || std::strcmp(asked, all[n].name) == 0)) best = all + n;
   return best;
@@ -115,7 +116,8 @@ struct Stack {
     void* address = nullptr;
     size_t size = 0, guard = 0;
     if (pthread_getattr_np(pthread_self(), &attributes) != 0) return;
-    if (pthread_attr_getstack(&attributes, &address, &size) == 0 && pthread_attr_getguardsize(&attributes, &guard) == 0) {
+    if (pthread_attr_getstack(&attributes, &address, &size) == 0 &&
+        pthread_attr_getguardsize(&attributes, &guard) == 0) {
       low = reinterpret_cast<uintptr_t>(address) + guard;
       high = reinterpret_cast<uintptr_t>(address) + size;
     }
@@ -127,15 +129,15 @@ struct Stack {
   }
 };
 
-const char* run(Pass Room::*pass, const Params& p) {
+const char* run(Pass InstructionSet::* pass, const Params& p) {
   if (short_of_stack())
     return "this thread has less than 32,768 bytes of stack left, which the CPU kernels may take; give it more "
            "(threading.stack_size), or call from another thread";
-  const Room* room = chosen();
-  if (!room)
+  const InstructionSet* set = chosen();
+  if (!set)
     return "FASTATTN_CPU_ISA: it must name an instruction set that this machine has (generic, and on x86-64 avx2, "
            "avx512, amx), or be empty for the best one";
-  return p.softcap > kWideCap ? uncapped(room->*pass, p) : (room->*pass)(p);
+  return p.softcap > kWideCap ? uncapped(set->*pass, p) : (set->*pass)(p);
 }
 
 }  // namespace
@@ -146,20 +148,20 @@ bool short_of_stack() {
   return here > stack.low && here < stack.high && here - stack.low < kStack;  // else it runs on a stack of its own
 }
 
-const char* forward(const Params& p) { return run(&Room::forward, p); }
-const char* backward(const Params& p) { return run(&Room::backward, p); }
-const char* weights(const Params& p) { return run(&Room::weights, p); }
+const char* forward(const Params& p) { return run(&InstructionSet::forward, p); }
+const char* backward(const Params& p) { return run(&InstructionSet::backward, p); }
+const char* weights(const Params& p) { return run(&InstructionSet::weights, p); }
 
 const char* isa() {
-  const Room* room = chosen();
-  return room ? room->name : "none";
+  const InstructionSet* set = chosen();
+  return set ? set->name : "none";
 }
 
 const char* isas() {
   static char names[64];
   static const bool written = [] {
     int count;
-    const Room* all = rooms(&count);
+    const InstructionSet* all = instruction_sets(&count);
     for (int n = 0; n < count; ++n) {
       if (!all[n].here) continue;
       if (*names) std::strcat(names, " ");

@@ -1,4 +1,4 @@
-"""Functions that stop and go on, decorated with a mode: on while they run, and off while others do."""
+"""Generators and coroutines decorated with a mode: on while they run, and off while others do."""
 
 from __future__ import annotations
 

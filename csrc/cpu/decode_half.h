@@ -1,7 +1,7 @@
 // The two products of a few query rows with bfloat16 keys and values, on instructions that multiply pairs of them.
 #pragma once
 
-#include "narrow_rows.h"
+#include "decode_rows.h"
 
 namespace fastattn::FASTATTN_ISA {
 

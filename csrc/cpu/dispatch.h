@@ -1,4 +1,5 @@
-// The room's doors. Each takes one problem, picks the instruction set, and gives null or a sentence on what went wrong.
+// The CPU backend's entry points. Each takes one problem, picks the instruction set, and gives null or a sentence on
+// what went wrong.
 #pragma once
 
 #include "../common/params.h"

@@ -1,5 +1,5 @@
-// A few query rows over tiles of keys: their running softmax. Numbers of pairs lie side by side, [keys][ROWS], so that a
-// vector holds several keys.
+// A few query rows over tiles of keys: their running softmax. Numbers of pairs lie side by side, [keys][ROWS], so that
+// a vector holds several keys.
 #pragma once
 
 #include "state.h"
@@ -41,9 +41,10 @@ struct RowState {
   }
 };
 
-// What pairs hold -> weights in place, with the running maximum and sum: `soften` for numbers side by side.
+// What pairs hold -> weights in place, with the running maximum and sum: `online_softmax_step` for numbers side by
+// side.
 template <int ROWS>
-INLINE void soften_rows(float* s, float factor, RowState& state, int64_t width) {
+INLINE void online_softmax_step_rows(float* s, float factor, RowState& state, int64_t width) {
   constexpr int NUMBERS = BLOCK_N * ROWS, TURN = ROWS > VL ? ROWS : VL;  // lane n of a turn is row n % ROWS
   alignas(64) float found[TURN], shift[TURN];
   for (int n = 0; n < TURN; n += VL) {
@@ -84,8 +85,8 @@ INLINE void from_lanes(const float* from, float* to) {
 // Lane n is the sum of the lanes of sums[n].
 INLINE vf totals(const vf* sums) {
 #if defined(__AVX512F__)
-  // Each round adds the halves of two vectors into one: 16, 8, 4, 2 vectors with 1, 2, 4, 8 sums in each. The order they
-  // start in is the one that the rounds undo.
+  // Each round adds the halves of two vectors into one: 16, 8, 4, 2 vectors with 1, 2, 4, 8 sums in each. The order
+  // they start in is the one that the rounds undo.
   constexpr int ORDER[VL] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
   __m512 at[VL];
 #pragma GCC unroll 16

@@ -2,13 +2,13 @@
 // once, where they lie, and lanes are head dimensions in both products. Scores are still [keys][queries].
 #pragma once
 
-#include "narrow_half.h"
+#include "decode_half.h"
 
 namespace fastattn::FASTATTN_ISA {
 
-// Not where a backward follows, which has lse_low: it sums scores as tiles do, and beside large ones another order of the
-// sums would be seen in its weights.
-INLINE bool is_narrow(const Params& p) {
+// Not where a backward follows, which has lse_low: it sums scores as tiles do, and beside large ones another order of
+// the sums would be seen in its weights.
+INLINE bool is_decode(const Params& p) {
   const bool in_one_block = !p.key.blocks || p.key.block_size % BLOCK_N == 0;
   return Unit::rows(p) <= MOST_ROWS && !p.lse_low && p.key.stride[3] == 1 && p.value.stride[3] == 1 &&
          p.head_dim % VL == 0 && p.head_dim_v % VL == 0 && in_one_block;
@@ -16,7 +16,7 @@ INLINE bool is_narrow(const Params& p) {
 
 // sum[j][r] = sum over d of key[j][d] * query[r][d], lanes not added up.
 template <class Read, int ROWS, int KEYS>
-INLINE void narrow_sums(const char* key, int64_t key_bytes, int64_t dim, const float* query, int64_t width,
+INLINE void decode_sums(const char* key, int64_t key_bytes, int64_t dim, const float* query, int64_t width,
                         vf (&sum)[KEYS][ROWS]) {
   for (int64_t d = 0; d < dim; d += VL) {
     vf row[ROWS];
@@ -31,10 +31,10 @@ INLINE void narrow_sums(const char* key, int64_t key_bytes, int64_t dim, const f
   }
 }
 
-// out[r][d] += sum over j of weights[j][r] * value[j][d], for VECTORS vectors of d and the keys with a bit in `seen`; weights [BLOCK_N][ROWS].
-// `ahead` is how much of a later row to fetch.
+// out[r][d] += sum over j of weights[j][r] * value[j][d], for VECTORS vectors of d and the keys with a bit in `seen`;
+// weights [BLOCK_N][ROWS]. `ahead` is how much of a later row to fetch.
 template <class Read, int ROWS, int VECTORS>
-INLINE void narrow_output(const char* value, int64_t value_bytes, uint64_t seen, const float* weights, float* out,
+INLINE void decode_output(const char* value, int64_t value_bytes, uint64_t seen, const float* weights, float* out,
                           int64_t width, int64_t ahead) {
   vf sum[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -58,9 +58,9 @@ INLINE void narrow_output(const char* value, int64_t value_bytes, uint64_t seen,
     for (int v = 0; v < VECTORS; ++v) store(out + r * width + v * VL, sum[r][v]);
 }
 
-struct NarrowWork {
+struct DecodeWork {
   QueryTile* tile;
-  Meeting at;
+  TilePair at;
   float *s, *lanes;  // [BLOCK_N][MOST_ROWS] side by side, [BLOCK_N][BLOCK_M]
   float* query;      // [MOST_ROWS][width]
   float* state;      // a RowState
@@ -70,7 +70,7 @@ struct NarrowWork {
   bool take(const Params& p, Scratch& from) {
     const int64_t numbers = BLOCK_N * MOST_ROWS, size = RowState::size(p);
     const int64_t queries = MOST_ROWS * padded(p.head_dim);
-    if (!from.reset(Scratch::bytes_for<QueryTile>(1) + Meeting::bytes() + 2 * Scratch::bytes_for<float>(numbers) +
+    if (!from.reset(Scratch::bytes_for<QueryTile>(1) + TilePair::bytes() + 2 * Scratch::bytes_for<float>(numbers) +
                     Scratch::bytes_for<float>(TILE) + 2 * Scratch::bytes_for<float>(queries) +
                     Scratch::bytes_for<float>(size)))
       return false;
@@ -99,7 +99,7 @@ constexpr bool IS_PAIRED<ReadBFloat16Pairs> = true;
 
 // Scores of KEYS keys.
 template <class Read, int ROWS, int KEYS>
-INLINE void narrow_scores(const Params& p, const char* key, int64_t key_bytes, NarrowWork& work, float* scores) {
+INLINE void decode_scores(const Params& p, const char* key, int64_t key_bytes, DecodeWork& work, float* scores) {
   constexpr int SUMS = KEYS * ROWS, WHOLE = SUMS > VL ? SUMS : VL;
   vf sum[WHOLE] = {};
   auto& pairs = reinterpret_cast<vf(&)[KEYS][ROWS]>(sum);
@@ -109,7 +109,7 @@ INLINE void narrow_scores(const Params& p, const char* key, int64_t key_bytes, N
     paired_sums<ROWS, KEYS>(key, key_bytes, p.head_dim, work.half, padded(p.head_dim), pairs);
   else
 #endif
-    narrow_sums<Read, ROWS, KEYS>(key, key_bytes, p.head_dim, work.query, padded(p.head_dim), pairs);
+    decode_sums<Read, ROWS, KEYS>(key, key_bytes, p.head_dim, work.query, padded(p.head_dim), pairs);
 #pragma GCC unroll 4
   for (int at = 0; at < SUMS; at += VL) {
     const vf found = totals(sum + at);
@@ -118,17 +118,17 @@ INLINE void narrow_scores(const Params& p, const char* key, int64_t key_bytes, N
 }
 
 template <class Read, int ROWS>
-INLINE void narrow_tile_scores(const Params& p, const char* key, int64_t key_bytes, int64_t count, NarrowWork& work) {
+INLINE void decode_tile_scores(const Params& p, const char* key, int64_t key_bytes, int64_t count, DecodeWork& work) {
   constexpr int KEYS = VL > ROWS ? VL / ROWS : 1;
   int64_t j = 0;
   for (; j + KEYS <= count; j += KEYS)
-    narrow_scores<Read, ROWS, KEYS>(p, key + j * key_bytes, key_bytes, work, work.s + j * ROWS);
-  for (; j < count; ++j) narrow_scores<Read, ROWS, 1>(p, key + j * key_bytes, key_bytes, work, work.s + j * ROWS);
+    decode_scores<Read, ROWS, KEYS>(p, key + j * key_bytes, key_bytes, work, work.s + j * ROWS);
+  for (; j < count; ++j) decode_scores<Read, ROWS, 1>(p, key + j * key_bytes, key_bytes, work, work.s + j * ROWS);
 }
 
 template <class Read, int ROWS>
-INLINE void narrow_tile_output(const Params& p, const char* value, int64_t value_bytes, uint64_t seen,
-                               NarrowWork& work) {
+INLINE void decode_tile_output(const Params& p, const char* value, int64_t value_bytes, uint64_t seen,
+                               DecodeWork& work) {
   const int64_t width = padded(p.head_dim_v), bytes = p.head_dim_v * Read::BYTES;
   float* out = RowState(work.state).out;
   int64_t d = 0;
@@ -145,46 +145,48 @@ INLINE void narrow_tile_output(const Params& p, const char* value, int64_t value
   {
     constexpr int VECTORS = ROWS > 4 ? 2 : 4;
     for (; d + VECTORS * VL <= p.head_dim_v; d += VECTORS * VL)
-      narrow_output<Read, ROWS, VECTORS>(value + d * Read::BYTES, value_bytes, seen, work.s, out + d, width,
+      decode_output<Read, ROWS, VECTORS>(value + d * Read::BYTES, value_bytes, seen, work.s, out + d, width,
                                          d ? 0 : bytes);
     for (; d < p.head_dim_v; d += VL)
-      narrow_output<Read, ROWS, 1>(value + d * Read::BYTES, value_bytes, seen, work.s, out + d, width, 0);
+      decode_output<Read, ROWS, 1>(value + d * Read::BYTES, value_bytes, seen, work.s, out + d, width, 0);
   }
 }
 
 // One tile of keys.
 template <class Read, int ROWS>
-static void narrow_step(const Params& p, int64_t kv_head, NarrowWork& work) {
+static void decode_step(const Params& p, int64_t kv_head, DecodeWork& work) {
   const QueryTile& tile = *work.tile;
-  const Meeting& at = work.at;
+  const TilePair& at = work.at;
   const int64_t left = p.kv_len - at.first, count = left < BLOCK_N ? left : BLOCK_N;
   const char* key = row_at(p.key, tile.b, kv_head, at.first);
   const char* value = row_at(p.value, tile.b, kv_head, at.first);
   RowState state(work.state);
   uint64_t seen = ~uint64_t{0};
-  narrow_tile_scores<Read, ROWS>(p, key, p.key.stride[2] * Read::BYTES, count, work);
+  decode_tile_scores<Read, ROWS>(p, key, p.key.stride[2] * Read::BYTES, count, work);
   if (!at.plain) {
     to_lanes<ROWS>(work.s, work.lanes);
     finish_scores(p, tile, at, work.lanes, nullptr);
     seen = at.seen(work.lanes, tile.vectors);
     from_lanes<ROWS>(work.lanes, work.s);
   }
-  soften_rows<ROWS>(work.s, to_power(p), state, padded(p.head_dim_v));
+  online_softmax_step_rows<ROWS>(work.s, to_power(p), state, padded(p.head_dim_v));
   if (p.drop_below) {
     dropout_factors(p, tile, at.first, at.low, at.high, at.dropout);
     to_lanes<ROWS>(work.s, work.lanes);
     multiply(at, work.lanes, at.dropout);
     from_lanes<ROWS>(work.lanes, work.s);
   }
-  narrow_tile_output<Read, ROWS>(p, value, p.value.stride[2] * Read::BYTES, seen, work);
+  decode_tile_output<Read, ROWS>(p, value, p.value.stride[2] * Read::BYTES, seen, work);
 }
 
-using NarrowStep = void (*)(const Params&, int64_t, NarrowWork&);
+using DecodeStep = void (*)(const Params&, int64_t, DecodeWork&);
 
 template <class Read>
-static NarrowStep narrow_step_for(int rows) {
-  return rows > 4 ? narrow_step<Read, 8> : rows > 2 ? narrow_step<Read, 4> : rows > 1 ? narrow_step<Read, 2>
-                                                                                      : narrow_step<Read, 1>;
+static DecodeStep decode_step_for(int rows) {
+  return rows > 4   ? decode_step<Read, 8>
+         : rows > 2 ? decode_step<Read, 4>
+         : rows > 1 ? decode_step<Read, 2>
+                    : decode_step<Read, 1>;
 }
 
 // out and lse of a finished unit.
@@ -213,8 +215,8 @@ static void sort_pairs(RowState state, int rows, int64_t width, int64_t dim) {
 }
 
 // The keys of tiles [first, last) for one unit's rows, into `part`, or to out and lse where it is null.
-static bool narrow_item(const Params& p, int64_t index, int64_t first, int64_t last, float* part, Scratch& scratch) {
-  NarrowWork work;
+static bool decode_item(const Params& p, int64_t index, int64_t first, int64_t last, float* part, Scratch& scratch) {
+  DecodeWork work;
   if (!work.take(p, scratch)) return false;
   const Unit unit = Unit::at(p, index);
   work.tile->place(p, unit.b, unit.head, unit.heads, 0);
@@ -229,19 +231,19 @@ static bool narrow_item(const Params& p, int64_t index, int64_t first, int64_t l
   first = first < from ? from : first;
   last = last > to ? to : last;
   const int count = tile.count;
-  NarrowStep step = p.dtype == kFloat32    ? narrow_step_for<ReadFloat>(count)
-                    : p.dtype == kBFloat16 ? narrow_step_for<ReadBFloat16>(count)
-                                           : narrow_step_for<ReadFloat16>(count);
+  DecodeStep step = p.dtype == kFloat32    ? decode_step_for<ReadFloat>(count)
+                    : p.dtype == kBFloat16 ? decode_step_for<ReadBFloat16>(count)
+                                           : decode_step_for<ReadFloat16>(count);
   bool paired = false;
 #if defined(__AVX512BF16__)
   paired = p.dtype == kBFloat16 && p.head_dim % PAIRED == 0 && p.head_dim_v % PAIRED == 0;
   if (paired) {
-    step = narrow_step_for<ReadBFloat16Pairs>(count);
+    step = decode_step_for<ReadBFloat16Pairs>(count);
     for (int64_t d = 0; d < MOST_ROWS * width; d += VL) store(work.half + d, to_bfloat16(load(work.query + d)));
   }
 #endif
   for (int64_t kv_tile = first; kv_tile < last; ++kv_tile)
-    if (work.at.meet(p, tile, kv_tile)) {
+    if (work.at.classify(p, tile, kv_tile)) {
       work.at.look_at_all();
       step(p, unit.kv_head, work);
     }
@@ -255,7 +257,7 @@ static bool narrow_item(const Params& p, int64_t index, int64_t first, int64_t l
 }
 
 // Join the parts of one unit's rows, in order.
-static bool join_narrow(const Params& p, int64_t index, int64_t parts, float* part, Scratch& scratch) {
+static bool join_decode(const Params& p, int64_t index, int64_t parts, float* part, Scratch& scratch) {
   if (!scratch.reset(Scratch::bytes_for<QueryTile>(1))) return false;
   QueryTile& tile = *scratch.take<QueryTile>(1);
   const Unit unit = Unit::at(p, index);

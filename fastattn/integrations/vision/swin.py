@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastattn.functional import attention
 from fastattn.integrations.exchange import Assigned, InTurn, assign, exchange
 from fastattn.integrations.report import ALREADY, Replacement
+from fastattn.integrations.sdpa_redirect import Request
 
 HOME = "torchvision.models.swin_transformer"
 KNOWN = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
@@ -39,15 +40,16 @@ def is_known(module: nn.Module) -> bool:
     return isinstance(module, OnFastattn) or (kind.__module__ == HOME and kind.__name__ in KNOWN)
 
 
-def replace(path: str, module: Any, backend: str | None) -> tuple[Replacement, Callable[[], None] | None]:
+def replace(path: str, module: Any, request: Request) -> tuple[Replacement, Callable[[], None] | None]:
     """The row for such a module, exchanged where it can be, and what takes it back."""
     kind: Any = type(module)
+    backend = request.backend
     row = partial(Replacement, path, kind.__name__)
     if isinstance(module, OnFastattn):
         if backend is None or backend == module.fastattn_backend:
             return row(False, ALREADY), None
         moved = assign(module, "fastattn_backend", backend)
-        return row(True, f"{ALREADY}, now in the room {backend!r}"), moved
+        return row(True, f"{ALREADY}, now on the backend {backend!r}"), moved
     if "forward" in vars(module):
         return row(False, "its forward was replaced on the instance"), None
     function = getattr(sys.modules[HOME], "shifted_window_attention", None)
@@ -90,7 +92,7 @@ def window_attention(module: Any, x: Tensor, backend: str | None) -> Tensor:
     Args:
         module: a ShiftedWindowAttention or ShiftedWindowAttentionV2.
         x: [batch, height, width, channels].
-        backend: the room, by name; None takes the first that can.
+        backend: the backend, by name; None takes the first that can.
 
     Returns:
         As x.
