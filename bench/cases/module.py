@@ -78,7 +78,7 @@ class ModuleWorkload(Workload):
         golden = _evaluated(Made(exact, ""), self.tokens.double())
         near = _evaluated(Made(self.module, ""), self.tokens)
         # Each output is a sum of embed_dim terms and a bias; a weight is a mean over heads.
-        size = float(exact.out_proj.weight.detach().abs().sum(1).max() * golden[0].abs().max())
+        size = float(exact.get_parameter("out_proj.weight").detach().abs().sum(1).max() * golden[0].abs().max())
         names, terms = ("out", "weights"), {"out": Terms(size), "weights": Terms(float(golden[1].max()))}
         known = tuple(dict(zip(names, each, strict=True)) for each in (golden, near))
         rows = agreement(self.made, results, (known[0], (known[1], terms)))

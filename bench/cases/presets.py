@@ -128,7 +128,7 @@ PRESETS = {
 def preset_cases(names: list[str], device: str, dtypes: list[str] | None) -> list[tuple[BenchCase, tuple[str, ...]]]:
     """Cases with the modes that the model runs them in, in order; `device` is "cpu" or "cuda"."""
     known("preset", names, PRESETS)
-    found = {}
+    found: dict[BenchCase, tuple[str, ...]] = {}
     for name in names:
         chosen = PRESETS[name]
         for dtype in dtypes or [SIZES[device].dtype]:

@@ -223,6 +223,7 @@ class Workload:
             num_heads=kv_heads * group,
             num_kv_heads=kv_heads,
         )
+        mask: Mask
         if isinstance(self.mask, Full):
             mask = self.mask
         else:
