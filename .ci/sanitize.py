@@ -29,8 +29,9 @@ TESTS = (
 KERNELS = ("ampere", "barriers", "boxes", "copies", "matrices", "numbers", "product", "products")
 BUILD = """
 import pathlib, runpy, sys
-from fastattn import native_cpu, simulator
-native_cpu.LIBRARY.build()
+from fastattn.building import cpu_library
+from fastattn.testing import simulator
+cpu_library.LIBRARY.build()
 for name in sys.argv[1:]:
     simulator.build(pathlib.Path("tests/sim/kernels", name + ".cu"), "addresses")
 runpy.run_path("tests/cuda/conftest.py")["build"]("addresses")

@@ -158,7 +158,7 @@ PLANTED = """
 __attribute__((constructor)) static void run() { fclose(fopen(getenv("CANARY"), "w")); }
 """
 LOAD = """
-from fastattn.native_cpu import LIBRARY
+from fastattn.building.cpu_library import LIBRARY
 print(LIBRARY.available(), *LIBRARY.unusable, *LIBRARY.damaged)
 """
 

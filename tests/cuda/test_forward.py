@@ -66,7 +66,7 @@ def test_every_mask_at_every_width(width, mask, backend):
     same(results, backend.forward(problem, seed=1))
 
 
-FAR = torch.tensor([2**40, -(2**40)])
+LARGE_OFFSETS = torch.tensor([2**40, -(2**40)])
 REACHES = {
     "offsets": lambda: Causal(offset=torch.tensor([170, 30])),
     "offsets-int32": lambda: Window(60, 3, offset=torch.tensor([170, -100], dtype=torch.int32)),
@@ -78,8 +78,8 @@ REACHES = {
     "one-offset": lambda: (lambda offset: Causal(offset=offset) & Window(40, None, offset=offset))(
         torch.tensor([97, 3])
     ),
-    "far": lambda: Window(9, None, offset=FAR) & Lengths(FAR.abs()),
-    "far-open": lambda: Window(None, None, offset=FAR),
+    "far": lambda: Window(9, None, offset=LARGE_OFFSETS) & Lengths(LARGE_OFFSETS.abs()),
+    "far-open": lambda: Window(None, None, offset=LARGE_OFFSETS),
     "scattered-numbers": lambda: Lengths(torch.arange(100, 300).view(2, 100)[:, 5], kv_starts=torch.arange(40)[::20]),
 }
 

@@ -329,11 +329,11 @@ def test_a_tensor_map_that_cuda_refuses_is_refused(simulate, case):
 # Products of a warpgroup --------------------------------------------------------------------------------------------
 
 SIZES = runpy.run_path(str(compiler.sources() / "cuda" / "arch" / "generate_wgmma.py"))["SIZES"]
-FORMS = ["ss-k-k", "rs-mn", "ss-k-mn", "ss-mn-k", "ss-mn-mn", "rs-k"]
+LAYOUTS = ["ss-k-k", "rs-mn", "ss-k-mn", "ss-mn-k", "ss-mn-mn", "rs-k"]
 PRODUCTS = [(n, form) for n in SIZES for form in range(6 if n == 64 else 2)]
 
 
-@pytest.mark.parametrize("n, form", PRODUCTS, ids=[f"n{n}-{FORMS[form]}" for n, form in PRODUCTS])
+@pytest.mark.parametrize("n, form", PRODUCTS, ids=[f"n{n}-{LAYOUTS[form]}" for n, form in PRODUCTS])
 @each_half
 def test_wgmma(execute, half, n, form):
     a, b = torch.randn(64, 64).to(HALVES[half]), torch.randn(64, n).to(HALVES[half])
