@@ -7,9 +7,16 @@ import functools
 import importlib
 import os
 from dataclasses import dataclass, field
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from fastattn.spec import AttnInputs, AttnSpec
+
+if TYPE_CHECKING:
+    from fastattn import reference
+    from fastattn.backends import cpu, cuda, triton
+    from fastattn.backends.protocol import Backend
+
+    _ALL: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 """In order of preference; see `choose`."""
@@ -69,15 +76,9 @@ class Verdict:
 
 
 @functools.cache
-def load(name: str) -> ModuleType:
-    """The module of a backend: why_not, forward, kernel_name; backward and kernel_name_backward once it has one. Where
-    there is something to say, also needs_asking, prepare (why_not, and whatever must be done before a run),
-    why_not_backward (of a call that why_not lets pass), notes (for a verdict), weights (what attention_weights
-    returns), LOOKS_AT_STORAGE (whether it finds itself that memory was taken away), READS_BLOCKS and
-    READS_BLOCKS_BACKWARD (whether keys may lie in blocks), forward_with_low (low_parts.py; its backward takes them),
-    ROUNDS_LSE (why its gradients beside large scores are coarse).
-    """
-    return importlib.import_module(_MODULES[name])
+def load(name: str) -> Backend:
+    """The module of a backend."""
+    return cast("Backend", importlib.import_module(_MODULES[name]))
 
 
 def requested(backend: str | None) -> str | None:
@@ -127,34 +128,31 @@ def verdict(spec: AttnSpec, inputs: AttnInputs, backend: str | None, notes: list
         backward_reasons = {each: reason or _backward_reason(each, spec) for each, reason in reasons.items()}
         kernels.append(load(backward).kernel_name_backward(spec))
     for name in dict.fromkeys((forward, backward or forward)):
-        notes = [*notes, *(load(name).notes(spec, inputs) if hasattr(load(name), "notes") else [])]
+        notes = [*notes, *load(name).notes(spec, inputs)]
     return Verdict(forward, backward, tuple(kernels), reasons, backward_reasons, notes)
 
 
 def free_reason(name: str, spec: AttnSpec, *, to_run: bool = False) -> str | None:
     """Why a free choice would pass a backend by: it cannot run the call, or runs only when asked for by name."""
-    needs_asking = getattr(load(name), "needs_asking", None)
-    return _reason(name, spec, to_run) or (needs_asking(spec) if needs_asking else None)
+    return _reason(name, spec, to_run) or load(name).needs_asking(spec)
 
 
 def _reason(name: str, spec: AttnSpec, to_run: bool, *, by_name: bool = False) -> str | None:
     """Why a backend cannot run a call, its gradients apart. `by_name`: it was asked for, and nothing else runs it."""
     module = load(name)
-    if spec.pages is not None and not getattr(module, "READS_BLOCKS", False):
+    if spec.pages is not None and not module.READS_BLOCKS:
         return "keys in blocks are not read in place here, and nothing is copied in silence"
-    prepare = getattr(module, "prepare", None) if to_run else None
-    return module.why_not(spec) if prepare is None else prepare(spec, by_name=by_name)
+    return module.prepare(spec, by_name=by_name) if to_run else module.why_not(spec)
 
 
 def _backward_reason(name: str, spec: AttnSpec) -> str | None:
     """Why a backend that can run a call cannot run its backward."""
     module = load(name)
-    if not hasattr(module, "backward"):
+    if not module.HAS_BACKWARD:
         return "its backward does not exist yet"
-    if spec.pages is not None and not getattr(module, "READS_BLOCKS_BACKWARD", False):
+    if spec.pages is not None and not module.READS_BLOCKS_BACKWARD:
         return "keys in blocks are read forward only here"
-    why_not = getattr(module, "why_not_backward", None)
-    return why_not(spec) if why_not else None
+    return module.why_not_backward(spec)
 
 
 def _instead(spec: AttnSpec, asked: str, runs_forward: str | None) -> str:

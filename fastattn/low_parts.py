@@ -5,8 +5,8 @@ gradient of a score is the difference of d_out * value and a row sum of d_out * 
 half-precision out is seen. As in double-double arithmetic (Dekker 1971), each result is the sum of a high part, which
 the caller gets, and of a low part.
 
-Which parts there are follows from the spec alone, since operators promise shapes before a backend is chosen. A backend
-whose forward writes them has a `forward_with_low`; a backward that is given none takes out and lse at their word.
+Which parts there are follows from the spec alone, since operators promise shapes before a backend is chosen.
+`forward_with_low` of a backend gives them; a backward that is given none takes out and lse at their word.
 """
 
 from __future__ import annotations
@@ -52,3 +52,8 @@ class LowParts(NamedTuple):
 
 
 NONE = LowParts()
+
+
+def not_kept(spec: AttnSpec, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, LowParts]:
+    """The results of a forward that writes no low parts, as those of one that does."""
+    return out, lse, LowParts.empty(spec, out, lse).unknown()

@@ -18,7 +18,7 @@ import functools
 import importlib.machinery
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from fastattn import dispatch, process, reference, sharding, storage, tracing
 from fastattn.low_parts import NONE, LowParts
 from fastattn.masks import Full
 from fastattn.spec import AttnInputs, AttnSpec, FlatSpec
+
+if TYPE_CHECKING:
+    from fastattn.backends.inputs import Gradients
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? sinks, Tensor? dropout_seed"
 _SPEC = (
@@ -86,9 +89,10 @@ def attention_weights(
     recorded = spec.needs_grad or (lse is not None and lse.requires_grad and torch.is_grad_enabled())
     if spec.num_heads and not (recorded or tracing.transforms_active() or _watched(inputs)):
         _check_mask(spec)
-        compute = getattr(dispatch.load(dispatch.choose(spec, backend, to_run=True)[0]), "weights", None)
-        if compute is not None:
-            return compute(spec, inputs, lse, rows, mean=mean)
+        module = dispatch.load(dispatch.choose(spec, backend, to_run=True)[0])
+        computed = module.weights(spec, inputs, lse, rows, mean=mean)
+        if computed is not None:
+            return computed
     if not (_watched(inputs) or tracing.transforms_active()):
         storage.check((*inputs._fields, "lse"), (*inputs, lse))
     weights = reference.attention_weights(spec, inputs, lse, rows)
@@ -122,14 +126,11 @@ def _check_mask(spec: AttnSpec) -> None:
 def _run_forward(spec: AttnSpec, inputs: AttnInputs, backend: str) -> tuple[Tensor, Tensor, LowParts]:
     module = dispatch.load(backend)
     _check_mask(spec)
-    if not getattr(module, "LOOKS_AT_STORAGE", False):
+    if not module.LOOKS_AT_STORAGE:
         storage.check(inputs._fields, inputs)
     if not spec.needs_grad:
         return *module.forward(spec, inputs), NONE
-    if hasattr(module, "forward_with_low"):
-        return module.forward_with_low(spec, inputs)
-    out, lse = module.forward(spec, inputs)
-    return out, lse, LowParts.empty(spec, out, lse).unknown()
+    return module.forward_with_low(spec, inputs)
 
 
 def _run_backward(
@@ -143,15 +144,14 @@ def _run_backward(
     d_lse: Tensor | None,
     *,
     wants_dbias: bool = True,
-) -> reference.Gradients:
+) -> Gradients:
     if tracing.holds_many(d_out) or (d_lse is not None and tracing.holds_many(d_lse)):
         backend = "reference"  # no kernel takes a batch of gradients at once
     module = dispatch.load(backend)
     _check_mask(spec)
-    if not (getattr(module, "LOOKS_AT_STORAGE", False) or tracing.functorch_active() or tracing.holds_many(d_out)):
+    if not (module.LOOKS_AT_STORAGE or tracing.functorch_active() or tracing.holds_many(d_out)):
         storage.check((*inputs._fields, *_BACKWARD), (*inputs, out, lse, d_out, d_lse))
-    low_parts = {"low": low} if hasattr(module, "forward_with_low") else {}
-    return module.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, **low_parts)
+    return module.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias, low=low)
 
 
 def _present(inputs: tuple[Any, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

@@ -15,21 +15,48 @@ non-finite value reaches exactly the rows that see it, forward and backward.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from fastattn.dropout import dropout_mask
+from fastattn.low_parts import NONE, LowParts, not_kept
 from fastattn.masked_matmul import masked_sum
 from fastattn.spec import AttnInputs, AttnSpec
 from fastattn.tracing import autograd_inside_operator, holds_many, without_autocast
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-READS_BLOCKS = READS_BLOCKS_BACKWARD = True
+if TYPE_CHECKING:
+    from fastattn.backends.inputs import Gradients
+
+READS_BLOCKS = READS_BLOCKS_BACKWARD = HAS_BACKWARD = True
+LOOKS_AT_STORAGE = False
+ROUNDS_LSE: str | None = None
 
 
 def why_not(spec: AttnSpec) -> str | None:
     """The reference runs everything."""
     return None
+
+
+def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
+    """There is nothing to prepare."""
+    return why_not(spec)
+
+
+def needs_asking(spec: AttnSpec) -> str | None:
+    """A free choice takes it where nothing else runs."""
+    return None
+
+
+def why_not_backward(spec: AttnSpec) -> str | None:
+    """Its backward runs everything too."""
+    return None
+
+
+def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
+    """Nothing is to be said of a verdict that names this backend."""
+    return []
 
 
 def kernel_name(spec: AttnSpec) -> str:
@@ -46,6 +73,11 @@ def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
         return spec.empty_out(inputs.query).copy_(out), lse
 
 
+def forward_with_low(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor, LowParts]:
+    """out and lse; what their rounding takes is not kept."""
+    return not_kept(spec, *forward(spec, inputs))
+
+
 def backward(
     spec: AttnSpec,
     inputs: AttnInputs,
@@ -55,6 +87,7 @@ def backward(
     d_lse: Tensor | None,
     *,
     wants_dbias: bool = True,
+    low: LowParts = NONE,
 ) -> Gradients:
     """Gradients by differentiating the definition; `out` and `lse` are not needed, and the bias's comes in any case."""
     with autograd_inside_operator(), without_autocast(spec.device):
@@ -64,6 +97,13 @@ def backward(
         wanted = leaves.differentiable
         grads = torch.autograd.grad(results, wanted, (d_out, d_lse), materialize_grads=True)
     return inputs.in_place_of(map(like, grads, inputs.differentiable))  # type: ignore[return-value]
+
+
+def weights(
+    spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool
+) -> Tensor | None:
+    """None: `attention_weights` below is the plain formulation."""
+    return None
 
 
 def pull_back(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastattn import storage
+from fastattn.backends.inputs import Gradients, readable
 from fastattn.building.cpu_library import LIBRARY
 from fastattn.low_parts import NONE, LowParts
 from fastattn.masks import program
@@ -18,9 +19,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ISAS = ("generic", "avx2", "avx512", "amx")
 MAX_LEN = 2**31 - 1  # an interval's ends are int32
 READS_BLOCKS = True
+HAS_BACKWARD = True
+READS_BLOCKS_BACKWARD = False
 LOOKS_AT_STORAGE = True  # csrc/ops.cpp does, at no cost
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+ROUNDS_LSE: str | None = None
 
 
 def why_not(spec: AttnSpec) -> str | None:
@@ -31,6 +33,16 @@ def why_not(spec: AttnSpec) -> str | None:
 def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
     """As `why_not`, just before a run: the library is there afterwards, or a sentence says why it is not."""
     return _spec_reason(spec) or LIBRARY.prepare(by_name=by_name) or _isa_reason()
+
+
+def needs_asking(spec: AttnSpec) -> str | None:
+    """A free choice takes it."""
+    return None
+
+
+def why_not_backward(spec: AttnSpec) -> str | None:
+    """Its backward runs what its forward runs."""
+    return None
 
 
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
@@ -138,14 +150,8 @@ def _empty_dbias(spec: AttnSpec, bias: Tensor) -> Tensor:
 
 
 def _readable(inputs: AttnInputs) -> AttnInputs:
-    """As kernels read memory: no negated views, sinks float32 and side by side."""
-    query, key, value, bias, sinks, _ = inputs
-    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
-        storage.check(inputs._fields, inputs)  # what follows may copy
-        inputs = inputs.resolved()
-    if inputs.sinks is not None:
-        inputs = inputs._replace(sinks=inputs.sinks.float().contiguous())
-    return inputs
+    """As these kernels read memory; nobody has looked at it before."""
+    return readable(inputs, sinks_dtype=torch.float32, looked_at=False)
 
 
 def _spec_reason(spec: AttnSpec) -> str | None:

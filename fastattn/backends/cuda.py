@@ -9,14 +9,20 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from fastattn import low_parts
+from fastattn.backends.inputs import Gradients
 from fastattn.building.cuda_library import LIBRARY, Operators
+from fastattn.low_parts import NONE, LowParts
 from fastattn.masks import program
-from fastattn.masks.base import UNBOUNDED
 from fastattn.masks.program import MaskProgram
 from fastattn.spec import AttnInputs, AttnSpec
 
 DTYPES = (torch.float16, torch.bfloat16)
 READS_BLOCKS = True
+HAS_BACKWARD = False
+READS_BLOCKS_BACKWARD = False
+LOOKS_AT_STORAGE = False
+ROUNDS_LSE: str | None = None
 CAPABILITY = (9, 0)  # Hopper: wgmma and TMA as these kernels use them are there and nowhere else
 MAX_HEAD_DIM = 256
 MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32
@@ -25,6 +31,7 @@ LARGEST_SCALE = 8.0  # scores of larger ones are subtracted from their maximum b
 ALIGNMENT = 8  # elements: 16 bytes, which the copy engine (TMA) wants addresses and strides to be multiples of
 
 PLAIN, MASKED, GENERAL = 0, 1, 2  # KernelVariant of csrc/cuda/tiles.h
+NO_BACKWARD = "the CUDA backend has no backward yet"
 VARIANTS = ("every key visible", "intervals of keys", "every feature")
 
 
@@ -53,6 +60,16 @@ def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
     return _spec_reason(spec) or _device_reason(spec.device) or LIBRARY.prepare(by_name=by_name)
 
 
+def needs_asking(spec: AttnSpec) -> str | None:
+    """A free choice takes it."""
+    return None
+
+
+def why_not_backward(spec: AttnSpec) -> str | None:
+    """Nothing more than that there is none (HAS_BACKWARD)."""
+    return None
+
+
 def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
     """What is to be said of a verdict that names this backend: what a call would wait for, and what it would copy."""
     said = []
@@ -77,9 +94,41 @@ def kernel_name(spec: AttnSpec) -> str:
     return f"attention forward for Hopper ({VARIANTS[_variant(spec, _listed(spec))]})"
 
 
+def kernel_name_backward(spec: AttnSpec) -> str:
+    """There are none."""
+    raise NotImplementedError(NO_BACKWARD)
+
+
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     return run(LIBRARY.get(), spec, inputs)
+
+
+def forward_with_low(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor, LowParts]:
+    """out and lse; what their rounding takes is not kept."""
+    return low_parts.not_kept(spec, *forward(spec, inputs))
+
+
+def backward(
+    spec: AttnSpec,
+    inputs: AttnInputs,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    *,
+    wants_dbias: bool = True,
+    low: LowParts = NONE,
+) -> Gradients:
+    """There is none (HAS_BACKWARD)."""
+    raise NotImplementedError(NO_BACKWARD)
+
+
+def weights(
+    spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool
+) -> Tensor | None:
+    """None: the plain formulation computes them."""
+    return None
 
 
 def run(library: Operators, spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
@@ -132,7 +181,7 @@ def _variant(spec: AttnSpec, listed: bool) -> int:
     plain = spec.softcap is None and spec.bias_shape is None and spec.dropout_p == 0 and 0 < spec.scale <= LARGEST_SCALE
     if listed or not plain:
         return GENERAL
-    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-UNBOUNDED, UNBOUNDED)
+    everything = program.band(spec.mask, spec.q_len, spec.kv_len) == (-program.UNBOUNDED, program.UNBOUNDED)
     return PLAIN if everything and spec.pages is None else MASKED
 
 

@@ -13,11 +13,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastattn import low_parts
+from fastattn.backends.inputs import Gradients, readable
+from fastattn.low_parts import NONE, LowParts
 from fastattn.spec import AttnInputs, AttnSpec
 
 OLDEST = (3, 6)
 READS_BLOCKS = True
-ROUNDS_LSE = (
+HAS_BACKWARD = True
+READS_BLOCKS_BACKWARD = False
+LOOKS_AT_STORAGE = False
+ROUNDS_LSE: str | None = (
     "its backward has lse as a float32 rounds it, and beside large scores its weights are off by that (docs/triton.md)"
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,8 +32,6 @@ MAX_HEAD_DIM = 512
 MAX_LEN = 2**28  # the sum of a position, an offset and a tile fits an int32, and so does an opaque one
 SMALLEST_CAPABILITY = (8, 0)
 WIDE_FLOAT32 = (256, 163 * 1024)  # float32 gradients of wider heads need this much shared memory, in bytes
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def why_not(spec: AttnSpec) -> str | None:
@@ -38,6 +42,11 @@ def why_not(spec: AttnSpec) -> str | None:
             "(on the CPU only in its interpreter, with TRITON_INTERPRET=1)"
         )
     return _missing(_interpreting()) or _device_reason(spec) or _feature_reason(spec)
+
+
+def prepare(spec: AttnSpec, *, by_name: bool = False) -> str | None:
+    """As `why_not`: Triton compiles while it runs."""
+    return why_not(spec)
 
 
 def why_not_backward(spec: AttnSpec) -> str | None:
@@ -59,6 +68,11 @@ def needs_asking(spec: AttnSpec) -> str | None:
     return "Triton's interpreter is slow and runs only with backend='triton'" if spec.device.type == "cpu" else None
 
 
+def notes(spec: AttnSpec, inputs: AttnInputs) -> list[str]:
+    """Nothing is to be said of a verdict that names this backend."""
+    return []
+
+
 def kernel_name(spec: AttnSpec) -> str:
     """The kernels of the forward."""
     return "attn_fwd"
@@ -72,11 +86,16 @@ def kernel_name_backward(spec: AttnSpec) -> str:
 def forward(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor]:
     """out [batch, num_heads, q_len, head_dim_v], lse [batch, num_heads, q_len] float32."""
     launch, run = _kernels()
-    inputs = _readable(inputs)
+    inputs = readable(inputs)
     out, lse = spec.empty_out(inputs.query), spec.empty_lse(inputs.query)
     with _on(spec.device):
         run.forward(spec, inputs, out, lse, launch.target_for(spec.device))
     return out, lse
+
+
+def forward_with_low(spec: AttnSpec, inputs: AttnInputs) -> tuple[Tensor, Tensor, LowParts]:
+    """out and lse; what their rounding takes is not kept."""
+    return low_parts.not_kept(spec, *forward(spec, inputs))
 
 
 def backward(
@@ -88,10 +107,11 @@ def backward(
     d_lse: Tensor | None,
     *,
     wants_dbias: bool = True,
+    low: LowParts = NONE,
 ) -> Gradients:
     """dq, dk, dv, dbias, dsinks in their inputs' shapes and dtypes; no dbias where nobody wants it."""
     launch, run = _kernels()
-    inputs, d_out = _readable(inputs), d_out.resolve_neg()
+    inputs, d_out = readable(inputs), d_out.resolve_neg()
     d_lse = None if d_lse is None else d_lse.resolve_neg().contiguous()
     dq, dk, dv = (torch.empty_like(each) for each in inputs[:3])
     target = launch.target_for(spec.device)
@@ -110,20 +130,19 @@ def backward(
     return dq, dk, dv, dbias, dsinks
 
 
+def weights(
+    spec: AttnSpec, inputs: AttnInputs, lse: Tensor | None, rows: Tensor | None, *, mean: bool
+) -> Tensor | None:
+    """None: the plain formulation computes them."""
+    return None
+
+
 @functools.cache
 def _kernels() -> tuple[ModuleType, ModuleType]:
     """kernels.launch and kernels.run, which import triton."""
     from fastattn.kernels.host import launch, run
 
     return launch, run
-
-
-def _readable(inputs: AttnInputs) -> AttnInputs:
-    """As kernels read memory: no negated views, sinks side by side."""
-    query, key, value, bias, sinks, _ = inputs
-    if query.is_neg() or key.is_neg() or value.is_neg() or bias is not None or sinks is not None:
-        inputs = inputs.resolved()
-    return inputs if inputs.sinks is None else inputs._replace(sinks=inputs.sinks.contiguous())
 
 
 def _interpreting() -> bool:

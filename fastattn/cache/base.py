@@ -293,11 +293,11 @@ def placed(query: Any, key: Any, value: Any, mask: Any) -> tuple[Tensor, Tensor,
         raise ValueError(f"query: [batch, num_heads, q_len, head_dim] is needed, got {_kind(query)}")
     kind = key.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        narrow = torch.get_autocast_dtype(kind)
-        if key.dtype not in (narrow, torch.float64):
+        autocast_dtype = torch.get_autocast_dtype(kind)
+        if key.dtype not in (autocast_dtype, torch.float64):
             raise ValueError(
-                f"key, value: autocast would copy the cache from {key.dtype} to {narrow} at every call; "
-                f"make it with dtype={narrow}"
+                f"key, value: autocast would copy the cache from {key.dtype} to {autocast_dtype} at every call; "
+                f"make it with dtype={autocast_dtype}"
             )
     mask = key.cache.mask(key.cache.torchs(mask, query, key), query.shape[2])
     return key.tensor, value.tensor, mask

@@ -1,4 +1,7 @@
-"""Masks: which queries see which keys, and the forms in which backends read that. `kinds` is the definition."""
+"""Masks: which queries see which keys. `base`: Mask, & and |. `kinds`: each mask, its definition. `paged`: over blocks.
+For backends: `serialize` (primitives, pytrees), `program` (postfix, for C++), `blocks` (lists of tiles).
+torch's own: `flex` takes a CausalBias or BlockMask; `mask_mod` reads its function by the rules of `mask_mod_rules`.
+"""
 
 from fastattn.masks.base import And, Mask, Or, visible_pairs
 from fastattn.masks.kinds import Causal, Chunked, Dense, Full, Lengths, Packed, Prefix, Segments, Window

@@ -20,7 +20,7 @@ constants of this name are equal to it.
 SATURATED = 2**60
 """Sizes and offsets saturate here, beyond every position; sums of a few still fit an int64. It never leaves Python."""
 _CONSTANT = (int, str, bool, type(None))
-_OWN = ("fastattn.masks", "fastattn.masks.base", "fastattn.masks.kinds")
+_OWN = "fastattn.masks"
 
 
 class Mask:

@@ -1,6 +1,6 @@
-"""transformers' mask functions read as masks: a function of indices is asked with symbols, and answers with a rule.
+"""Mask functions of transformers and FlexAttention read as masks: called with symbols, one answers with a rule.
 
-transformers describes a mask by a function (batch_idx, head_idx, q_idx, kv_idx) -> bool, made of comparisons and of
+Both describe a mask by a function (batch_idx, head_idx, q_idx, kv_idx) -> bool, made of comparisons and of
 look-ups in small tables. Called with this file's symbols for indices, it says what it compares: a window, chunks, equal
 ids. Nothing of size [q_len, kv_len] is made, and it works while torch.compile traces. A function that says something
 else raises `Unreadable`.

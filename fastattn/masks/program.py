@@ -123,7 +123,7 @@ def reach(mask: Mask, q_len: int, kv_len: int) -> Reach | None:
     """What a mask shows, where that is a `Reach`; None of any other. Computes nothing."""
     if isinstance(mask, And):
         one, other = reach(mask.left, q_len, kv_len), reach(mask.right, q_len, kv_len)
-        return None if one is None or other is None else _meet(one, other)
+        return None if one is None or other is None else _intersect(one, other)
     if isinstance(mask, Full):
         return Reach(-UNBOUNDED, UNBOUNDED)
     if isinstance(mask, Lengths):
@@ -137,7 +137,7 @@ def reach(mask: Mask, q_len: int, kv_len: int) -> Reach | None:
     return Reach(max(-UNBOUNDED, min(UNBOUNDED, low)), max(-UNBOUNDED, min(UNBOUNDED, high)), offset)
 
 
-def _meet(one: Reach, other: Reach) -> Reach | None:
+def _intersect(one: Reach, other: Reach) -> Reach | None:
     """What both show; None where that would take more than one tensor of a kind."""
     moved = [each for each in (one, other) if (each.low, each.high) != (-UNBOUNDED, UNBOUNDED)]
     if len(moved) == 2 and one.offset is not other.offset:

@@ -1,39 +1,23 @@
 """What holds a backend against the definition: cases, inputs, tolerance, memory filled with NaN."""
 
 from fastattn.stable_names import export
-from fastattn.testing.cases import (
+from fastattn.testing.cases import (  # noqa: F401 (the rest is what tests share)
     CASES,
+    HALF,
     LARGE_CASES,
+    LAYOUTS,
     Case,
     Problem,
+    both,
+    is_,
     lengths,
     make_inputs,
+    offsets,
+    packed,
     poison,
     run,
-)
-from fastattn.testing.cases import (
-    HALF as HALF,
-)
-from fastattn.testing.cases import (
-    LAYOUTS as LAYOUTS,
-)
-from fastattn.testing.cases import (
-    both as both,
-)
-from fastattn.testing.cases import (
-    is_ as is_,
-)
-from fastattn.testing.cases import (
-    offsets as offsets,
-)
-from fastattn.testing.cases import (
-    packed as packed,
-)
-from fastattn.testing.cases import (
-    table as table,
-)
-from fastattn.testing.cases import (
-    with_dtype as with_dtype,
+    table,
+    with_dtype,
 )
 from fastattn.testing.tolerance import Agreement, agreement, check_close
 

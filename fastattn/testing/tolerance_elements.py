@@ -87,10 +87,10 @@ class _Sums(NamedTuple):
         pairs, lost = self.pairs, self.lost
         weights, alone = (torch.where(lost & pairs.keep, 1.0, each) for each in (pairs.weights, pairs.alone))
         of_weight = weights * pairs.kept * off + tiny * pairs.keep
-        met = pairs.d_out.abs() @ pairs.value.mT.abs() * pairs.kept
-        row = (weights * met).sum(-1, keepdim=True)  # of d_out * out
-        of_t = weights * (met + row) + alone * pairs.d_lse.abs()
-        tiny_t = tiny * pairs.keep * (1 + met + row)
+        dp = pairs.d_out.abs() @ pairs.value.mT.abs() * pairs.kept
+        p_dp_rowsum = (weights * dp).sum(-1, keepdim=True)
+        of_t = weights * (dp + p_dp_rowsum) + alone * pairs.d_lse.abs()
+        tiny_t = tiny * pairs.keep * (1 + dp + p_dp_rowsum)
         of_score = self.scale * (of_t * (pairs.slope.abs() * off + slope) + tiny_t)
         found = {
             "out": of_weight @ pairs.value.abs(),
@@ -102,5 +102,5 @@ class _Sums(NamedTuple):
             found["dbias"] = (of_t * off + tiny_t).sum_to_size(self.bias.shape)
         if pairs.sink_share is not None:
             share = torch.where(lost, 1.0, pairs.sink_share)
-            found["dsinks"] = ((share * off + tiny) * row).sum((0, 2, 3))
+            found["dsinks"] = ((share * off + tiny) * p_dp_rowsum).sum((0, 2, 3))
         return found

@@ -1,16 +1,19 @@
 """Which backend runs: the free choice, the explicit one, the environment, and the explanation."""
 
+import inspect
+
 import pytest
 import torch
 
 from fastattn import BackendUnavailable, attention, dispatch, explain
+from fastattn.backends.protocol import Backend
 from fastattn.masks import Causal
 from fastattn.spec import AttnSpec
 
 Q = torch.randn(1, 2, 3, 8)
 
 
-class Backend:
+class MadeUp(Backend):
     """A backend that says what it is told."""
 
     def __init__(self, reason, needs=None):
@@ -36,7 +39,7 @@ def made_up(monkeypatch):
     """Put a made-up backend first in the list."""
 
     def put(reason=None, needs=None):
-        backend = Backend(reason, needs)
+        backend = MadeUp(reason, needs)
         real = dispatch.load
         monkeypatch.setattr(dispatch, "BACKENDS", ("made-up", "reference"))
         monkeypatch.setattr(dispatch, "load", lambda name: backend if name == "made-up" else real(name))
@@ -125,9 +128,19 @@ def test_explain_mentions_autocast(made_up):
     assert any("autocast" in note for note in verdict.notes)
 
 
-def test_every_backend_answers_the_same_questions():
-    """The CUDA backend has no backward yet."""
-    for name in dispatch.BACKENDS:
-        backend = dispatch.load(name)
-        assert all(hasattr(backend, question) for question in ("why_not", "forward", "kernel_name"))
-        assert hasattr(backend, "backward") == hasattr(backend, "kernel_name_backward") == (name != "cuda")
+MEMBERS = [name for name in vars(Backend) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_every_backend_has_all_of_the_protocol_itself(name):
+    """Nothing is looked up with a default. The CUDA backend has no backward yet."""
+    backend = dispatch.load(name)
+    assert "why_not" in MEMBERS and "HAS_BACKWARD" in MEMBERS
+    for member in MEMBERS:
+        promised, found = getattr(Backend, member), getattr(backend, member)
+        if callable(promised):
+            _, *parameters = inspect.signature(promised).parameters.values()
+            assert [(each.name, each.kind, each.default) for each in parameters] == [
+                (each.name, each.kind, each.default) for each in inspect.signature(found).parameters.values()
+            ], member
+    assert (name != "cuda") == backend.HAS_BACKWARD

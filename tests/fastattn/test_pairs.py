@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from fastattn import BackendUnavailable, attention, dispatch, explain, masks, reference
+from fastattn.backends.protocol import Backend
 from fastattn.masks.paged import Paged
 from fastattn.spec import AttnInputs, AttnSpec
 
 
-class ForwardOnly:
+class ForwardOnly(Backend):
     """A backend that says what it is told, computes as the reference does, and notes its name when it does."""
 
     def __init__(self, name, ran, *, why_not=None, blocks=False):
@@ -29,6 +30,8 @@ class ForwardOnly:
 
 class Whole(ForwardOnly):
     """One with a backward."""
+
+    HAS_BACKWARD = True
 
     def __init__(self, name, ran, *, lacks=None, **rest):
         super().__init__(name, ran, **rest)

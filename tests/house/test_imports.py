@@ -50,6 +50,7 @@ CORE = (
 )
 ALL = ("torch", "fastattn")
 BUILDING = of("fastattn.building", "commands", "compiler", "build_cache", "manifest", "library_files")
+SHARED = ("torch", *of("fastattn", "spec", "low_parts", "storage", "backends.inputs"))
 LIBRARIES = of("fastattn.building", "cpu_library", "cuda_library")
 RULES, TILING, PASSES, HOST = of("fastattn.kernels", "rules", "tiling", "passes", "host")
 
@@ -60,7 +61,7 @@ ROWS = (
     *(Row(name, may=ALL, never=(*BACKENDS, *FACES)) for name in of("fastattn", *CORE)),
     Row("fastattn.dispatch", may=ALL, inside=("fastattn.backends", AT_RUN_TIME), never=(*BACKENDS, *FACES)),
     Row("fastattn.ops", may=ALL, inside=("fastattn.backends",), never=(*BACKENDS, *FACES)),
-    Row("fastattn.reference", may=("torch", *DEFINITIONS)),
+    Row("fastattn.reference", may=("torch", "fastattn.low_parts", *DEFINITIONS), inside=("fastattn.backends.inputs",)),
     Row("fastattn.callers", may=()),
     Row("fastattn.process", may=("torch",)),
     Row("fastattn.storage", may=("torch",)),
@@ -90,13 +91,10 @@ ROWS = (
     Row("fastattn.building.cpu_library", may=("torch", *BUILDING, *of("fastattn.building", "library"))),
     Row("fastattn.building.cuda_library", may=("torch", *BUILDING, *of("fastattn.building", "library", "nvcc"))),
     # The backends: an adapter imports the spec, the mask program and its one kernel package.
-    Row("fastattn.backends", may=("torch", "fastattn.spec", "fastattn.masks.program")),
-    Row("fastattn.backends.triton", may=("torch", "fastattn.spec"), inside=("triton", "fastattn.kernels")),
-    Row(
-        "fastattn.backends.cpu",
-        may=("torch", *of("fastattn", "spec", "masks.program", "low_parts", "storage"), LIBRARIES[0]),
-    ),
-    Row("fastattn.backends.cuda", may=("torch", *of("fastattn", "spec", "masks.program"), LIBRARIES[1])),
+    Row("fastattn.backends", may=SHARED),
+    Row("fastattn.backends.triton", may=SHARED, inside=("triton", "fastattn.kernels")),
+    Row("fastattn.backends.cpu", may=(*SHARED, "fastattn.masks.program", LIBRARIES[0])),
+    Row("fastattn.backends.cuda", may=(*SHARED, "fastattn.masks.program", LIBRARIES[1])),
     Row("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
     Row(TILING, may=("torch", "triton", RULES, TILING)),
     Row("fastattn.kernels.tiling.opaque_int", may=("triton",)),

@@ -33,7 +33,7 @@ TWICE = ("gqa", "table", "packed-causal", "segments-scattered", "bias", "everyth
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case):
+def test_every_row_is_within_the_tolerance_and_repeats_bit_for_bit(case):
     problem = make_inputs(case, DEVICE)
     results = run(problem, "triton")
     check_close(problem, results)
@@ -44,7 +44,7 @@ def test_every_row_is_within_the_yardstick_and_repeats_bit_for_bit(case):
 
 @settings(max_examples=15)
 @given(case=cases(70, max_dim=40))
-def test_drawn_problems_are_within_the_yardstick(case):
+def test_drawn_problems_are_within_the_tolerance(case):
     """Any mask, unions, any feature, any layout."""
     problem = make_inputs(case, DEVICE)
     check_close(problem, run(problem, "triton"))
@@ -52,7 +52,7 @@ def test_drawn_problems_are_within_the_yardstick(case):
 
 @settings(max_examples=10)
 @given(case=cases(8, max_dim=20))
-def test_drawn_problems_of_few_tokens_are_within_the_yardstick(case):
+def test_drawn_problems_of_few_tokens_are_within_the_tolerance(case):
     """Lengths of 0 and 1 are among them."""
     problem = make_inputs(case, DEVICE)
     check_close(problem, run(problem, "triton"))

@@ -181,22 +181,22 @@ WRONG = {
 
 
 @pytest.fixture
-def no_known_kinds():
+def no_known_variants():
     """Variants are remembered by the names of their rules."""
-    kernel_variant._kind.cache_clear()
+    kernel_variant._variant.cache_clear()
     yield
-    kernel_variant._kind.cache_clear()
+    kernel_variant._variant.cache_clear()
 
 
 @pytest.mark.parametrize("rule_name", TELLING)
-@pytest.mark.usefixtures("no_known_kinds")
+@pytest.mark.usefixtures("no_known_variants")
 def test_the_conformance_test_sees_a_wrong_rule(rule_name, spec_of, monkeypatch):
     """Any one of a rule's functions replaced by a wrong one is noticed."""
     rule = masks.RULES[rule_name]
     there = [(place, wrong) for place in WRONG for wrong in WRONG[place] if getattr(rule, place) is not None]
     assert there
     for place, wrong in there:
-        kernel_variant._kind.cache_clear()
+        kernel_variant._variant.cache_clear()
         monkeypatch.setitem(masks.RULES, rule_name, rule._replace(**{place: wrong}))
         with pytest.raises(AssertionError):
             conform(spec_of(TELLING[rule_name], 37, 53), 16, 16, 1)

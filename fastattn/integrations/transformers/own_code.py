@@ -63,8 +63,8 @@ def _blind_rows(
     item, row = hidden.all(-1).any(1).nonzero(as_tuple=True)
     if not len(item):
         return out, weights
-    far = MASKED_HALF if query.dtype == torch.float16 else MASKED
-    scores = torch.einsum("rnd,rnjd->rnj", query[item, :, row], key[item]) * scale + bias[item, :, row] - far
+    masked = MASKED_HALF if query.dtype == torch.float16 else MASKED
+    scores = torch.einsum("rnd,rnjd->rnj", query[item, :, row], key[item]) * scale + bias[item, :, row] - masked
     averages = torch.softmax(scores, -1)
     rows = torch.einsum("rnj,rnjd->rnd", averages.to(value.dtype), value[item])
     out = out.transpose(1, 2).index_put((item, row), rows.to(out.dtype)).transpose(1, 2)
