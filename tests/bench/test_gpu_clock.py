@@ -178,7 +178,7 @@ def test_spans_say_when_whose_turn_was():
 
 @pytest.fixture
 def no_smi(monkeypatch):
-    monkeypatch.setattr(run.smi, "sampler", lambda: None)
+    monkeypatch.setattr(run.nvidia_smi, "sampler", lambda: None)
 
 
 def test_a_row_of_a_gpu_has_both_ratios_and_a_cpus_one(no_smi, timed, gpu_clock):

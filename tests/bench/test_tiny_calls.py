@@ -74,7 +74,7 @@ def test_what_cannot_be_captured_has_no_graph_time(monkeypatch):
 def test_only_tiny_calls_get_more_clocks(monkeypatch, milliseconds, looked):
     cuda = Cuda()
     cuda.install(monkeypatch)
-    monkeypatch.setattr(run.smi, "sampler", lambda: None)
+    monkeypatch.setattr(run.nvidia_smi, "sampler", lambda: None)
     case = BenchCase("self", "bf16", 1, 1, 1, 8, 8, 8)
     row = Row(case, "fwd", "sdpa", "cuda", samples_ms=[milliseconds] * 3)
     runner = CaseRunner(case, torch.device("cuda"), None, None, False, run.Progress(1))

@@ -18,7 +18,7 @@ SOON = "15"
 
 WORKER = """
 import json, sys, time
-from fastattn.bench.watch import Watch
+from fastattn.bench.gpu.watchdog import Watch
 
 def piece(name):
     if name == "hangs":
