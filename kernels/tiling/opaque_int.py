@@ -23,9 +23,13 @@ def from_opaque(number):
 def opaque_strides(strides: tuple[int, ...]) -> tuple:
     """Four strides as they travel: as they are where 16 divides all but the last, so that rows can be read in vectors;
     else all but the last in one opaque tuple.
+
+    That tuple has a fourth number, which nobody reads. Triton (3.6 to 3.9) names the instances of a jit function by the
+    types of its arguments with all tuples flattened: ((a, b, c), d) and (a, b, c, d) would be one instance, and the one
+    that is met second would be read like the first.
     """
     *steps, last = strides
-    return tuple(strides) if all(step % 16 == 0 for step in steps) else (tuple(map(opaque, steps)), last)
+    return tuple(strides) if all(step % 16 == 0 for step in steps) else ((*map(opaque, steps), opaque(0)), last)
 
 
 @triton.jit
