@@ -103,7 +103,7 @@ def told(plan):
 @pytest.mark.parametrize("target", ["sm90", "sm80"])
 def test_a_plan_that_is_met_again_is_the_one_that_would_be_made(target, monkeypatch):
     """And the tensors that it lowers anew, block lists too, have the dtypes and alignments of the first time."""
-    met = {"again": 0, "new": 0}
+    counts = {"again": 0, "new": 0}
 
     class Compared(run.ReadyPlan):
         def __init__(self, plan):
@@ -117,7 +117,7 @@ def test_a_plan_that_is_met_again_is_the_one_that_would_be_made(target, monkeypa
             lists = [each.launch.block_lists(spec) for each in self.launches]
             every = [*(tensors | more).items(), *itertools.chain(*(each.items() for each in lists))]
             now = [(name, each.dtype, each.data_ptr() % 16 == 0) for name, each in every]
-            met["new" if self.first is None else "again"] += 1
+            counts["new" if self.first is None else "again"] += 1
             assert self.first in (None, now)
             self.first = now
 
@@ -132,4 +132,4 @@ def test_a_plan_that_is_met_again_is_the_one_that_would_be_made(target, monkeypa
         out, lse = backend.forward(spec, inputs)
         if spec.pages is None:
             backend.backward(spec, inputs, out, lse, d_out, d_lse, wants_dbias=wants_dbias)
-    assert met["again"] > CALLS / 4 and met["new"] > CALLS / 4
+    assert counts["again"] > CALLS / 4 and counts["new"] > CALLS / 4

@@ -1,7 +1,7 @@
 """Strides reach a kernel as they are or as opaque ints, and each is read as what it is, whatever lies beside it.
 
 Triton names the instances of a jit function by its arguments' types with all tuples flattened. Two forms of strides
-with the same types would be one instance: wrong numbers on a GPU, right ones in the interpreter, which has no instances.
+with the same types would be one instance: wrong numbers on a GPU, right ones in the interpreter, which has none.
 """
 
 import json
