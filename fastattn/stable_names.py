@@ -1,4 +1,4 @@
-"""Names that pickles, programs and imports keep: modules by the names that they had before they moved, and exports.
+"""Modules by the names that they had before they moved: those that docs, pickles or `python -m` have named.
 
 A finder, asked last, answers `import fastattn.mask` with the module fastattn.masks.base itself, so that classes are the
 same objects under either name. None of them is imported before somebody asks for it.
@@ -89,16 +89,3 @@ def install() -> None:
     """Ask the finder after all others; once, however often fastattn is imported."""
     sys.meta_path[:] = [each for each in sys.meta_path if type(each).__name__ != FormerNames.__name__]
     sys.meta_path.append(FormerNames())
-
-
-def export(face: dict[str, Any]) -> None:
-    """Make a package the `__module__` of the functions and classes that it exports, whichever of its modules defines
-    them: pickles then name the place that people import from, which stays when modules move.
-
-    Args:
-        face: the package's globals(), with `__all__`.
-    """
-    for name in face["__all__"]:
-        each = face[name]
-        if getattr(each, "__module__", "").startswith(f"{face['__name__']}."):
-            each.__module__ = face["__name__"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastattn import testing
 from fastattn.bench.cases.operations import OPS, BenchCase
-from fastattn.bench.cases.workload import Made, Verdict, Workload
+from fastattn.bench.cases.workload import Correctness, Made, Workload
 from fastattn.testing.tolerance import Terms, agreement
 
 
@@ -72,7 +72,7 @@ class ModuleWorkload(Workload):
             out, weights = _evaluated(made, self.tokens)
         return {"out": out, "weights": weights}
 
-    def check(self, results: dict[str, Tensor]) -> Verdict:
+    def check(self, results: dict[str, Tensor]) -> Correctness:
         case = self.case
         exact = copy.deepcopy(self.module).double()
         golden = _evaluated(Made(exact, ""), self.tokens.double())
@@ -82,7 +82,7 @@ class ModuleWorkload(Workload):
         names, terms = ("out", "weights"), {"out": Terms(size), "weights": Terms(float(golden[1].max()))}
         known = tuple(dict(zip(names, each, strict=True)) for each in (golden, near))
         rows = agreement(self.made, results, (known[0], (known[1], terms)))
-        return Verdict(rows, case.batch * case.num_heads, case.batch * case.num_heads)
+        return Correctness(rows, case.batch * case.num_heads, case.batch * case.num_heads)
 
 
 def _evaluated(made: Made, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ Part = tuple[testing.Problem, Truth, Pick]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Correctness:
     """Results of one provider against float64, the worst of each tensor over the heads that were checked."""
 
     agreements: list[Agreement]
@@ -172,14 +172,14 @@ class Workload:
             self._by_layout[layout] = leaves, turned[3]
         return self._by_layout[layout]
 
-    def check(self, results: dict[str, Tensor]) -> Verdict:
+    def check(self, results: dict[str, Tensor]) -> Correctness:
         """Hold results against float64 by the library's tolerance."""
         worst: dict[str, Agreement] = {}
         for part, known, pick in self._truths(forward_alone=set(results) == {"out"}):
             for row in agreement(part, {name: pick(name, tensor) for name, tensor in results.items()}, known):
                 worst[row.name] = max(worst.get(row.name, row), row, key=_badness)
         checked = sum(part.case.batch * part.case.num_heads for part, _, _ in self._truths(set(results) == {"out"}))
-        return Verdict(list(worst.values()), self.case.batch * self.case.num_heads, checked)
+        return Correctness(list(worst.values()), self.case.batch * self.case.num_heads, checked)
 
     def _truths(self, forward_alone: bool) -> list[Part]:
         """Parts of the workload that are checked; where one head is too large, the forward by some of its queries."""

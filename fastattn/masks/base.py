@@ -20,7 +20,7 @@ constants of this name are equal to it.
 SATURATED = 2**60
 """Sizes and offsets saturate here, beyond every position; sums of a few still fit an int64. It never leaves Python."""
 _CONSTANT = (int, str, bool, type(None))
-_OWN = "fastattn.masks"
+_OWN = ("fastattn.masks.base", "fastattn.masks.kinds")
 
 
 class Mask:
@@ -44,7 +44,7 @@ class Mask:
 
     def _value(self) -> tuple[object, ...] | None:
         """The class and its fields; None where one of them may change, or the class is not the library's."""
-        if type(self).__module__ != _OWN:
+        if type(self).__module__ not in _OWN:
             return None
         value: list[object] = [type(self)]
         for name in self.__dataclass_fields__:  # type: ignore[attr-defined]

@@ -1,18 +1,16 @@
-"""What holds a backend against the definition: cases, inputs, tolerance, memory filled with NaN."""
+"""Problems to hold a backend against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check`
+and bench.
 
-import torch  # noqa: F401
-from torch import Tensor  # noqa: F401
+problem = make_inputs(case, device)
+check_close(problem, run(problem, backend="triton"))     # the tolerance: tolerance.py
+"""
 
-from fastattn.masks import Mask  # noqa: F401
-from fastattn.spec import AttnInputs  # noqa: F401
-from fastattn.stable_names import export
 from fastattn.testing.cases import (  # noqa: F401 (the rest is what tests share)
     CASES,
     HALF,
     LARGE_CASES,
     LAYOUTS,
     Case,
-    MaskMaker,
     Problem,
     both,
     is_,
@@ -31,7 +29,3 @@ __all__ = [
     "Agreement", "CASES", "Case", "LARGE_CASES", "Problem", "agreement", "check_close", "lengths", "make_inputs",
     "poison", "run",
 ]  # fmt: skip
-
-# torch, Tensor, Mask, AttnInputs, MaskMaker: typing.get_type_hints looks in a class's __module__ for what its
-# annotations name.
-export(globals())

@@ -1,9 +1,4 @@
-"""Problems to hold a backend against the definition: rows, inputs, one run of them. Shared by tests, `fastattn check`
-and bench.
-
-problem = make_inputs(case, device)
-check_close(problem, run(problem, backend="triton"))     # the tolerance: tolerance.py
-"""
+"""Cases: rows of problems, their inputs, one run of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""typing.get_type_hints finds what the annotations of public names mean, though they are exported from a package."""
+"""Public names can be looked into, though they are exported from a package: their type hints, their source."""
 
 import importlib
+import inspect
 import typing
 
 import pytest
@@ -28,3 +29,14 @@ def test_type_hints_of_a_public_name_are_found(package, name):
     public = getattr(importlib.import_module(package), name)
     hints = typing.get_type_hints(public)
     assert set(hints) >= set(vars(public).get("__annotations__", ()))
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC)
+def test_the_source_of_a_public_name_is_found(package, name):
+    public = getattr(importlib.import_module(package), name)
+    kind = "class" if isinstance(public, type) else "def"
+    assert f"{kind} {public.__name__}" in inspect.getsource(public)
+
+
+def test_masks_exports_what_kinds_defines():
+    assert importlib.import_module("fastattn.masks").__all__ == importlib.import_module("fastattn.masks.kinds").__all__

@@ -66,7 +66,7 @@ ROWS = (
     Row("fastattn.process", may=("torch",)),
     Row("fastattn.storage", may=("torch",)),
     Row("fastattn.stable_names", may=(), inside=(AT_RUN_TIME,)),
-    Row("fastattn.masks", may=("torch", *of("fastattn", "masks", "tracing", "stable_names"))),
+    Row("fastattn.masks", may=("torch", *of("fastattn", "masks", "tracing"))),
     # What stands on it.
     Row("fastattn.torch_api", may=ALL, never=(*NEVER, *of("fastattn", "nn", "integrations", "testing", "cli"))),
     Row("fastattn.nn", may=ALL, never=(*NEVER, *of("fastattn", "integrations", "testing", "cli"))),

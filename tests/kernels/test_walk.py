@@ -215,7 +215,7 @@ def test_numbers_of_a_grid_fit_32_bits():
             assert all(0 <= number < 2**31 for number in part)
 
 
-def test_sections_share_the_cache():
+def test_l2_groups_share_the_cache():
     spec = spec_of(Full(), 4096, batch=4, heads=32, dim=128)
     assert l2_group_of(spec, 4096) * 4096 * 2 * 128 * 4 <= 32 * 2**20
     assert l2_group_of(spec, 2**24) == 1

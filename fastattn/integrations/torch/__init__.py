@@ -3,8 +3,5 @@
 from fastattn.integrations.report import Replacement, Report
 from fastattn.integrations.torch.patching import patch
 from fastattn.integrations.torch.replacement import replace_attention
-from fastattn.stable_names import export
 
 __all__ = ["Replacement", "Report", "patch", "replace_attention"]
-
-export(globals())

@@ -1,12 +1,4 @@
-"""fastattn in Hugging Face transformers, by one import:
-
-    import fastattn.integrations.transformers
-    model.set_attn_implementation("fastattn")      # or from_pretrained(..., attn_implementation="fastattn")
-
-Models whose attention goes through transformers' own interface run on it; `replace` also reaches those that compute
-attention in code of their own and are known here. Masks stay what they say (causal, window, chunks, padding): no
-[q_len, kv_len] tensor is made of them.
-"""
+"""The functions that transformers' attention interface calls, and how they are registered."""
 
 from __future__ import annotations
 
