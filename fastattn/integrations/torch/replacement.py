@@ -16,7 +16,7 @@ from fastattn.integrations.sdpa_redirect import Request
 from fastattn.integrations.torch.patching import patch
 from fastattn.nn import MultiheadAttention
 
-__all__ = ["Replacement", "Report", "patch", "replace_attention"]
+__all__ = ["replace_attention"]
 
 TORCH_MODULE = nn.MultiheadAttention
 """Torch's own class, whatever a patch has put in its place."""
