@@ -20,11 +20,11 @@ from fastattn.bench.measure.progress import progress_on
 from fastattn.bench.measure.providers import peers
 from fastattn.bench.measure.providers.table import known_providers
 from fastattn.bench.measure.roofline import ceilings
+from fastattn.bench.measure.rows import Row, say_bytes
 from fastattn.bench.measure.run import budget_for, pick_device, plan, run, too_large
 from fastattn.bench.models import minilm
 from fastattn.bench.options import Options
 from fastattn.bench.report import store, terminal, writers
-from fastattn.bench.report.rows import Row, say_bytes
 
 OK, WRONG, USAGE, NOTHING_RAN, STOPPED = 0, 1, 2, 3, 130
 

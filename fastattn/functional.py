@@ -1,4 +1,4 @@
-"""The calls: attention, its weights, its explanation. torch's own functions on top of it are in sdpa.py and mha.py."""
+"""The calls: attention, its weights, its explanation. torch's own functions on top of it are in torch_api/."""
 
 from __future__ import annotations
 

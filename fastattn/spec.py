@@ -1,7 +1,7 @@
 """AttnSpec: everything about one attention problem but its numbers. Made and checked once, then read by everybody.
 
-All shape, dtype and device checks of the library are here. The spec crosses the operator border as primitives
-(`flat`, `from_flat`); the tensors travel beside it as `AttnInputs`.
+All shape, dtype and device checks of a call are here; masks and caches check the tensors that they are made of. The
+spec crosses the operator border as primitives (`flat`, `from_flat`); the tensors travel beside it as `AttnInputs`.
 """
 
 from __future__ import annotations
@@ -196,13 +196,13 @@ class AttnSpec:
         return torch.empty(self.batch, self.num_heads, self.q_len, dtype=dtype, device=query.device)
 
     def block_list(self, block_m: int, block_n: int, *, mirror: bool = False) -> BlockList:
-        """The mask's block list for tiles of block_m queries by block_n keys, on the query's device (blocks.py)."""
+        """The mask's block list for tiles of block_m queries by block_n keys, on the query's device."""
         grid = Grid(self.q_len, self.kv_len, block_m, block_n, self.device)
         return block_list(self.mask, grid, mirror=mirror)
 
     @functools.cached_property
     def mask_program(self) -> MaskProgram:
-        """The mask as the C++ backends read it (program.py): made once, and read by the backward too."""
+        """The mask as the C++ backends read it (masks/program.py): made once, and read by the backward too."""
         return make_program(self.mask, self.q_len, self.kv_len)
 
     def visible_pairs(self) -> int:

@@ -42,7 +42,7 @@ FORMER_NAMES = {
     "leaves": "masks.program",
     "mask": "masks.base",
     "mha": "torch_api.mha",
-    "nn.twin": "nn.drop_in",
+    "nn.twin": "nn.torch_modules",
     "paged": "masks.paged",
     "projections": "torch_api.projections",
     "sdpa": "torch_api.sdpa",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastattn.bench.cases.suites import PEERS, Cell, headline, suite
 from fastattn.bench.gpu.child import Child, Ending
 from fastattn.bench.gpu.children import AFTER_THE_END, Outcome, Queue
-from fastattn.bench.report.rows import Row
+from fastattn.bench.measure.rows import Row
 
 if TYPE_CHECKING:
     from fastattn.bench.gpu.pipeline import Run

@@ -17,7 +17,7 @@ from fastattn.bench.gpu import cells as gpu_cells
 from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.child import Child, Ending
 from fastattn.bench.gpu.children import Outcome, Queue, ended, objects
-from fastattn.bench.report.rows import BACKEND_KEY
+from fastattn.bench.measure.rows import BACKEND_KEY
 from fastattn.building import nvcc
 from fastattn.building.compiler import BuildError
 from fastattn.testing import CASES

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.measure.env import headline, say_busy
 from fastattn.bench.measure.ratios import Samples, Speedup, speedup
-from fastattn.bench.report.rows import BACKEND_KEY, Row, rate_unit, say_rate, say_speedup, say_time
+from fastattn.bench.measure.rows import BACKEND_KEY, Row, rate_unit, say_rate, say_speedup, say_time
 from fastattn.bench.report.terminal import say_case
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from fastattn.bench.gpu.watchdog import BROKEN_DEVICE, Watch, broken_device
 from fastattn.bench.measure.clock import Budget, clock_for
 from fastattn.bench.measure.progress import Progress
 from fastattn.bench.measure.providers import peers
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.measure.run import CaseRunner, cell_rows
-from fastattn.bench.report.rows import Row
 
 BUDGET = {"cuda": Budget(rounds=20, min_time=0.05, max_time=0.6), "cpu": Budget(rounds=5, min_time=0.1, max_time=0.5)}
 

@@ -8,7 +8,7 @@ import torch
 
 from fastattn.bench.cases.operations import DTYPES
 from fastattn.bench.measure.clock import Budget, clock_for, measure
-from fastattn.bench.report.rows import Row
+from fastattn.bench.measure.rows import Row
 
 PRODUCT = {"cpu": 1536, "cuda": 8192}
 """Rows and columns of the square matrices."""

@@ -23,8 +23,8 @@ from fastattn.bench.measure.progress import Progress
 from fastattn.bench.measure.provider_warnings import Notices
 from fastattn.bench.measure.providers.table import known_providers, provider
 from fastattn.bench.measure.ratios import Samples, speedup
+from fastattn.bench.measure.rows import Row, say_bytes
 from fastattn.bench.options import Options
-from fastattn.bench.report.rows import Row, say_bytes
 
 COARSE = 8.0
 """Times what the tolerance allows: another library's result within it is timed, and said to be coarse. PyTorch's

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn.bench.report.rows import say_speedup, say_time
+from fastattn.bench.measure.rows import say_speedup, say_time
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fastattn.bench.measure.rows import BACKEND_KEY
 from fastattn.bench.models.compare import FACTOR, SLACK, Compared
 from fastattn.bench.models.overhead import CALLS, ROUNDS, Overhead
 from fastattn.bench.models.zoo import ZOO, Model
-from fastattn.bench.report.rows import BACKEND_KEY
 
 PACKAGES = ("transformers", "diffusers")
 DTYPES = ("float32", "bfloat16")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.measure import env
 from fastattn.bench.measure.ratios import Interval, unpaired
+from fastattn.bench.measure.rows import Row, say_speedup, say_time
 from fastattn.bench.options import Parser
 from fastattn.bench.report import store, writers
-from fastattn.bench.report.rows import Row, say_speedup, say_time
 from fastattn.bench.report.terminal import say_case
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastattn.bench.cases.operations import BenchCase
-from fastattn.bench.report.rows import say_speedup, three
+from fastattn.bench.measure.rows import say_speedup, three
 from fastattn.bench.report.terminal import say_case
 
 HEAD = "| operation | case | mode | provider | TFLOP/s | against | its TFLOP/s | ratio |"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastattn.bench.cases.operations import BenchCase
-from fastattn.bench.report.rows import Row
+from fastattn.bench.measure.rows import Row
 
 AXES = ("kv_len", "q_len", "window")
 """What may change along a line; all else of a case is equal."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure.env import headline, say_threads
 from fastattn.bench.measure.roofline import attainable
+from fastattn.bench.measure.rows import Row, rate_unit, say_against, say_rate, say_time
 from fastattn.bench.report.growth import families, say_family
-from fastattn.bench.report.rows import Row, rate_unit, say_against, say_rate, say_time
 from fastattn.bench.report.terminal import by_op, say_case
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastattn.bench.cases.operations import WINDOWED
 from fastattn.bench.measure.ratios import Interval, Samples, Speedup, paired, quotient, speedup, unpaired
-from fastattn.bench.report.rows import Row, rate_unit, say_speedup, say_time, three
+from fastattn.bench.measure.rows import Row, rate_unit, say_speedup, say_time, three
 from fastattn.bench.report.terminal import say_case
 
 OURS = "fastattn"

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastattn.bench.cases.operations import known
 from fastattn.bench.measure import env
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.options import Options
 from fastattn.bench.report import writers
-from fastattn.bench.report.rows import Row
 
 SAME = ("gpu", "cpu", "threads", "torch", "fastattn", "commit", "dirty")
 """Of the environment: what must not have changed where a run goes on."""

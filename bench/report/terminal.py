@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastattn.bench.cases.operations import OPS, BenchCase
 from fastattn.bench.measure import env
-from fastattn.bench.report.growth import growth
-from fastattn.bench.report.rows import (
+from fastattn.bench.measure.rows import (
     Row,
     rate_unit,
     say_bytes,
@@ -20,6 +19,7 @@ from fastattn.bench.report.rows import (
     say_time,
     say_warnings,
 )
+from fastattn.bench.report.growth import growth
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,8 +12,7 @@ from typing import Any
 from fastattn.bench.cases.operations import OPS
 from fastattn.bench.measure.env import headline
 from fastattn.bench.measure.ratios import Interval
-from fastattn.bench.report.growth import growth
-from fastattn.bench.report.rows import (
+from fastattn.bench.measure.rows import (
     Row,
     rate_unit,
     say_against,
@@ -26,6 +25,7 @@ from fastattn.bench.report.rows import (
     say_warnings,
     three,
 )
+from fastattn.bench.report.growth import growth
 from fastattn.bench.report.terminal import by_op, say_case
 
 SCHEMA = "fastattn-bench/2"

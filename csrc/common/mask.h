@@ -1,4 +1,5 @@
-// The mask's rules: which keys a query sees, and from that which tiles of keys a tile of queries visits.
+// How what a query sees is written down and joined. The intervals come from Python (fastattn/masks/program.py); the CUDA
+// backend has the windows in closed form (csrc/cuda/walk.h, scores.h).
 //
 // What a query sees of the 64 keys of a tile is one word, a bit a key. What a tile of queries sees through a term is a
 // Span, and of a tile of keys a TileClass; both join through the program as the bits do.

@@ -57,7 +57,6 @@ INLINE void store(void* to, V value) {
 }
 
 INLINE vf splat(float x) { return x - vf{}; }
-INLINE vi splat_int(int32_t x) { return x - vi{}; }
 
 // The number as it was rounded: no compiler makes one operation of a product and a sum with this between them.
 INLINE vf rounded(vf x) {

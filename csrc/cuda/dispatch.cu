@@ -26,13 +26,13 @@ thread_local char said[800];
 const char* refuse(const char* what, const char* why, const Request& request) {
   const Params& p = request.problem;
   const auto number = [](int64_t n) { return static_cast<long long>(n); };
-  std::snprintf(said, sizeof said,
-                "%s: %s (device %d, %s, kind %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
-                "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
-                what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.variant,
-                request.splits, number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len),
-                number(p.kv_len), number(p.head_dim), number(p.head_dim_v),
-                number(p.key.blocks ? p.key.block_size : 0));
+  std::snprintf(
+      said, sizeof said,
+      "%s: %s (device %d, %s, variant %d, splits %d, batch %lld, num_heads %lld, num_kv_heads %lld, q_len %lld, "
+      "kv_len %lld, head_dim %lld, head_dim_v %lld, blocks of %lld keys)",
+      what, why, request.device, p.dtype == kBFloat16 ? "bfloat16" : "float16", request.variant, request.splits,
+      number(p.batch), number(p.num_heads), number(p.num_kv_heads), number(p.q_len), number(p.kv_len),
+      number(p.head_dim), number(p.head_dim_v), number(p.key.blocks ? p.key.block_size : 0));
   return said;
 }
 
@@ -166,7 +166,7 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   a.lowest = natural ? -kLargest : fmaxf(-kLargest, -kLargestPower / a.factor);
   a.softcap = p.softcap > kWideCap ? 0.0f : p.softcap;
   if (!natural && (!(p.scale > 0.0f) || a.softcap != 0.0f || p.bias.data || p.drop_below))
-    return "bias, soft cap, dropout or such a scale have another kind of kernel";
+    return "bias, soft cap, dropout or such a scale have another kernel variant";
   a.hides = request.hides;
   a.bias = p.bias;
   a.sinks = p.sinks;
@@ -189,7 +189,7 @@ const char* fill(ForwardArgs& a, const Request& request, const Plan& cut) {
   int64_t rows = p.kv_len, items = p.batch;
   int32_t box_rows = cut.tile.block_n;
   if (p.key.blocks) {
-    if (request.variant == kPlain) return "keys in blocks have another kind of kernel";
+    if (request.variant == kPlain) return "keys in blocks have another kernel variant";
     rows = p.key.block_size;
     items = p.key.block_count;
     if (rows > INT32_MAX || items > INT32_MAX) return "a block is too long, or they are too many";

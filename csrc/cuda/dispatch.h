@@ -21,7 +21,4 @@ Plan plan(const Params& p, KernelVariant variant, bool by_head, int32_t multipro
 template <class T, int WIDTH, int WIDTH_V>
 const char* launch_forward(KernelVariant variant, const ForwardArgs& args, const arch::Launch& how);
 
-template <class T>
-const char* launch_merge(const MergeArgs& args, void* stream);
-
 }  // namespace fastattn::cuda

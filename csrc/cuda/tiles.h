@@ -16,7 +16,6 @@ enum KernelVariant : int32_t {
   kMasked = 1,   // each query sees one or two intervals of keys
   kGeneral = 2,  // the same or block lists; bias, soft cap, dropout, scales of any sign and size
 };
-constexpr int kVariants = 3;
 
 struct TileSize {
   int block_m, block_n, stages;

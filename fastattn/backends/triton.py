@@ -139,7 +139,7 @@ def weights(
 
 @functools.cache
 def _kernels() -> tuple[ModuleType, ModuleType]:
-    """kernels.launch and kernels.run, which import triton."""
+    """kernels.host.launch and kernels.host.run, which import triton."""
     from fastattn.kernels.host import launch, run
 
     return launch, run

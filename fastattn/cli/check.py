@@ -60,14 +60,14 @@ class Checked:
 
     def record(self) -> dict[str, Any]:
         """As plain JSON types."""
-        from fastattn.bench.report.rows import BACKEND_KEY
+        from fastattn.bench.measure.rows import BACKEND_KEY
 
         return {BACKEND_KEY if name == "backend" else name: value for name, value in asdict(self).items()}
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Checked:
         """From what `record` gave."""
-        from fastattn.bench.report.rows import BACKEND_KEY
+        from fastattn.bench.measure.rows import BACKEND_KEY
 
         return cls(**{"backend" if name == BACKEND_KEY else name: value for name, value in record.items()})
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter, init
 
 from fastattn import masks
-from fastattn.nn.drop_in import DropIn, torchs
+from fastattn.nn.torch_modules import DropIn, torchs
 from fastattn.torch_api import mha
 
 Window = int | tuple[int | None, int | None] | None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastattn import tracing
 from fastattn.nn.attention import MultiheadAttention, Window
-from fastattn.nn.drop_in import DropIn, torchs
+from fastattn.nn.torch_modules import DropIn, torchs
 
 Activation = str | Callable[[Tensor], Tensor]
 

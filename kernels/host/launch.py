@@ -21,6 +21,7 @@ from fastattn.kernels.host.tile_table import (
     target_of,
     tiles_of,
 )
+from fastattn.kernels.opaque_int import opaque
 from fastattn.kernels.passes.attn_bwd_dbias import attn_dbias_kernel
 from fastattn.kernels.passes.attn_bwd_delta import attn_delta_kernel
 from fastattn.kernels.passes.attn_bwd_dkv import attn_dkv_kernel
@@ -28,7 +29,6 @@ from fastattn.kernels.passes.attn_bwd_dq import attn_dq_kernel
 from fastattn.kernels.passes.attn_fwd import attn_fwd_kernel, attn_merge_kernel
 from fastattn.kernels.rules.dropout import threshold_of
 from fastattn.kernels.rules.scores import Scales, score_of
-from fastattn.kernels.tiling.opaque_int import opaque
 from fastattn.kernels.tiling.walk import Sizes
 from fastattn.spec import AttnInputs, AttnSpec
 

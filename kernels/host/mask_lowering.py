@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastattn.kernels.opaque_int import opaque, opaque_strides
 from fastattn.kernels.rules.masks import AND, OR, RULES, UNBOUNDED
-from fastattn.kernels.tiling.opaque_int import opaque, opaque_strides
 from fastattn.spec import AttnSpec
 
 MOST_TERMS = 2

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastattn.kernels.host.kernel_variant import wide
-from fastattn.kernels.tiling.opaque_int import opaque, opaque_strides
+from fastattn.kernels.opaque_int import opaque, opaque_strides
 
 TMA_BYTES = 16
 """What the copy engine wants addresses and strides to be multiples of (CUDA driver API, cuTensorMapEncodeTiled)."""

@@ -9,9 +9,9 @@ and every run gives the same bits.
 import triton
 import triton.language as tl
 
+from fastattn.kernels.opaque_int import from_opaque, stride
 from fastattn.kernels.passes.gradients import gradient_tile
 from fastattn.kernels.rules.masks import read_numbers
-from fastattn.kernels.tiling.opaque_int import from_opaque, stride
 from fastattn.kernels.tiling.tiles import dot, load_line, load_tile, round_to
 from fastattn.kernels.tiling.walk import read_sizes
 

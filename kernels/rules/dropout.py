@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastattn.kernels.tiling.opaque_int import from_opaque, opaque
+from fastattn.kernels.opaque_int import from_opaque, opaque
 
 WORDS = 2**32
 WIDE = tl.constexpr(2**40)  # added, the threshold takes 64 bits whatever it is

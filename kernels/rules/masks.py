@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastattn.kernels.tiling.opaque_int import from_opaque, stride
+from fastattn.kernels.opaque_int import from_opaque, stride
 
 UNBOUNDED = tl.constexpr(2**29 - 1)  # beyond every length; opaque it fits an int32, and so does the sum of three
 AND, OR = tl.constexpr(-1), tl.constexpr(-2)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.kernels.opaque_int import stride
 from fastattn.kernels.rules.masks import keep
 from fastattn.kernels.rules.softmax import LOG2E
-from fastattn.kernels.tiling.opaque_int import stride
 
 LARGEST_SCALE = 64.0
 """Above it scores are so large that their rounding, met before the maximum is subtracted, would show in the weights."""

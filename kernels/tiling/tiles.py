@@ -8,7 +8,7 @@ what may not be written. Addresses are 64 bits wide.
 import triton
 import triton.language as tl
 
-from fastattn.kernels.tiling.opaque_int import from_opaque, stride
+from fastattn.kernels.opaque_int import from_opaque, stride
 
 
 @triton.jit

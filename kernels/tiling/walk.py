@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.kernels.opaque_int import from_opaque
 from fastattn.kernels.rules.masks import kv_span, q_span, read_numbers
-from fastattn.kernels.tiling.opaque_int import from_opaque
 
 CHECKED, FULL = tl.constexpr(0), tl.constexpr(1)
 

@@ -9,7 +9,7 @@ from fastattn.bench.gpu import cells as gpu_cells
 from fastattn.bench.gpu import resume, steps
 from fastattn.bench.gpu.child import Ending
 from fastattn.bench.gpu.pipeline import Run, Settings
-from fastattn.bench.report.rows import Row
+from fastattn.bench.measure.rows import Row
 
 
 @dataclass

@@ -9,8 +9,8 @@ import pytest
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import run
 from fastattn.bench.measure.clock import LEAST_SAMPLES, SUSTAINED, Budget, CudaClock, SustainedClock, Timing, measure
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.report.ratio_tables import markdown as ratios
-from fastattn.bench.report.rows import Row
 from fastattn.bench.report.terminal import print_case, print_legend
 from fastattn.bench.report.writers import markdown, write_json
 from fastattn.bench.report.writers import read_json as read

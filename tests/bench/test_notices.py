@@ -9,7 +9,7 @@ from fastattn.bench.measure import run
 from fastattn.bench.measure.clock import Budget, CpuClock, measure
 from fastattn.bench.measure.provider_warnings import LONGEST, Notices, sentence
 from fastattn.bench.measure.providers.sdpa import Sdpa
-from fastattn.bench.report.rows import Row, say_warnings
+from fastattn.bench.measure.rows import Row, say_warnings
 
 
 @pytest.mark.parametrize(

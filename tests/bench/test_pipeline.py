@@ -19,7 +19,7 @@ from fastattn.bench.gpu import run_tests as gpu_tests
 from fastattn.bench.gpu.children import AFTER_THE_END
 from fastattn.bench.gpu.pipeline import LAST_WORDS, Run, Settings
 from fastattn.bench.gpu.summary import best_two, failures, print_summary
-from fastattn.bench.report.rows import Row
+from fastattn.bench.measure.rows import Row
 
 SCRIPTED = runpy.run_path(str(Path(__file__).with_name("scripted.py")))
 CELLS, FAILING, GOOD, SMOKE = (SCRIPTED[name] for name in ("CELLS", "FAILING", "GOOD", "SMOKE"))

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import roofline
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.report.plot import draw
-from fastattn.bench.report.rows import Row
 
 CEILINGS = {"tflops": {"bf16": 800.0}, "gb_per_s": 4000.0}
 MACHINE = {

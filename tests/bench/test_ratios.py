@@ -13,8 +13,8 @@ from fastattn.bench.measure.overhead import overhead_us
 from fastattn.bench.measure.providers.flex import Flex
 from fastattn.bench.measure.providers.table import provider
 from fastattn.bench.measure.ratios import Samples
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.report.growth import growth
-from fastattn.bench.report.rows import Row
 from fastattn.bench.report.writers import read_json
 
 CASE = BenchCase("self", "fp32", 1, 1, 1, 8, 8, 8)

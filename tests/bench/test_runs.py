@@ -15,10 +15,10 @@ from fastattn.bench.measure import estimate
 from fastattn.bench.measure.clock import CpuClock
 from fastattn.bench.measure.providers.sdpa import Sdpa
 from fastattn.bench.measure.providers.table import provider
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.measure.run import plan, too_large
 from fastattn.bench.options import parse
 from fastattn.bench.report import compare
-from fastattn.bench.report.rows import Row
 from fastattn.cli import main
 
 ONE = ("--op", "self", "--providers", "sdpa", "--mode", "fwd")

@@ -8,10 +8,10 @@ import pytest
 from fastattn.bench.cases.operations import OPS, BenchCase
 from fastattn.bench.cases.suites import PEERS, SUITES, Cell, cpu_table, headline, suite
 from fastattn.bench.measure.providers.table import known_providers
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.measure.run import cell_rows, plan
 from fastattn.bench.options import parse
 from fastattn.bench.report import doc_tables, ratio_tables
-from fastattn.bench.report.rows import Row
 from fastattn.cli import main
 
 BATCHES = {"B8-H16-N2048-D128", "B2-H16-N8192-D128"}

@@ -9,8 +9,8 @@ import torch
 from fastattn.bench.cases.operations import BenchCase
 from fastattn.bench.measure import run, tiny_calls
 from fastattn.bench.measure.provider_warnings import Notices
+from fastattn.bench.measure.rows import Row
 from fastattn.bench.measure.run import CaseRunner
-from fastattn.bench.report.rows import Row
 
 
 class Cuda:

