@@ -99,7 +99,7 @@ def test_an_error_names_the_launch(no_kernels):
     assert "the CUDA forward: tensor map" in said
     for part in (
         "float16",
-        "kind 1",
+        "variant 1",
         "splits 1",
         "num_heads 4",
         "num_kv_heads 2",
