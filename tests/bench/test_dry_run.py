@@ -50,10 +50,16 @@ def start(folder, log, *flags):
     )
 
 
-def killed_at(process, log, word):
-    """Waits for a line of the log, then kills the pipeline as a machine that is taken away does."""
+def killed_at(process, folder, log, word):
+    """Waits for a line of the log and for the rows of the cell before it, which the pipeline hears and writes while the
+    next cell begins; then kills the pipeline as a machine that is taken away does.
+    """
+
+    def reached():
+        return log.exists() and word in log.read_text() and any(written(folder)[1].get("rows", []))
+
     until = time.monotonic() + WITHIN
-    while not (log.exists() and word in log.read_text()):
+    while not reached():
         assert time.monotonic() < until and process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -67,7 +73,7 @@ def written(folder):
 
 def test_two_commands_one_killed_end_with_every_step(tmp_path):
     log = tmp_path / "log"
-    said = killed_at(start(tmp_path / "first", log), log, CUT)
+    said = killed_at(start(tmp_path / "first", log), tmp_path / "first", log, CUT)
     path, record = written(tmp_path / "first")
     # What was said until then is there, and a call that hung is named and left out.
     assert re.search("hung: .*sitecustomize.py:.* in begins", record["smoke"]["triton"]["words"]), said
