@@ -1,5 +1,6 @@
-// How what a query sees is written down and joined. The intervals come from Python (fastattn/masks/program.py); the CUDA
-// backend has the windows in closed form (csrc/cuda/walk.h, scores.h).
+// Primitives of masks that the C++ backends share: intervals as bits, ids, spans and classes of tiles, and how & and |
+// join them. Windows in closed form are in csrc/cuda (walk.h, scores.h); the CPU backend gets intervals from Python
+// (fastattn/masks/program.py).
 //
 // What a query sees of the 64 keys of a tile is one word, a bit a key. What a tile of queries sees through a term is a
 // Span, and of a tile of keys a TileClass; both join through the program as the bits do.

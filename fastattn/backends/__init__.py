@@ -1,1 +1,1 @@
-"""Adapters: the only way to the kernels. Which backend runs a call is chosen in fastattn/dispatch.py."""
+"""Adapters: the way of a call to the kernels. Which backend runs a call is chosen in fastattn/dispatch.py."""

@@ -56,7 +56,7 @@ def killed_at(process, folder, log, word):
     """
 
     def reached():
-        return log.exists() and word in log.read_text() and any(written(folder)[1].get("rows", []))
+        return log.exists() and word in log.read_text() and written(folder)[1].get("rows")
 
     until = time.monotonic() + WITHIN
     while not reached():

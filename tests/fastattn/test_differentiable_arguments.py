@@ -243,22 +243,24 @@ NEVER = {  # whole numbers and bools
     "mask", "rows", "dropout_seed", "cu_seqlens_q", "cu_seqlens_k", "cache_seqlens", "cache_batch_idx", "cache_leftpad",
     "block_table", "cum_seq_q", "cum_seq_k", "seqused_k", "philox_seed", "philox_offset", "rng_state", "unused",
 }  # fmt: skip
-FACES = [attention, attention_weights, varlen_attention, sdpa.scaled_dot_product_attention,
+PUBLIC = [attention, attention_weights, varlen_attention, sdpa.scaled_dot_product_attention,
          mha.multi_head_attention_forward, diffusers.attention, KVCache.update,
          *(getattr(flash_attn, name) for name in flash_attn.__all__)]  # fmt: skip
 
 
-@pytest.mark.parametrize("face", FACES, ids=lambda face: face.__qualname__)
-def test_no_tensor_is_left_out(face):
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__qualname__)
+def test_no_tensor_is_left_out(function):
     """A new tensor argument needs a row above."""
-    hints = typing.get_type_hints(face, {**face.__globals__, "Tensor": Tensor})
-    takes = {name for name in inspect.signature(face).parameters if "Tensor" in str(hints.get(name, ""))} - {"return"}
-    given = {name for known, _, make in GIVEN.values() if known is face for name in make()}
-    if face is attention_weights:
+    hints = typing.get_type_hints(function, {**function.__globals__, "Tensor": Tensor})
+    takes = {name for name in inspect.signature(function).parameters if "Tensor" in str(hints.get(name, ""))} - {
+        "return"
+    }
+    given = {name for known, _, make in GIVEN.values() if known is function for name in make()}
+    if function is attention_weights:
         given |= {"lse"}
-    if face is varlen_attention:
+    if function is varlen_attention:
         given |= {"query", "key", "value"}
-    given |= {argument for known, argument, *_ in REFUSED.values() if known is face}
+    given |= {argument for known, argument, *_ in REFUSED.values() if known is function}
     assert takes - NEVER - {"new_lengths"} <= given
 
 
